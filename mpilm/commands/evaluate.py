@@ -1,0 +1,97 @@
+"""`mpilm eval` and `mpilm generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from mpilm.errors import DataError
+
+
+def eval_(
+    run: tyro.conf.Positional[Path],
+    /,
+    *,
+    split: str = "test",
+    corpus: Path | None = None,
+    ema: bool = False,
+) -> int:
+    """Print the perplexity of a trained model on a split, beside a unigram model's.
+
+    Under mpirun the ranks share the work; the number does not depend on how many.
+
+    Args:
+        run: run folder
+        split: train, valid or test
+        corpus: HDF5 corpus; the run's own if not given
+        ema: measure the moving average of the models in the place of the last one
+    """
+    from mpilm.data.hdf5 import Corpus
+    from mpilm.evaluate import evaluate, unigram_perplexity
+    from mpilm.run import TrainedModel
+    from mpilm.world.mpi import MpiWorld, abort_on_error
+
+    with MpiWorld() as world, abort_on_error(world):
+        with world.together():
+            model = TrainedModel.read(run, ema=ema)
+            data = Corpus.open(corpus or model.config.data.corpus)
+            data.split(split)
+            if data.fingerprint != model.fingerprint:
+                raise DataError(
+                    f"{data.path}: its vocabulary is not the one that {run} was"
+                    " trained with"
+                )
+            learner = model.learner(world.device())
+        result = evaluate(learner, data, split, model.config.train, world)
+        if world.rank == 0:
+            print(f"{split} perplexity {result:10.2f}")
+            print(f"unigram baseline {unigram_perplexity(data, split):8.2f}")
+            if data.floor is not None:
+                print(f"floor of the language {data.floor:.2f}")
+        data.close()
+    return 0
+
+
+def generate(
+    run: tyro.conf.Positional[Path],
+    /,
+    *,
+    prompt: str = "",
+    tokens: int = 40,
+    temperature: float = 0.8,
+    top_k: Annotated[int, tyro.conf.arg(name="top-k")] = 0,
+    seed: int = 0,
+) -> int:
+    """Print text that a trained model goes on with after a prompt.
+
+    Args:
+        run: run folder
+        prompt: text to begin with
+        tokens: how many words (or characters) to add
+        temperature: below 1: more likely words more often; 0: always the likeliest
+        top_k: choose among the k likeliest only; 0: among all
+        seed: of the random choice
+    """
+    from mpilm.data.text import decode, encode_prompt
+    from mpilm.run import TrainedModel
+
+    options = {"--tokens": tokens, "--temperature": temperature, "--top-k": top_k}
+    for option, value in options.items():
+        if not value >= 0:
+            raise DataError(f"{option} {value}: must be 0 or more")
+    model = TrainedModel.read(run)
+    ids = encode_prompt(prompt, model.vocabulary, model.level)
+    import torch  # late: what is wrong with the arguments is said at once
+
+    lstm: Any = model.learner().model
+    made = lstm.generate(
+        ids,
+        tokens,
+        temperature=temperature,
+        top_k=top_k,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    print(decode([*ids, *made], model.vocabulary, model.level))
+    return 0

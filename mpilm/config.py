@@ -1,0 +1,327 @@
+"""The configuration of a run: TOML in, frozen dataclasses, resolved TOML out.
+
+    [strategy]
+    name = "model_averaging"
+    period = 20
+
+Sections that offer a choice (model, optim, schedule, strategy) carry a `name`; the
+other keys are the settings of that choice. Every key can be set on the command line as
+`--set section.key=value`, where value is TOML, or a bare word for a string.
+
+Each setting is documented where it is declared; `mpilm train --help` prints that text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from mpilm.errors import ConfigError
+from mpilm.models.configs import MODELS
+from mpilm.optim.configs import OPTIMIZERS, SCHEDULES
+from mpilm.strategies import STRATEGIES
+from mpilm.strategies.ema import EmaConfig
+from mpilm.world.faults import Faults
+from mpilm.world.machine import Machine
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Section [data]."""
+
+    corpus: str = "data/docs.h5"
+    """HDF5 file made by `mpilm prepare`"""
+    source: Literal["shards", "pool"] = "shards"
+    """shards: each rank has its own part; pool: chunks go to whoever is free"""
+    chunk_windows: Positive = 20
+    """minibatches in one chunk of the pool"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Section [train]. A sample is one predicted token."""
+
+    samples: Positive = 1_000_000
+    """samples to process, all ranks together"""
+    batch: Positive = 20
+    """sequences in a minibatch of one rank"""
+    unroll: Positive = 35
+    """time steps in a minibatch: truncated back-propagation through time"""
+    seed: Natural = 1
+    """of the initial model, dropout and the order of the data"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPU number local rank modulo visible GPUs, or CPU where there is none"""
+    threads: Positive = 1
+    """CPU threads of one rank"""
+    valid_every: Natural = 0
+    """samples between two evaluations on the valid split; 0: at the end only"""
+    test: bool = True
+    """evaluate the test split at the end"""
+    eval_streams: Positive = 16
+    """sequences that an evaluated split is cut into, whatever the number of ranks"""
+    log_every: Positive = 10
+    """minibatches between two rows of the log"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Section [checkpoint]. One is always written at the end or when stopped."""
+
+    every: Natural = 0
+    """samples between two checkpoints; 0: at the end only"""
+    keep: Positive = 2
+    """checkpoints kept"""
+    vote_every: Positive = 1
+    """minibatches between two votes on stopping early (signals)"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A section with a name: the choice and its settings."""
+
+    name: str
+    settings: Any
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration: every key has its value."""
+
+    data: DataConfig
+    model: Choice
+    optim: Choice
+    schedule: Choice
+    strategy: Choice
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    ema: EmaConfig
+    faults: Faults
+    machine: Machine
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return it as plain sections, the form that TOML and JSON hold."""
+        sections: dict[str, dict[str, Any]] = {}
+        for name in SECTIONS:
+            section = getattr(self, name)
+            if isinstance(section, Choice):
+                settings = msgspec.to_builtins(section.settings)
+                sections[name] = {"name": section.name, **settings}
+            else:
+                sections[name] = msgspec.to_builtins(section)
+        return sections
+
+    def to_toml(self) -> str:
+        """Return it as TOML; reading that back gives an equal configuration."""
+        import tomli_w
+
+        def without_none(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {
+                    str(k): without_none(v) for k, v in value.items() if v is not None
+                }
+            return value
+
+        return tomli_w.dumps(without_none(self.to_dict()))
+
+
+# section -> its dataclass, or the choices by name and the default one
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "model": (MODELS, "lstm_lm"),
+    "optim": (OPTIMIZERS, "sgd"),
+    "schedule": (SCHEDULES, "constant"),
+    "strategy": ({name: s.Config for name, s in STRATEGIES.items()}, "allreduce"),
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+    "ema": EmaConfig,
+    "faults": Faults,
+    "machine": Machine,
+}
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a TOML file with `section.key=value` overrides.
+
+    Raises:
+        ConfigError: one line that names the file and the key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{path}: {reason}") from None
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    return resolve(document, overrides, origin=str(path))
+
+
+def resolve(
+    document: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    origin: str = "config",
+) -> Config:
+    """Return the configuration of plain sections with overrides applied.
+
+    Raises:
+        ConfigError: an unknown section or key, a wrong type, a value out of range.
+    """
+    for name, section in document.items():
+        if name not in SECTIONS:
+            raise ConfigError(f"{origin}: {_unknown('section', name, SECTIONS)}")
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{origin}: {name} is a section: write [{name}]")
+    sections = {name: dict(section) for name, section in document.items()}
+    notes = _apply(overrides, sections)
+    resolved: dict[str, Any] = {}
+    for name, kind in SECTIONS.items():
+        given = sections.get(name, {})
+        if isinstance(kind, tuple):
+            resolved[name] = _choice(name, kind, given, origin)
+        else:
+            resolved[name] = _convert(name, kind, given, origin)
+    return Config(**resolved, notes=tuple(notes))
+
+
+def _apply(overrides: Sequence[str], sections: dict[str, Any]) -> list[str]:
+    """Write overrides into `sections`; return notes on what they made void.
+
+    A new `name` keeps those settings of the file that the new choice knows.
+    """
+    notes: list[str] = []
+    parsed = [_parse_override(override) for override in overrides]
+    for (section, *keys), value in parsed:
+        if keys == ["name"] and isinstance(SECTIONS[section], tuple):
+            choices = SECTIONS[section][0]
+            given = sections.setdefault(section, {})
+            known = _keys(choices[value]) if value in choices else given
+            void = [key for key in given if key != "name" and key not in known]
+            for key in void:
+                del given[key]
+            if void:
+                notes.append(
+                    f"{section}.name={value} has no setting {', '.join(void)}: left out"
+                )
+    for (section, *keys), value in parsed:
+        target = sections.setdefault(section, {})
+        for key in keys[:-1]:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise ConfigError(
+                    f"--set {section}.{'.'.join(keys)}: {key} is no table"
+                )
+        target[keys[-1]] = value
+    return notes
+
+
+def _parse_override(override: str) -> tuple[list[str], Any]:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"--set {override}: write section.key=value")
+    if keys[0] not in SECTIONS:
+        raise ConfigError(f"--set {override}: {_unknown('section', keys[0], SECTIONS)}")
+    try:
+        return keys, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return keys, text.strip()
+
+
+def _choice(
+    section: str,
+    kind: tuple[Mapping[str, type], str],
+    given: dict[str, Any],
+    origin: str,
+) -> Choice:
+    choices, default = kind
+    given = dict(given)
+    name = str(given.pop("name", default))
+    if name not in choices:
+        problem = _unknown("name", name, choices)
+        raise ConfigError(f"{origin}: {section}.name: {problem}")
+    return Choice(name, _convert(section, choices[name], given, origin))
+
+
+def _convert(section: str, kind: type, given: Mapping[str, Any], origin: str) -> Any:
+    known = _keys(kind)
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{origin}: [{section}] {_unknown('key', key, known)}")
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        problem, _, where = str(error).partition(" - at ")
+        key = where.strip("`").removeprefix("$.").removeprefix("$")
+        path = f"{section}.{key}" if key else section
+        raise ConfigError(f"{origin}: {path}: {problem}") from None
+    except ValueError as error:  # raised by a dataclass's own checks
+        raise ConfigError(f"{origin}: [{section}] {error}") from None
+
+
+def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
+
+
+def _keys(kind: type) -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(kind)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the help: section, choice ("" where there is none), key, default."""
+
+    section: str
+    choice: str
+    key: str
+    default: str
+    text: str
+
+
+def settings() -> Iterator[Setting]:
+    """Yield every setting there is, in order, with the text of its declaration."""
+    for section, kind in SECTIONS.items():
+        if isinstance(kind, tuple):
+            choices, default = kind
+            text = "one of " + ", ".join(choices)
+            yield Setting(section, "", "name", default, text)
+            for choice, config in choices.items():
+                yield from _settings_of(section, choice, config)
+        else:
+            yield from _settings_of(section, "", kind)
+
+
+def _settings_of(section: str, choice: str, kind: type) -> Iterator[Setting]:
+    from docstring_parser import parse_from_object
+
+    texts = {p.arg_name: p.description or "" for p in parse_from_object(kind).params}
+    for key, field_ in _keys(kind).items():
+        if field_.default is not dataclasses.MISSING:
+            default = field_.default
+        elif field_.default_factory is not dataclasses.MISSING:
+            default = field_.default_factory()
+        else:
+            default = "required"
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        yield Setting(section, choice, key, shown, texts.get(key, ""))

@@ -1,0 +1,1 @@
+"""Data: corpora in HDF5, and the minibatches that learners draw from them."""

@@ -1,0 +1,35 @@
+"""Errors that a user can act on: one line each, naming the file, key or rank."""
+
+from __future__ import annotations
+
+
+class MpilmError(Exception):
+    """Base of all errors that the command line prints as one line, no traceback.
+
+    everywhere  every rank raises the same error at the same point (a collective check
+                failed), so that all can leave in order and one of them speaks
+    """
+
+    def __init__(self, text: str, *, everywhere: bool = False) -> None:
+        super().__init__(text)
+        self.everywhere = everywhere
+
+
+class ConfigError(MpilmError):
+    """A configuration key is unknown, of the wrong type or out of range."""
+
+
+class DataError(MpilmError):
+    """An input file is missing, malformed or does not fit the run."""
+
+
+class CheckpointError(MpilmError):
+    """A checkpoint or run folder cannot be read or written."""
+
+
+class WorldError(MpilmError):
+    """Ranks cannot communicate as asked (thread level, deadlock, a lost rank)."""
+
+
+class DivergenceError(MpilmError):
+    """The loss or the model is not finite any more."""

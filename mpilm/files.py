@@ -1,0 +1,186 @@
+"""Files that are on the disk as a whole or not at all.
+
+A file is written under a temporary name, forced to the disk (fsync) and renamed, which
+is atomic; then its folder is forced to the disk, so that the name survives too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mpilm.errors import CheckpointError
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+def reason(error: BaseException) -> str:
+    """Return why something failed, on one line without the file's name."""
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return os.strerror(error.errno)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.splitlines()[0]
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in `folder` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_fully(descriptor: int, data: Any, offset: int) -> None:
+    """Write all of `data` at `offset`; os.pwrite may write a part only."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Make `data` the content of `path`: a reader sees the old content or the new.
+
+    Raises:
+        OSError: it could not be written; the old content stands.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write_fully(descriptor, data, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def create_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Yield a new HDF5 file that is closed and forced to the disk at the end.
+
+    Its format is the one of HDF5 1.10, whose metadata carry checksums. Arrays are
+    written from where they are, without a copy in memory.
+
+    Raises:
+        OSError: the file could not be written (disk full, quota, permission).
+    """
+    with _Sink(path) as sink:
+        try:
+            with h5py.File(sink, "w", libver=("v110", "v110")) as file:
+                yield file
+        finally:
+            # goes before what HDF5 made of reading back unwritten metadata
+            if sink.error:
+                raise sink.error
+        os.fsync(sink.descriptor)
+
+
+@contextmanager
+def open_hdf5(path: Path, what: str, version: int) -> Iterator[h5py.File]:
+    """Yield an HDF5 file of ours open for reading; what goes wrong inside is one line.
+
+    Its attribute "format" says what it is, and "version" how it is laid out.
+
+    Raises:
+        CheckpointError: one line with the path: missing, truncated, corrupt, foreign.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(len(SIGNATURE)) != SIGNATURE:
+                raise CheckpointError(f"{path}: not an HDF5 file")
+        with h5py.File(path, "r", locking=False) as file:
+            if file.attrs.get("format") != np.bytes_(what):
+                raise CheckpointError(f"{path}: no {what}")
+            if file.attrs["version"] != version:
+                raise CheckpointError(
+                    f"{path}: {what} of version {file.attrs['version']}, this program"
+                    f" reads {version}"
+                )
+            yield file
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: {reason(error)}") from None
+    except Exception as error:
+        # the content may be anything, so h5py and numpy may raise anything
+        raise CheckpointError(f"{path}: corrupt: {reason(error)}") from error
+
+
+class _Sink:
+    """The bytes under an HDF5 file, written by us and not by the HDF5 library.
+
+    HDF5 cannot recover from a failed write: it raises late, in flush or close, or ends
+    the process with a segmentation fault (seen with HDF5 2.0.0 on a full tmpfs). So it
+    never sees one: the first failure is kept in `error`, later writes are dropped.
+
+    It has the methods that h5py's driver "fileobj" calls.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.position = 0
+        self.error: OSError | None = None
+        self.path = path
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        os.close(self.descriptor)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET:
+            self.position = offset
+        else:
+            self.position = os.lseek(self.descriptor, offset, whence)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                write_fully(self.descriptor, data, self.position)
+            except OSError as error:
+                self.error = OSError(error.errno, error.strerror, str(self.path))
+        size = memoryview(data).nbytes
+        self.position += size
+        return size
+
+    def read(self, size: int = -1) -> bytes:
+        data = os.pread(self.descriptor, size, self.position)
+        self.position += len(data)
+        return data
+
+    def readinto(self, data: Any) -> int:
+        size = os.preadv(self.descriptor, [data], self.position)
+        self.position += size
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self.position if size is None else size
+        if self.error is None:
+            try:
+                os.ftruncate(self.descriptor, size)
+            except OSError as error:
+                self.error = OSError(error.errno, error.strerror, str(self.path))
+        return size
+
+    def flush(self) -> None:
+        """Do nothing: nothing is buffered here."""

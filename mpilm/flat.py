@@ -1,0 +1,124 @@
+"""The flat vector: where each named parameter lies in theta, and which belong together.
+
+A `Layout` is pure bookkeeping (no torch). theta_P and grad_P have the same layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One parameter inside the flat vector.
+
+    name       the module's own name for it, such as "lstm.weight_ih_l0"
+    start      first element
+    shape      its shape; the rows of a matrix are its first axis
+    component  the group that must be mixed as one (tied weights, a layer)
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    component: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + self.size
+
+    @property
+    def slice(self) -> slice:
+        """Where it lies in the flat vector."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Segments in the order in which they lie, without gaps.
+
+    >>> layout = Layout.of([("embed", (4, 2), "embed"), ("out", (3,), "out")])
+    >>> layout.size, layout["out"].slice
+    (11, slice(8, 11, None))
+    """
+
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[str, tuple[int, ...], str]]) -> Layout:
+        """Return the layout of (name, shape, component) laid end to end."""
+        segments, start = [], 0
+        for name, shape, component in parts:
+            segment = Segment(name, start, tuple(shape), component)
+            segments.append(segment)
+            start = segment.stop
+        return cls(tuple(segments))
+
+    @cached_property
+    def _by_name(self) -> dict[str, Segment]:
+        return {segment.name: segment for segment in self.segments}
+
+    def __getitem__(self, name: str) -> Segment:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.segments)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of parameters, P."""
+        return self.segments[-1].stop if self.segments else 0
+
+    @cached_property
+    def components(self) -> dict[str, tuple[slice, ...]]:
+        """Component name -> the slices it covers, neighbours merged, in order."""
+        found: dict[str, list[slice]] = {}
+        for segment in self.segments:
+            slices = found.setdefault(segment.component, [])
+            if slices and slices[-1].stop == segment.start:
+                slices[-1] = slice(slices[-1].start, segment.stop)
+            else:
+                slices.append(segment.slice)
+        return {name: tuple(slices) for name, slices in found.items()}
+
+    def buckets(self, num_elements: int) -> list[tuple[Segment, ...]]:
+        """Return runs of whole segments of `num_elements` or more, last ones first.
+
+        A backward pass completes the last layers first; so do these buckets.
+        """
+        buckets: list[tuple[Segment, ...]] = []
+        run: list[Segment] = []
+        for segment in reversed(self.segments):
+            run.insert(0, segment)
+            if sum(s.size for s in run) >= num_elements:
+                buckets.append(tuple(run))
+                run = []
+        if run:
+            buckets.append(tuple(run))
+        return buckets
+
+
+def copy_of(vector: Any) -> Any:
+    """Return a copy of a numpy array or a tensor, where the original lies."""
+    return vector.clone() if hasattr(vector, "clone") else vector.copy()
+
+
+def to_array(vector: Any) -> Any:
+    """Return a numpy array or a tensor as a numpy array of its own memory."""
+    return vector.cpu().numpy().copy() if hasattr(vector, "cpu") else vector.copy()
+
+
+def fill_(vector: Any, array: Any) -> None:
+    """Set a numpy array or a tensor to the values of a numpy array."""
+    is_tensor = hasattr(vector, "new_tensor")
+    vector[:] = vector.new_tensor(array) if is_tensor else array

@@ -1,0 +1,185 @@
+"""LSTM language model: embedding, LSTM layers, full softmax; state carried on.
+
+Source      W. Zaremba, I. Sutskever and O. Vinyals, "Recurrent Neural Network
+            Regularization", arXiv 1409.2329, 2014: where dropout stands, carried state.
+            O. Press and L. Wolf, "Using the Output Embedding to Improve Language
+            Models", EACL 2017: tied weights.
+Notation    w_TB -> inputs, token ids; T time steps, B sequences
+            E -> embed, H -> hidden, L -> layers, V -> vocabulary
+Model       x = D(embedding[w])                                                (1)
+            layer l = 1..L, with D between the layers:
+            i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of
+                         W_ih x_t + b_ih + W_hh h_(t-1) + b_hh  (4 blocks of H) (2)
+            c_t = f c_(t-1) + i g,   h_t = o tanh(c_t)                         (3)
+            loss = mean cross-entropy of softmax(softmax.weight D(h) + softmax.bias) (4)
+            D drops each unit with probability `dropout` while training.
+Carried     h and c after the last step are where the next minibatch begins, without
+            gradient (truncated back-propagation through time).
+First model embedding and softmax weights uniform in +-0.1, softmax bias 0 (PyTorch's
+            word_language_model example); LSTM uniform in +-1/sqrt(H) (torch's own);
+            forget-gate bias 1 (R. Jozefowicz et al., ICML 2015).
+Departs     tied weights with embed != hidden go through one more matrix, `projection`
+            (E, H), between (3) and (4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpilm.models.softmax import Softmax
+
+State = tuple[Tensor, ...]  # (h_LBH, c_LBH), or () for zeros
+
+
+class LstmLm(nn.Module):
+    """An LSTM language model that carries its state from minibatch to minibatch.
+
+    The first model is drawn from torch's global random state: the same after the same
+    `torch.manual_seed`.
+
+    Args:
+        vocab: number of words V, >= 1.
+        embed: size of an embedding E, >= 1.
+        hidden: LSTM cells in each layer H, >= 1.
+        layers: LSTM layers L, >= 1.
+        dropout: share of units dropped, 0 <= dropout < 1.
+        tied: whether softmax.weight is embedding.weight.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        *,
+        embed: int,
+        hidden: int,
+        layers: int = 1,
+        dropout: float = 0.0,
+        tied: bool = False,
+    ) -> None:
+        super().__init__()
+        between = dropout if layers > 1 else 0.0  # torch warns where it has no effect
+        self.embedding = nn.Embedding(vocab, embed)
+        self.lstm = nn.LSTM(embed, hidden, layers, dropout=between)
+        projected = tied and embed != hidden
+        self.projection = nn.Linear(hidden, embed, bias=False) if projected else None
+        self.softmax = Softmax(embed if tied else hidden, vocab)
+        if tied:
+            self.softmax.weight = self.embedding.weight
+        self.dropout = nn.Dropout(dropout)
+        self._carried: State = ()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the first model."""
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.lstm.reset_parameters()
+        for name, parameter in self.lstm.named_parameters():
+            if name.startswith("bias"):
+                _, forget, _, _ = parameter.chunk(4)
+                forget.fill_(1.0 if name.startswith("bias_ih") else 0.0)
+        if self.projection is not None:
+            self.projection.reset_parameters()
+        nn.init.uniform_(self.softmax.weight, -0.1, 0.1)
+        nn.init.zeros_(self.softmax.bias)
+
+    def features(self, inputs_TB: Tensor, state: State) -> tuple[Tensor, State]:
+        """Return the softmax layer's inputs, (T*B, H or E), and the last state."""
+        x_TBE = self.dropout(self.embedding(inputs_TB))
+        h_TBH, last = self.lstm(x_TBE, state or None)
+        h_TBH = self.dropout(h_TBH)
+        if self.projection is not None:
+            h_TBH = self.projection(h_TBH)
+        return h_TBH.flatten(0, 1), last
+
+    def forward(self, batch: Any) -> Tensor:
+        """Return the features of a minibatch, going on from the carried state."""
+        state = () if batch.start else self._carried
+        x_NH, last = self.features(batch.inputs, state)
+        self._carried = tuple(part.detach() for part in last)
+        return x_NH
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the mean cross-entropy of a minibatch, 0-d, in nats (4).
+
+        Args:
+            batch: a `mpilm.data.batch.Batch` of tensors on the model's device.
+        """
+        loss: Tensor = self.softmax(self(batch), batch.targets.flatten())
+        return loss
+
+    @torch.no_grad()
+    def nll(self, batch: Any) -> Tensor:
+        """Return the summed negative log-likelihood of the targets, 0-d float64, nats.
+
+        Args:
+            batch: as for `loss`.
+        """
+        return self.softmax.nll(self(batch), batch.targets.flatten())
+
+    def carried(self) -> State:
+        """Return the carried state (h_LBH, c_LBH); () before the first minibatch."""
+        return self._carried
+
+    def load_carried(self, state: State) -> None:
+        """Go on from `state`; () means zeros."""
+        self._carried = tuple(state)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Sequence[int],
+        num_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> list[int]:
+        """Return ids drawn one by one after `prompt`; the carried state stays.
+
+            p(w) = softmax(logits / temperature), among the top_k likeliest
+
+        Args:
+            prompt: at least one id.
+            num_tokens: how many to draw, >= 0.
+            temperature: 0 takes the likeliest.
+            top_k: 0 means all.
+            generator: random state, on the CPU; torch's global one if not given.
+        """
+        was_training = self.training
+        self.eval()
+        device = self.softmax.bias.device
+        fed = torch.tensor(list(prompt), dtype=torch.int64, device=device)[:, None]
+        state: State = ()
+        drawn: list[int] = []
+        for _ in range(num_tokens):
+            x_NH, state = self.features(fed, state)
+            logits_V = self.softmax.logits(x_NH[-1:])[0].float().cpu()
+            drawn.append(draw(logits_V, temperature, top_k, generator))
+            fed = fed.new_tensor([[drawn[-1]]])
+        self.train(was_training)
+        return drawn
+
+
+def draw(
+    logits_V: Tensor,
+    temperature: float,
+    top_k: int,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Return an id drawn from softmax(logits / temperature) among the likeliest.
+
+    >>> draw(torch.tensor([0.0, 2.0, 1.0]), temperature=0.0, top_k=0)
+    1
+    """
+    if temperature <= 0.0:
+        return int(logits_V.argmax())
+    if 0 < top_k < len(logits_V):
+        least = logits_V.topk(top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)
+    p_V = torch.softmax(logits_V / temperature, 0)
+    return int(torch.multinomial(p_V, 1, generator=generator))

@@ -1,0 +1,180 @@
+"""Full softmax and cross-entropy in one pass over chunks of rows.
+
+Notation    x_NH -> inputs; N rows (time steps x sequences), H units
+            W_VH, b_V -> weight, bias; V words       y_N -> targets, -1 = padding
+            s_n -> weight of a row in the mean: 1 / (number of targets), padding 0
+Forward     l = x W^T + b                                                      (1)
+            p = softmax(l),   z_n = ln sum_v exp(l_nv)                         (2)
+            loss = sum_n s_n (z_n - l_n,y(n))                                  (3)
+Gradient    e = p - onehot(y)                                                  (4)
+            dx = diag(s) e W                                                   (5)
+            dW = e^T diag(s) x                                                 (6)
+            db = e^T s                                                         (7)
+
+All of it is computed in the forward pass, chunk by chunk: (1), (2) and (4) overwrite
+one buffer that stays in the cache, so the N x V logits are never all in memory. The
+backward pass multiplies by the gradient of the loss, which is 1 nearly always. The
+weights s go into the small factors of (5) and (6), never over e.
+
+Departs     nowhere: the numbers are those of `F.cross_entropy(F.linear(x, W, b), y)`
+            to rounding. Without any target the loss is 0 instead of NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+PADDING = -1
+
+# Bytes of logits in one chunk. CPU: a quarter of the last-level cache of the machine
+# measured in docs/learner.md; the step time is flat within a factor of 2 of it.
+# GPU: chosen, not tuned: enough rows to fill the device, little beside its memory.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# Each chunk reads and writes dW once: at V = 50,000, chunks of 64 rows are 20% slower,
+# of 256 rows 5% faster (measured, same machine).
+MIN_CHUNK_ROWS = 128
+
+
+def times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a b^T + bias; `b` may be a transposed view, `a` is contiguous.
+
+    On the CPU in float32 by oneDNN: torch's own product (MKL) is less than half as fast
+    on CPUs that are not Intel's (docs/learner.md has the measurement).
+    """
+    if a.device.type == "cpu" and a.dtype == torch.float32 and ONEDNN_LINEAR:
+        return ONEDNN_LINEAR(a, b, bias, "none", [], "")
+    return F.linear(a, b, bias)
+
+
+def _onednn_linear() -> Any:
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+ONEDNN_LINEAR = _onednn_linear()
+
+
+def chunks(num_rows: int, num_words: int, device: torch.device) -> Iterator[slice]:
+    """Yield slices of rows of nearly equal length that cover all rows."""
+    fit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * num_words)
+    num_chunks = -(-num_rows // max(MIN_CHUNK_ROWS, fit))
+    for chunk in range(num_chunks):
+        start = chunk * num_rows // num_chunks
+        yield slice(start, (chunk + 1) * num_rows // num_chunks)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Return the rows of all parts as one tensor, without a copy if there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor
+    ) -> Tensor:
+        is_target_N = targets_N != PADDING
+        s_N1 = (is_target_N / is_target_N.sum().clamp(min=1)).to(x_NH.dtype)[:, None]
+        y_N1 = targets_N.masked_fill(~is_target_N, 0)[:, None]
+        nll_chunks: list[Tensor] = []
+        dx_chunks: list[Tensor] = []
+        db_V = torch.zeros_like(bias_V)
+        dW_HV: Tensor | None = None
+        for rows in chunks(len(x_NH), len(weight_VH), x_NH.device):
+            x, y, s = x_NH[rows], y_N1[rows], s_N1[rows]
+            logits = times_transposed(x, weight_VH, bias_V)  # (1)
+            peak = logits.amax(1, keepdim=True)
+            target_logit = logits.gather(1, y)
+            p = torch.softmax(logits, 1, out=logits)  # (2)
+            z = peak - p.amax(1, keepdim=True).log()  # p at the peak is exp(peak - z)
+            nll_chunks.append(z - target_logit)
+            e = p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))  # (4)
+            dx_chunks.append(times_transposed(e, weight_VH.t()).mul_(s))  # (5)
+            part_HV = times_transposed((x * s).t().contiguous(), e.t())  # (6)
+            dW_HV = part_HV if dW_HV is None else dW_HV.add_(part_HV)
+            db_V.addmv_(e.t(), s[:, 0])  # (7)
+        ctx.save_for_backward(joined(dx_chunks), dW_HV, db_V)
+        return (joined(nll_chunks) * s_N1).sum()  # (3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        dx_NH, dW_HV, db_V = ctx.saved_tensors
+        gradients = (dx_NH, dW_HV.t(), db_V)
+        if grad_loss.is_cuda or grad_loss.item() != 1.0:
+            gradients = tuple(gradient * grad_loss for gradient in gradients)
+        return (*gradients, None)
+
+
+def linear_cross_entropy(
+    x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor
+) -> Tensor:
+    """Return the mean cross-entropy of softmax(x W^T + b) over the targets (3).
+
+    Args:
+        x_NH: inputs, floating point, contiguous.
+        weight_VH: one row per word.
+        bias_V: one number per word.
+        targets_N: int64, 0 to V-1, or -1: no target.
+
+    Returns:
+        the mean in nats, 0-d; 0 if there is no target.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(x_NH, weight_VH, bias_V, targets_N)
+    return loss
+
+
+@torch.no_grad()
+def linear_nll(
+    x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor
+) -> Tensor:
+    """Return the summed negative log-likelihood of the targets, 0-d float64, in nats.
+
+    Arguments as for `linear_cross_entropy`.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=x_NH.device)
+    for rows in chunks(len(x_NH), len(weight_VH), x_NH.device):
+        logits = times_transposed(x_NH[rows], weight_VH, bias_V)
+        nll = F.cross_entropy(
+            logits, targets_N[rows], ignore_index=PADDING, reduction="none"
+        )
+        total += nll.double().sum()
+    return total
+
+
+class Softmax(nn.Module):
+    """Full softmax over `num_words` with its cross-entropy.
+
+    weight  (V, H), may be tied to an embedding
+    bias    (V,)
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, num_inputs: int, num_words: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_words, num_inputs))
+        self.bias = nn.Parameter(torch.zeros(num_words))
+
+    def forward(self, x_NH: Tensor, targets_N: Tensor) -> Tensor:
+        """Return the mean cross-entropy, 0-d, in nats."""
+        if not torch.is_grad_enabled():
+            num_targets = (targets_N != PADDING).sum().clamp(min=1)
+            return (self.nll(x_NH, targets_N) / num_targets).to(x_NH.dtype)
+        return linear_cross_entropy(x_NH, self.weight, self.bias, targets_N)
+
+    def nll(self, x_NH: Tensor, targets_N: Tensor) -> Tensor:
+        """Return the summed negative log-likelihood, 0-d float64, in nats."""
+        return linear_nll(x_NH, self.weight, self.bias, targets_N)
+
+    def logits(self, x_NH: Tensor) -> Tensor:
+        """Return the logits, (N, V)."""
+        return F.linear(x_NH, self.weight, self.bias)

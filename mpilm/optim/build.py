@@ -1,0 +1,103 @@
+"""The optimiser of section [optim], as torch.optim does it.
+
+Notation    g -> grad, the gradient, (P,)        theta -> theta, the model, (P,)
+            c -> clip    mu -> momentum    lambda -> weight_decay    n -> step
+Update      g <- g * min(1, c / ||g||)                                         (1)
+            sgd       g <- g + lambda theta;  v <- mu v + g                    (2)
+                      theta <- theta - lr v, or - lr (g + mu v): nesterov      (3)
+            adamw     m <- beta1 m + (1 - beta1) g
+                      s <- beta2 s + (1 - beta2) g^2                           (4)
+                      theta <- (1 - lr lambda) theta
+                      theta <- theta - lr m_hat / (sqrt(s_hat) + eps)          (5)
+                      m_hat = m / (1 - beta1^n), s_hat = s / (1 - beta2^n)
+Source      clipping: R. Pascanu et al., ICML 2013; adamw: I. Loshchilov and F. Hutter,
+            ICLR 2019.
+Departs     torch's sgd multiplies the rate into (3), not into v: a change of the rate
+            acts at once on all of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mpilm.optim.configs import AdamwConfig, SgdConfig
+from mpilm.optim.schedules import Choice
+
+MakeOptimizer = Callable[[list[torch.nn.Parameter]], Optimizer]
+
+
+def build_optimizer(choice: Choice) -> MakeOptimizer:
+    """Return a function from parameters to the optimiser of section [optim]."""
+    config: Any = choice.settings
+
+    def make(parameters: list[torch.nn.Parameter]) -> Optimizer:
+        if isinstance(config, SgdConfig):
+            optimizer: Optimizer = torch.optim.SGD(
+                parameters,
+                lr=config.lr,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                weight_decay=config.weight_decay,
+                fused=True,
+            )
+        elif isinstance(config, AdamwConfig):
+            optimizer = torch.optim.AdamW(
+                parameters,
+                lr=config.lr,
+                betas=(config.beta1, config.beta2),
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                fused=True,
+            )
+        else:
+            raise TypeError(f"no optimiser for {type(config).__name__}")
+        if config.clip > 0.0:
+            optimizer.register_step_pre_hook(clip_before_step(config.clip))
+        return optimizer
+
+    return make
+
+
+def clip_before_step(max_norm: float) -> Callable[..., None]:
+    """Return a hook that clips the gradient of all of an optimiser's parameters (1)."""
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        clip_(gradients, max_norm)
+
+    return hook
+
+
+def clip_(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Scale `gradients` so that their joint norm is at most `max_norm` (1).
+
+    A NaN or infinite norm makes them NaN or zero: the loss tells.
+
+    Returns:
+        the norm before, 0-d.
+
+    >>> clip_([vector := torch.tensor([3.0, 4.0])], 1.0).item()
+    5.0
+    >>> [round(x, 3) for x in vector.tolist()]
+    [0.6, 0.8]
+    """
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if norm.is_cuda:  # asking whether to clip would wait for the device
+        scale = (max_norm / norm).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(scale)
+    elif norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)
+    return norm

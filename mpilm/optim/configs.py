@@ -1,0 +1,90 @@
+"""Sections [optim] and [schedule], one dataclass per name. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+Samples = Annotated[int, Meta(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdConfig:
+    """Section [optim] of `sgd`."""
+
+    lr: Annotated[float, Meta(gt=0.0)] = 1.0
+    """learning rate before the schedule"""
+    momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    """share of the last step kept in the next; 0: plain SGD"""
+    nesterov: bool = False
+    """whether momentum looks ahead; needs momentum > 0"""
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.0
+    """L2 penalty: this times theta is added to the gradient"""
+    clip: Annotated[float, Meta(ge=0.0)] = 0.25
+    """largest norm of the whole gradient; 0: no clipping"""
+
+    def __post_init__(self) -> None:
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("nesterov: needs momentum > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamwConfig:
+    """Section [optim] of `adamw`."""
+
+    lr: Annotated[float, Meta(gt=0.0)] = 1e-3
+    """learning rate before the schedule"""
+    beta1: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
+    """decay of the mean gradient per minibatch"""
+    beta2: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.999
+    """decay of the mean squared gradient per minibatch"""
+    eps: Annotated[float, Meta(gt=0.0)] = 1e-8
+    """added to the root of the mean squared gradient"""
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.01
+    """decoupled decay: theta shrinks by lr times this in every step"""
+    clip: Annotated[float, Meta(ge=0.0)] = 1.0
+    """largest norm of the whole gradient; 0: no clipping"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantConfig:
+    """Section [schedule] of `constant`."""
+
+    warmup_samples: Samples = 0
+    """samples of all ranks over which the rate rises linearly from 0"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExponentialConfig:
+    """Section [schedule] of `exponential`."""
+
+    final_ratio: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.01
+    """rate at the end of training over rate at the start"""
+    stages: Annotated[int, Meta(ge=0)] = 0
+    """equal stretches of constant rate, such as epochs; 0: falls in every step"""
+    warmup_samples: Samples = 0
+    """samples of all ranks over which the rate rises linearly from 0"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewbobConfig:
+    """Section [schedule] of `newbob`."""
+
+    start_halving: Annotated[float, Meta(ge=0.0)] = 0.01
+    """relative gain of the validation loss below which halving begins"""
+    stop_halving: Annotated[float, Meta(ge=0.0)] = 1e-4
+    """relative gain below which training ends, once halving has begun"""
+    factor: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.5
+    """what the rate is multiplied by when it is halved"""
+    warmup_samples: Samples = 0
+    """samples of all ranks over which the rate rises linearly from 0"""
+
+
+OPTIMIZERS: dict[str, type] = {"sgd": SgdConfig, "adamw": AdamwConfig}
+SCHEDULES: dict[str, type] = {
+    "constant": ConstantConfig,
+    "exponential": ExponentialConfig,
+    "newbob": NewbobConfig,
+}

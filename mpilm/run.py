@@ -1,0 +1,264 @@
+"""A run: its folder, and its parts built from the configuration.
+
+runs/x/
+  config.toml       the resolved configuration
+  vocabulary.json   the words, in the order of their ids
+  checkpoints/      see checkpoint.py
+  log/rank-0000.h5  see runlog.py
+  summary.json      what the run came to
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from mpilm import __version__
+from mpilm.checkpoint import load_shared
+from mpilm.config import Config, read_config, tomllib
+from mpilm.data.hdf5 import Corpus
+from mpilm.data.pool import PoolBatches
+from mpilm.data.streams import Streams
+from mpilm.errors import CheckpointError
+from mpilm.files import reason, replace_file
+from mpilm.optim.schedules import Schedule, build_schedule
+from mpilm.world.base import World
+
+if TYPE_CHECKING:
+    from mpilm.learner import Learner
+
+
+class RunFolder:
+    """Paths of a run."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.vocabulary = self.path / "vocabulary.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.summary = self.path / "summary.json"
+
+    def log(self, rank: int) -> Path:
+        """Return the path of a rank's log."""
+        return self.path / "log" / f"rank-{rank:04d}.h5"
+
+    def claim(self, *, resume: bool) -> None:
+        """Make the folder; what is there already stays as it is.
+
+        Raises:
+            CheckpointError: it cannot be made, or holds a run that is not resumed.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot write: {reason(error)}"
+            ) from None
+        if self.has_checkpoint() and not resume:
+            raise CheckpointError(
+                f"{self.path}: holds a run; --resume goes on with it, another --out"
+                " starts a new one"
+            )
+
+    def describe(self, config: Config, corpus: Corpus) -> None:
+        """Write the configuration and the vocabulary.
+
+        Raises:
+            CheckpointError: they cannot be written; earlier ones stand.
+        """
+        words = {"level": corpus.level, "words": corpus.vocabulary}
+        try:
+            replace_file(self.config, config.to_toml().encode())
+            replace_file(self.vocabulary, json.dumps(words).encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot write: {reason(error)}"
+            ) from None
+
+    def has_checkpoint(self) -> bool:
+        """Return whether a complete checkpoint is there."""
+        return any(self.checkpoints.glob("step-?????????"))
+
+    def require(self) -> RunFolder:
+        """Return self.
+
+        Raises:
+            CheckpointError: there is no run here.
+        """
+        if not self.config.is_file():
+            raise CheckpointError(f"{self.path}: no run here (no config.toml)")
+        return self
+
+    def read_vocabulary(self) -> dict[str, Any]:
+        """Return "level" and "words", in the order of their ids.
+
+        Raises:
+            CheckpointError: the file is missing or broken.
+        """
+        try:
+            found = json.loads(self.vocabulary.read_text())
+            return {"level": found["level"], "words": found["words"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.vocabulary}: {error}") from None
+
+
+def require_same(config: Config, saved: str, checkpoint: Path) -> None:
+    """Raise if a checkpoint's arrays, or its place in the data, mean nothing here.
+
+    Its corpus and its number of ranks are checked where they are read.
+
+    Args:
+        saved: the configuration in the checkpoint, TOML.
+
+    Raises:
+        CheckpointError: one line naming the first setting that differs.
+    """
+    given, kept = config.to_dict(), tomllib.loads(saved)
+    lasting = [("model", key) for key in given["model"] if key != "dropout"]
+    lasting += [("optim", "name"), ("strategy", "name"), ("data", "source")]
+    lasting += [("train", "batch"), ("train", "unroll")]
+    for section, key in lasting:
+        old, new = kept[section].get(key), given[section].get(key)
+        if old != new:
+            raise CheckpointError(
+                f"{checkpoint}: was made with {section}.{key} = {old}, this run has"
+                f" {new}: resume with {old}, or start anew with another --out"
+            )
+
+
+def make_batches(
+    config: Config, corpus: Corpus, world: World, *, lockstep: bool
+) -> Streams | PoolBatches:
+    """Return this rank's source of training minibatches.
+
+    Raises:
+        DataError: too little data for so many ranks.
+    """
+    train, data = config.train, config.data
+    tokens = corpus.split("train")
+    if data.source == "shards":
+        return Streams(tokens, train.batch, train.unroll, world.rank, world.size)
+    return PoolBatches(
+        tokens,
+        train.batch,
+        train.unroll,
+        data.chunk_windows,
+        world.rank,
+        world.size,
+        seed=train.seed,
+        world=None if lockstep else world,
+    )
+
+
+def make_learner(
+    config: Config,
+    num_words: int,
+    batches: Any,
+    *,
+    device: str,
+    seed: int,
+    compute: Any = None,
+) -> Learner:
+    """Return a rank's learner; `train.seed` makes the same first model on all ranks.
+
+    Without batches it is only to evaluate, and has no optimiser: making one would load
+    torch._dynamo, a third of the time that a program with torch takes to start.
+    """
+    import torch
+
+    from mpilm.learner import Learner
+    from mpilm.models.build import build_model
+    from mpilm.optim.build import build_optimizer
+
+    torch.set_num_threads(config.train.threads)
+    model = build_model(config.model, num_words, seed=config.train.seed)
+    return Learner(
+        model,
+        batches,
+        build_optimizer(config.optim) if batches else no_optimizer,
+        compute=compute,
+        device=device,
+        seed=seed,
+    )
+
+
+def no_optimizer(parameters: Any) -> Any:
+    """Return what stands in the place of an optimiser that is never used."""
+    return SimpleNamespace(param_groups=[], state={})
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model of a run's newest checkpoint; reading it needs no torch.
+
+    fingerprint  hash of the vocabulary it was trained with
+    theta_P      its parameters, or their moving average
+    """
+
+    config: Config
+    vocabulary: list[str]
+    level: str
+    fingerprint: str
+    theta_P: Any
+
+    @classmethod
+    def read(cls, path: Path, *, ema: bool = False) -> TrainedModel:
+        """Return the model of the run folder `path`, or its moving average.
+
+        Raises:
+            CheckpointError: no run, no checkpoint, one that cannot be read, or one
+                without a moving average.
+        """
+        folder = RunFolder(path).require()
+        config = read_config(folder.config)
+        shared = load_shared(folder.checkpoints)
+        words = folder.read_vocabulary()
+        if ema and "theta_ema" not in shared:
+            raise CheckpointError(f"{path}: has no moving average (see [ema])")
+        return cls(
+            config,
+            words["words"],
+            words["level"],
+            shared["fingerprint"],
+            shared["theta_ema" if ema else "theta"],
+        )
+
+    def learner(self, device: str = "cpu") -> Learner:
+        """Return a learner that holds the model, without data."""
+        learner = make_learner(
+            self.config,
+            len(self.vocabulary),
+            batches=None,
+            device=device,
+            seed=self.config.train.seed,
+        )
+        learner.load_theta(self.theta_P)
+        return learner
+
+
+def make_schedule(config: Config) -> Schedule:
+    """Return the learning rate as a function of global samples."""
+    return build_schedule(
+        config.schedule, lr=config.optim.settings.lr, samples=config.train.samples
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import numpy
+    import torch
+
+    found = {
+        "mpilm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+    }
+    return found

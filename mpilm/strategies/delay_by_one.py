@@ -1,0 +1,72 @@
+"""Delay-by-one: the average of all models, hidden behind the gradient.
+
+Source      X. Cui et al., "Asynchronous Decentralized Distributed Training of Acoustic
+            Models", arXiv 2110.11199, 2021 (D1D).
+Notation    w_i^k -> theta of rank i after k steps, (P,)
+            g_i   -> grad, taken at w_i^k: the local model, not yet averaged
+            L     -> comm.size
+Update      w_i^{k+1} <- (1/L) sum_j w_j^k - lr * P(g_i(w_i^k))                (1)
+Messages    one Iallreduce of 4P bytes every step, started before the gradient.
+
+            rank 0: | gradient ............ | mean, update | gradient ...
+                      |== sum of models ==|
+            rank 1: | gradient ............ | mean, update | gradient ...
+Invariants  equal data on all ranks: plain SGD of one rank, to rounding.
+            The mean over ranks moves by -lr * mean_i P(g_i), as for `allreduce`.
+            `dpsgd` on the complete graph with overlap, to rounding.
+Departs     nowhere that the abstract tells; that the gradient is taken at the local
+            model before averaging is our reading of "delay by one".
+Cost        one extra copy of the model. The pace is common: a slow rank slows all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mpilm.flat import copy_of
+from mpilm.strategies.base import Learner, Strategy
+from mpilm.world.base import IN_PLACE, Request, World
+
+
+@dataclass(frozen=True, kw_only=True)
+class DelayByOneConfig:
+    """Section [strategy] of `delay_by_one`: it has no settings."""
+
+
+class DelayByOne(Strategy):
+    """Synchronous SGD on models, with the average one step late.
+
+    sum  (P,), the models on their way
+    """
+
+    name = "delay_by_one"
+    Config = DelayByOneConfig
+    synchronises = True
+
+    def __init__(self, world: World, config: DelayByOneConfig) -> None:
+        super().__init__(world, config)
+        self.sum: Any = None
+
+    def step(self, learner: Learner) -> Any:
+        if self.comm.size == 1:
+            loss = learner.gradient()
+        else:
+            average = self.start_average(learner)
+            loss = learner.gradient()  # at the local model
+            average.Wait()
+            self.sum *= 1.0 / self.comm.size
+            learner.theta[:] = self.sum
+        self.synchronised(slice(0, learner.layout.size), learner.theta)
+        learner.update()  # (1)
+        return loss
+
+    def start_average(self, learner: Learner) -> Request:
+        """Start summing a copy of every rank's model.
+
+        Communicates: collective, one Iallreduce of 4P bytes, not blocking.
+        """
+        if self.sum is None:
+            self.sum = copy_of(learner.theta)
+        self.sum[:] = learner.theta
+        return self.comm.Iallreduce(IN_PLACE, self.sum)

@@ -1,0 +1,436 @@
+"""Training: one learner per rank, a strategy between them. Reads top to bottom."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpilm.checkpoint import Checkpoints
+from mpilm.config import Config
+from mpilm.data.hdf5 import Corpus
+from mpilm.data.pool import PoolBatches
+from mpilm.errors import CheckpointError, ConfigError, DivergenceError, MpilmError
+from mpilm.evaluate import evaluate, swapped
+from mpilm.progress import Progress, clock, count
+from mpilm.run import (
+    RunFolder,
+    make_batches,
+    make_learner,
+    make_schedule,
+    require_same,
+    versions,
+)
+from mpilm.runlog import RunLog, write_summary
+from mpilm.signals import StopRequest, StopVote
+from mpilm.state_file import State
+from mpilm.strategies import STRATEGIES, Strategy
+from mpilm.strategies.ema import Ema
+from mpilm.totals import Meter, Totals
+from mpilm.world.base import World
+
+LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
+LOG_FIELDS = {
+    "step": "i8",  # minibatches of this rank
+    "samples": "i8",  # samples of this rank
+    "seconds": "f8",  # of training, evaluations and checkpoints left out
+    "loss": "f8",  # mean negative log-likelihood of this minibatch, nats
+    "lr": "f8",
+    "blocked_s": "f8",  # so far: the learner waited for communication
+    "in_flight_s": "f8",  # so far: communication was under way
+    "bytes_sent": "i8",  # so far
+    "bytes_received": "i8",  # so far
+}
+
+
+class Trainer:
+    """One rank's part in a run.
+
+    Args:
+        config: the resolved configuration.
+        world: this rank's world.
+        out: the run folder; rank 0 makes it.
+        resume: go on from the newest checkpoint in `out`, if there is one.
+
+    Raises:
+        MpilmError: bad input; one line, the same on every rank.
+
+    Communicates: collective.
+    """
+
+    def __init__(
+        self, config: Config, world: World, out: Path, *, resume: bool = False
+    ) -> None:
+        self.config, self.world, self.folder = config, world, RunFolder(out)
+        kind = STRATEGIES[config.strategy.name]
+        with world.together():
+            self.corpus = Corpus.open(config.data.corpus)
+            lockstep = kind.lockstep
+            if not lockstep:
+                refuse_meetings(config)
+            self.batches = make_batches(config, self.corpus, world, lockstep=lockstep)
+            self.schedule = make_schedule(config)
+            self.folder.claim(resume=resume)
+        keep = config.checkpoint.keep
+        self.checkpoints = Checkpoints(self.folder.checkpoints, world, keep=keep)
+        saved = self.find() if resume else None
+        self.strategy = kind(world, config.strategy.settings)
+        with world.together():
+            self.learner = make_learner(
+                config,
+                len(self.corpus.vocabulary),
+                self.batches,
+                device=world.device(config.train.device),
+                seed=config.train.seed + world.rank,
+                compute=world.compute,
+            )
+            self.strategy.require(self.learner)
+        self.totals = Totals()
+        self.validated_at = -1
+        self.failure: MpilmError | None = None  # will stop all ranks in order
+        self.batches.start()
+        self.strategy.start(self.learner)
+        with world.together():
+            self.ema: Ema | None = None
+            if config.ema.on:
+                self.ema = Ema(config.ema, self.strategy, self.learner)
+            if saved:
+                self.restore(saved)
+            if world.rank == 0:
+                self.folder.describe(config, self.corpus)
+        self.meter = Meter(world, self.totals)
+        with world.together():
+            path = self.folder.log(world.rank)
+            step = self.totals.step
+            self.log = RunLog(path, world.rank, LOG_FIELDS, from_step=step)
+        self.progress = Progress(
+            config.train.samples, samples=self.samples, speaks=world.rank == 0
+        )
+        for line in self.introduction():
+            self.progress.line(line)
+
+    def introduction(self) -> Iterator[str]:
+        """Yield what a person wants to know before it begins."""
+        config, corpus = self.config, self.corpus
+        left_out = self.batches.num_dropped
+        yield (
+            f"{config.model.name} of {self.learner.layout.size:,} parameters,"
+            f" {config.strategy.name} on {count(self.world.size, 'rank')}"
+            f" ({self.learner.device.type})"
+        )
+        yield (
+            f"{corpus.path}: {len(corpus.split('train')):,} training tokens,"
+            f" {left_out:,} at the ends of the streams left out"
+        )
+        for note in config.notes:
+            yield f"note: {note}"
+        if self.totals.step:
+            yield f"resumed at step {self.totals.step:,}, {self.samples:,} samples"
+
+    @property
+    def samples(self) -> int:
+        """Samples that all ranks have processed, as known here.
+
+        Ranks out of lockstep know how much of the common pool has been given out; on
+        shards of their own each takes the others to be as far as it is.
+        """
+        if not self.strategy.lockstep and isinstance(self.batches, PoolBatches):
+            return self.batches.samples
+        return self.strategy.global_samples(self.learner)
+
+    def train(self, stop: StopRequest | None = None) -> bool:
+        """Train to the end; return False if `stop` was requested on some rank.
+
+        Raises:
+            DivergenceError: the loss or the model is not finite any more.
+            CheckpointError: a file cannot be written. Both are raised on all ranks.
+        """
+        config, totals, learner = self.config, self.totals, self.learner
+        strategy, stop = self.strategy, stop or StopRequest()
+        stopped = False
+        with self.progress, self.log:
+            vote = StopVote(
+                self.world,
+                every=max(config.checkpoint.vote_every, strategy.stride),
+                request=stop,
+                lockstep=strategy.lockstep,
+            )
+            samples = self.samples
+            while samples < config.train.samples and not self.schedule.finished:
+                learner.lr = self.schedule.lr(samples)
+                loss = strategy.step(learner)
+                totals.step += 1
+                before, samples = samples, self.samples
+                if totals.step % config.train.log_every == 0:
+                    self.record(samples, float(loss))
+                if crossed(config.train.valid_every, before, samples):
+                    self.validate()
+                if crossed(config.checkpoint.every, before, samples):
+                    self.save()
+                if self.failure:
+                    stop.requested = "failure"
+                if vote.poll(totals.step):
+                    stopped = True
+                    break
+            strategy.retire(learner)
+            stopped = vote.finish() or stopped
+            strategy.finish(learner)
+            self.meter.mark()
+            with self.world.together():
+                if self.failure:
+                    raise self.failure
+            if not stopped:
+                self.validate()
+            self.save()
+            self.batches.close()
+        if stopped:
+            self.progress.line(
+                f"stopped early at {samples:,} samples; --resume goes on from here"
+            )
+            return False
+        self.summarise()
+        return True
+
+    def record(self, samples: int, loss: float) -> None:
+        """Write a row of the log and show progress; note a failure for later."""
+        if self.failure:
+            return
+        totals = self.totals
+        if not loss < LARGEST_LOSS:
+            self.failure = self.diverged(f"the loss is {loss:.3g}")
+            return
+        self.meter.mark()
+        totals.loss_sum += loss
+        totals.loss_count += 1
+        try:
+            self.log.row(
+                step=totals.step,
+                samples=self.learner.samples,
+                seconds=totals.train_seconds,
+                loss=loss,
+                lr=self.learner.lr,
+                blocked_s=totals.blocked_s,
+                in_flight_s=totals.in_flight_s,
+                bytes_sent=totals.bytes_sent,
+                bytes_received=totals.bytes_received,
+            )
+        except CheckpointError as error:
+            self.failure = error
+        self.progress.update(samples, loss)
+
+    def diverged(self, what: str) -> DivergenceError:
+        """Return the error that says so."""
+        return DivergenceError(
+            f"{what} at step {self.totals.step}: a smaller optim.lr or optim.clip may"
+            f" help; earlier checkpoints are in {self.folder.checkpoints}",
+            everywhere=True,
+        )
+
+    def validate(self) -> None:
+        """Measure perplexity on the valid split, once a step; tell the schedule.
+
+        Raises:
+            DivergenceError: it is not finite.
+
+        Communicates: collective.
+        """
+        if self.validated_at == self.totals.step:
+            return
+        self.validated_at = self.totals.step
+        with self.aside("evaluate"):
+            result = self.perplexity("valid", self.strategy)
+            if self.ema:
+                average = self.perplexity("valid", self.ema)
+                self.totals.ema_valid_perplexity = average
+        if not math.isfinite(result):
+            raise self.diverged(f"the valid perplexity is {result}")
+        self.totals.valid_perplexity = result
+        self.schedule.observe(math.log(result))
+        self.progress.line(f"valid perplexity {result:.2f}")
+
+    def perplexity(self, split: str, source: Strategy | Ema) -> float:
+        """Measure the final model of `source` on a split. Collective."""
+        with swapped(self.learner, source):
+            return evaluate(
+                self.learner, self.corpus, split, self.config.train, self.world
+            )
+
+    def final_theta(self, source: Strategy | Ema) -> Any:
+        """Return the final model of `source`, (P,). Collective.
+
+        Raises:
+            DivergenceError: it is not finite.
+        """
+        with swapped(self.learner, source):
+            theta = self.learner.theta.cpu().numpy().copy()
+        if not np.isfinite(theta).all():
+            raise self.diverged("the model is not finite")
+        return theta
+
+    def save(self) -> None:
+        """Write a checkpoint. Collective.
+
+        Raises:
+            CheckpointError: it cannot be written.
+            DivergenceError: the model is not finite any more.
+        """
+        with self.aside("checkpoint"):
+            with self.world.together():
+                self.log.flush()
+            shared = {
+                "theta": self.final_theta(self.strategy),
+                "fingerprint": self.corpus.fingerprint,
+                "config": self.config.to_toml(),
+                "samples": self.samples,
+            }
+            own = {
+                **prefixed("learner", self.learner.state()),
+                **prefixed("strategy", self.strategy.state()),
+                **prefixed("schedule", self.schedule.state()),
+                **prefixed("totals", asdict(self.totals)),
+            }
+            if self.ema:
+                shared["theta_ema"] = self.final_theta(self.ema)
+                own |= prefixed("ema", self.ema.state())
+            self.checkpoints.save(self.totals.step, shared, own)
+
+    def find(self) -> State | None:
+        """Return this rank's state in the newest checkpoint; None if there is none.
+
+        Raises:
+            CheckpointError: it is of another corpus, configuration or number of ranks.
+
+        Communicates: collective.
+        """
+        newest = self.checkpoints.latest()
+        if newest is None:
+            return None
+        shared, own = self.checkpoints.load(newest)
+        with self.world.together():
+            if shared["fingerprint"] != self.corpus.fingerprint:
+                raise CheckpointError(
+                    f"{self.config.data.corpus}: its vocabulary is not the one that"
+                    f" {newest.path} was trained with"
+                )
+            require_same(self.config, shared["config"], newest.path)
+        return own
+
+    def restore(self, saved: State) -> None:
+        """Go on from a state that `save` wrote."""
+        self.learner.load_state(part("learner", saved))
+        self.strategy.load_state(part("strategy", saved))
+        self.schedule.load_state(part("schedule", saved))
+        self.totals = Totals(**part("totals", saved))
+        if self.ema and "ema/model" in saved:  # else it begins now
+            self.ema.load_state(part("ema", saved))
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Count the time of the block, but not as training; log it as an event."""
+        began_s = self.world.now_s()
+        with self.meter.aside():
+            yield
+        step = self.totals.step
+        self.log.event(name, began_s, self.world.now_s(), step=step)
+
+    def summarise(self) -> None:
+        """Write `summary.json` and show it. Collective."""
+        totals, world, config = self.totals, self.world, self.config
+        test = ema_test = math.nan
+        if config.train.test and "test" in self.corpus.splits:
+            with self.meter.aside():
+                test = self.perplexity("test", self.strategy)
+                if self.ema:
+                    ema_test = self.perplexity("test", self.ema)
+        everyone = [Totals(**t) for t in world.comm.allgather(asdict(totals))]
+        samples = sum(world.comm.allgather(self.learner.samples))
+        in_flight_s = sum(t.in_flight_s for t in everyone)
+        blocked_s = sum(t.blocked_s for t in everyone)
+        loss_count = sum(t.loss_count for t in everyone)
+        summary = {
+            "strategy": config.strategy.name,
+            "ranks": world.size,
+            "parameters": self.learner.layout.size,
+            "steps": totals.step,
+            "samples": samples,
+            "seconds": totals.seconds,
+            "train_seconds": totals.train_seconds,
+            "samples_per_s": samples / max(totals.train_seconds, 1e-9),
+            "train_loss": sum(t.loss_sum for t in everyone) / max(loss_count, 1),
+            "valid_perplexity": totals.valid_perplexity,
+            "test_perplexity": test,
+            "perplexity_floor": self.corpus.floor,
+            "comm_seconds": blocked_s / world.size,
+            "bytes_sent": sum(t.bytes_sent for t in everyone),
+            "bytes_received": sum(t.bytes_received for t in everyone),
+            "overlap": max(0.0, 1.0 - blocked_s / in_flight_s) if in_flight_s else 0.0,
+            "tokens_left_out": self.batches.num_dropped,
+            "device": self.learner.device.type,
+            "versions": versions(),
+        }
+        if self.ema:
+            summary["ema_valid_perplexity"] = totals.ema_valid_perplexity
+            summary["ema_test_perplexity"] = ema_test
+        if world.rank == 0:
+            write_summary(self.folder.summary, summary)
+        for text in describe(summary):
+            self.progress.line(text)
+
+
+def describe(summary: dict[str, Any]) -> list[str]:
+    """Return what a person wants to read of a summary."""
+    speed = (
+        f"{summary['samples']:,} samples in {clock(summary['seconds'])}"
+        f" on {count(summary['ranks'], 'rank')}: {summary['samples_per_s']:,.0f}/s"
+    )
+    if summary["ranks"] > 1:
+        speed += (
+            f", {summary['comm_seconds']:.1f} s waiting for communication,"
+            f" overlap {summary['overlap']:.0%}"
+        )
+    quality = f"valid perplexity {summary['valid_perplexity']:.2f}"
+    if not math.isnan(summary["test_perplexity"]):
+        quality += f", test perplexity {summary['test_perplexity']:.2f}"
+    if summary["perplexity_floor"]:
+        quality += f", floor {summary['perplexity_floor']:.2f}"
+    return [speed, quality]
+
+
+def refuse_meetings(config: Config) -> None:
+    """Raise if `config` wants all ranks to meet while they are out of lockstep.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    for section, key in (("train", "valid_every"), ("checkpoint", "every")):
+        if getattr(getattr(config, section), key):
+            raise ConfigError(
+                f"{section}.{key}: the ranks of {config.strategy.name} take different"
+                " numbers of steps and meet only at the end or on a signal; set it to 0"
+            )
+
+
+def crossed(every: int, before: int, after: int) -> bool:
+    """Return whether a multiple of `every` lies in (before, after]; never for 0."""
+    return every > 0 and before // every < after // every
+
+
+def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """Return `state` with "prefix/" before every name."""
+    return {f"{prefix}/{name}": value for name, value in state.items()}
+
+
+def part(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what `prefixed` put under `prefix`."""
+    start = f"{prefix}/"
+    return {
+        name.removeprefix(start): value
+        for name, value in state.items()
+        if name.startswith(start)
+    }

@@ -1,0 +1,1 @@
+"""Where ranks live: the interface (base), real MPI (mpi) and virtual time (virtual)."""

@@ -1,0 +1,188 @@
+"""jobs/slurm/train.sbatch on a real SLURM with four nodes on this host."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.project import (
+    BIN,
+    REPOSITORY,
+    Project,
+    environments,
+    samples_at_stop,
+    wait_until,
+)
+from tests.cluster.slurm import Cluster, unavailable
+
+SCRIPT = str(REPOSITORY / "jobs" / "slurm" / "train.sbatch")
+CORES = len(os.sched_getaffinity(0))
+MORE = 3_000  # samples of the last leg
+END = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Return a running cluster, or skip and say why there is none."""
+    if reason := unavailable():
+        pytest.skip(reason)
+    with Cluster(cpus=max(2, CORES)) as running:
+        yield running
+
+
+def submit(cluster: Cluster, project: Project, *options: str, **variables: str) -> str:
+    """Submit the script, on 2 nodes with 2 ranks each by default; return the id."""
+    settings = {
+        "CONFIG": "train.toml",
+        "RUN": str(project.run),
+        "MPILM_ENV": str(project.environment),
+        **variables,
+    }
+    where = ("--nodes=2", "--ntasks=4", "--output=job.log")
+    return cluster.submit(*where, *options, SCRIPT, folder=project.folder, **settings)
+
+
+def log_of(project: Project) -> str:
+    """Return what the job has printed so far."""
+    log = project.folder / "job.log"
+    return log.read_text() if log.exists() else ""
+
+
+def ranks_of(project: Project) -> dict[int, dict[str, str]]:
+    """Return process id -> environment of the ranks (not of mpirun and shells)."""
+    found = environments(str(project.run))
+    return {pid: env for pid, env in found.items() if "OMPI_COMM_WORLD_RANK" in env}
+
+
+def wait_for_training(cluster: Cluster, project: Project, job: str) -> None:
+    """Return once the ranks have taken their first steps."""
+
+    def started() -> bool:
+        assert cluster.job(job)["JobState"] not in END, log_of(project)
+        return " perplexity " in log_of(project)
+
+    wait_until(started, "progress", timeout_s=240)
+
+
+def test_time_limit_requeue_resume(cluster: Cluster, project: Project) -> None:
+    """A job on two nodes is cut by its time limit, requeues, goes on and finishes.
+
+    SLURM looks at its clock every 30 s, so the signal comes 30 to 60 s after the start.
+    """
+    job = submit(cluster, project, "--time=2", "--signal=B:USR1@60")
+    wait_for_training(cluster, project, job)
+    nodes = Counter(env["SLURMD_NODENAME"] for env in ranks_of(project).values())
+    assert nodes == {"n1": 2, "n2": 2}
+    assert {env["OMP_NUM_THREADS"] for env in ranks_of(project).values()} == {"1"}
+
+    requeued = cluster.wait_for(job, "PENDING", *END, timeout_s=120)
+    assert requeued["JobState"] == "PENDING", log_of(project)
+    assert requeued["Restarts"] == "1"
+    assert len(project.checkpoints()) == 1
+    assert not (project.run / "summary.json").exists()
+    done = samples_at_stop(log_of(project))
+
+    project.train(done + MORE)
+    # A requeued job waits for two minutes, so that its first start is surely over. Here
+    # that is known sooner; but a node refuses a job that starts in the second in which
+    # it ended the same job. And this leg is not to be cut again.
+    wait_until(cluster.all_idle, "the end of the first start", timeout_s=60)
+    time.sleep(3)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10")
+    ended = cluster.wait_for(job, *END, timeout_s=200)
+    log = log_of(project)
+    assert ended["JobState"] == "COMPLETED", f"{ended}\n{log}\n{cluster.logs()}"
+    assert log.count("train.sbatch: time is nearly up") == 1
+    assert "restart 1" in log
+    summary = json.loads((project.run / "summary.json").read_text())
+    assert summary["ranks"] == 4
+    assert done + MORE <= summary["samples"] < done + 2 * MORE
+
+
+def test_cancelled_job_is_not_requeued(cluster: Cluster, project: Project) -> None:
+    """scancel ends the job for good and leaves no process behind."""
+    job = submit(cluster, project, "--nodes=1", "--ntasks=2")
+    wait_for_training(cluster, project, job)
+    cluster.run("scancel", job)
+    assert cluster.wait_for(job, *END, timeout_s=30)["JobState"] == "CANCELLED"
+    wait_until(lambda: not ranks_of(project), "the ranks to end", timeout_s=15)
+    time.sleep(1)
+    assert cluster.job(job)["Restarts"] == "0"
+    assert "requeue" not in log_of(project)
+
+
+def test_no_progress_is_not_requeued(cluster: Cluster, project: Project) -> None:
+    """A job whose ranks stop early without a new checkpoint ends instead of looping."""
+    launch = project.tool("launch", "exit 75")
+    job = submit(cluster, project, LAUNCH=str(launch))
+    ended = cluster.wait_for(job, *END, timeout_s=30)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0")
+    assert "without progress" in log_of(project)
+
+
+def test_error_is_not_requeued(cluster: Cluster, project: Project) -> None:
+    """An error of the program is the job's exit code."""
+    job = submit(cluster, project, SETTINGS="train.samples=-1")
+    ended = cluster.wait_for(job, *END, timeout_s=60)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), log_of(project)
+    assert "train.samples" in log_of(project)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CONFIG": ""}, "CONFIG is not set"),
+        ({"MPILM_ENV": "missing.sh"}, "cannot source MPILM_ENV=missing.sh"),
+    ],
+)
+def test_bad_submission(
+    cluster: Cluster, project: Project, variables: dict[str, str], message: str
+) -> None:
+    """What is missing is named in one line."""
+    job = submit(cluster, project, **variables)
+    ended = cluster.wait_for(job, *END, timeout_s=30)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0")
+    assert message in log_of(project)
+
+
+def test_threads_and_binding(cluster: Cluster, project: Project) -> None:
+    """cpus-per-task becomes OMP_NUM_THREADS; settings become --set."""
+    launch = project.tool("launch", 'echo "threads $OMP_NUM_THREADS" "$@"')
+    job = submit(
+        cluster,
+        project,
+        "--ntasks=2",
+        "--cpus-per-task=2",
+        LAUNCH=f"{launch} --option",
+        SETTINGS="train.seed=3 optim.lr=0.5",
+    )
+    ended = cluster.wait_for(job, *END, timeout_s=30)
+    assert ended["JobState"] == "COMPLETED"
+    log = log_of(project)
+    assert f"threads 2 --option -n 2 {BIN}/mpilm train train.toml --out" in log
+    assert "--resume --set=train.seed=3 --set=optim.lr=0.5" in log
+
+
+@pytest.mark.parametrize("tasks", [CORES, 1])
+def test_binding(cluster: Cluster, project: Project, tasks: int) -> None:
+    """A job that owns all cores of a node gives each rank its own; others share."""
+    whole = tasks == CORES
+    show = "$(grep Cpus_allowed_list /proc/self/status)"
+    project.tool("mpilm", f'echo "rank $OMPI_COMM_WORLD_RANK: {show}"')
+    with project.environment.open("a") as hook:
+        hook.write(f'PATH="{project.folder}/bin:$PATH"\n')
+    job = submit(cluster, project, "--nodes=1", f"--ntasks={tasks}")
+    ended = cluster.wait_for(job, *END, timeout_s=60)
+    assert ended["JobState"] == "COMPLETED", log_of(project)
+    cores = re.findall(r"^rank \d+: Cpus_allowed_list:\s+(\S+)$", log_of(project), re.M)
+    assert len(cores) == tasks
+    assert len(set(cores)) == tasks
+    assert whole == all(core.isdecimal() for core in cores)

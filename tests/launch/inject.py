@@ -1,0 +1,29 @@
+"""mpilm with a failure on one rank: python inject.py RANK FAILURE ARGUMENT...
+
+FAILURE is what happens on that rank after 100 steps: `raise`, an exception that nobody
+foresaw; `model`, a parameter that is no number; or a number in the place of the loss.
+"""
+
+import math
+import sys
+
+from mpilm.cli import main
+from mpilm.train import Trainer
+
+rank, failure, *arguments = sys.argv[1:]
+record = Trainer.record
+
+
+def inject(trainer: Trainer, samples: int, loss: float) -> None:
+    if trainer.world.rank == int(rank) and trainer.totals.step >= 100:
+        if failure == "raise":
+            raise RuntimeError("the disk\ncaught fire")
+        if failure == "model":
+            trainer.learner.theta[0] = math.nan
+        else:
+            loss = float(failure)
+    record(trainer, samples, loss)
+
+
+Trainer.record = inject
+sys.exit(main(arguments))

@@ -1,0 +1,246 @@
+"""Gossip block momentum against explicit group matrices, and its special cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpilm.errors import ConfigError
+from mpilm.strategies.gossip_bmuf import cut
+from mpilm.topology import random_groups
+from mpilm.world.faults import Faults
+from mpilm.world.machine import Machine
+from tests.strategies.fleets import LAYOUT, P, fleet, thetas
+
+NOISY = {"noise": 0.5, "momentum": 0.5}
+ONE_BY_ONE = Machine(eager_bytes=0)  # a message is sent only once it is received
+
+
+def group_matrix(seed, block, component, size, group_size):
+    """Return the mixing matrix of a component in a block, (K, K)."""
+    matrix = np.zeros((size, size))
+    for group in random_groups(seed, block, component, size, group_size):
+        matrix[np.ix_(group, group)] = 1.0 / len(group)
+    return matrix
+
+
+def reference(
+    size,
+    *,
+    steps,
+    period,
+    group_size,
+    components,
+    eta,
+    zeta,
+    nesterov,
+    mix="starts",
+    delay=0,
+    filtered=True,
+):
+    """Return all models and final models, in float64, from the equations."""
+    ranks = fleet("local", size, steps=0)
+    theta = thetas(ranks).astype(np.float64)
+    targets = np.stack([rank.learner.target for rank in ranks]).astype(np.float64)
+    g, delta, W = theta.copy(), np.zeros_like(theta), theta.copy()
+    parts = cut(LAYOUT, components)
+    pending = None
+    for step in range(1, steps + 1):
+        theta = theta - 0.125 * (theta - targets)
+        if pending and step == pending[0]:
+            theta = theta + g - pending[1]
+            pending = None
+        if step % period:
+            continue
+        w = theta.copy()
+        for component, slices in enumerate(parts):
+            T = group_matrix(1, step // period, component, size, group_size)
+            for c in slices:
+                if not filtered:
+                    g[:, c] = T @ w[:, c]
+                    continue
+                wbar = T @ w[:, c]
+                gbar = g[:, c] if mix == "models" else T @ g[:, c]
+                before = T @ delta[:, c] if mix == "momenta" else delta[:, c]
+                delta[:, c] = eta * before + zeta * (wbar - gbar)
+                if nesterov:
+                    W[:, c] = gbar + zeta * (wbar - gbar)
+                    g[:, c] = W[:, c] + eta * delta[:, c]
+                else:
+                    W[:, c] = g[:, c] = gbar + delta[:, c]
+        if delay:
+            pending = (step + delay, w)
+        else:
+            theta = g.copy()
+    return theta, (W if filtered else theta).mean(axis=0)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize(
+    ("size", "group_size", "components", "variant"),
+    [
+        (4, 2, "layers", ("nesterov", "starts")),
+        (4, 2, "layers", ("classical", "starts")),
+        (6, 3, "layers", ("nesterov", "momenta")),
+        (5, 2, 7, ("classical", "momenta")),
+        (7, 3, 3, ("nesterov", "models")),
+        (4, 3, "whole", ("classical", "models")),
+    ],
+)
+def test_ten_rounds_against_group_matrices(
+    size, group_size, components, variant, delay
+):
+    momentum, mix = variant
+    settings = {"period": 4, "group_size": group_size, "components": components}
+    settings |= {"eta": 0.4, "zeta": 1.1, "mix": mix, "delay": delay}
+    ranks = fleet("gossip_bmuf", size, steps=43, momentum=momentum, **settings)
+    expected, final = reference(
+        size, steps=43, nesterov=momentum == "nesterov", **settings
+    )
+    np.testing.assert_allclose(thetas(ranks), expected, atol=5e-5)
+    for rank in ranks:
+        np.testing.assert_allclose(rank.final, final, atol=5e-5)
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_without_the_filter_it_averages_in_groups(delay):
+    settings = {"period": 4, "group_size": 2, "components": "layers", "delay": delay}
+    ranks = fleet("gossip_bmuf", 4, steps=40 + delay, filter=False, **settings)
+    ignored = {"eta": 0.0, "zeta": 1.0, "nesterov": False}
+    expected, final = reference(
+        4, steps=40 + delay, filtered=False, **settings, **ignored
+    )
+    np.testing.assert_allclose(thetas(ranks), expected, atol=1e-5)
+    np.testing.assert_allclose(ranks[0].final, final, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", ["classical", "nesterov"])
+@pytest.mark.parametrize("components", ["whole", "layers"])
+def test_one_group_of_all_ranks_is_bmuf(momentum, components):
+    settings = {"period": 5, "momentum": momentum, "steps": 50, "learner": NOISY}
+    gossip = fleet("gossip_bmuf", 4, group_size=4, components=components, **settings)
+    blocks = fleet("bmuf", 4, **settings)
+    np.testing.assert_allclose(thetas(gossip), thetas(blocks), atol=2e-5)
+    np.testing.assert_allclose(gossip[0].final, blocks[0].final, atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"delay": 2}, {"filter": False}])
+def test_one_rank_is_local_to_the_bit(settings):
+    one = fleet("gossip_bmuf", 1, learner=NOISY, period=3, **settings)
+    local = fleet("local", 1, learner=NOISY)
+    assert np.array_equal(thetas(one), thetas(local))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"group_size": 5}, "groups of 5 cannot be made of 4 ranks: at most 4"),
+        ({"components": 41}, "41 slices of 40 parameters: at most 40"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(settings, text):
+    with pytest.raises(ConfigError, match=text) as error:
+        fleet("gossip_bmuf", 4, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_tied_weights_are_in_one_component():
+    words = LAYOUT.components["words"]
+    assert len(words) == 2
+    assert words in cut(LAYOUT, "layers")
+
+
+@pytest.mark.parametrize("components", ["layers", "whole", 1, 6, 40])
+def test_components_cover_the_model_once(components):
+    count = np.zeros(P, int)
+    for slices in cut(LAYOUT, components):
+        for where in slices:
+            count[where] += 1
+    assert (count == 1).all()
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize(("group_size", "mix"), [(2, "starts"), (3, "models")])
+def test_bytes_are_as_declared(group_size, mix, delay):
+    blocks, vectors = 5, {"models": 1, "starts": 2}[mix]
+    settings = {"period": 4, "group_size": group_size, "mix": mix, "delay": delay}
+    ranks = fleet("gossip_bmuf", 6, steps=4 * blocks + 2, **settings)
+    expected = blocks * vectors * 4 * P * (group_size - 1)
+    for rank in ranks:
+        assert (rank.bytes_sent, rank.bytes_received) == (expected, expected)
+
+
+@pytest.mark.parametrize("save_at", [11, 12, 13, 15])
+@pytest.mark.parametrize("delay", [0, 3])
+@pytest.mark.parametrize("settings", [{}, {"filter": False}, {"mix": "momenta"}])
+def test_resumed_is_uninterrupted_to_the_bit(settings, delay, save_at):
+    settings = {"period": 6, "delay": delay, "steps": 25, "learner": NOISY, **settings}
+    untouched = fleet("gossip_bmuf", 4, **settings)
+    whole = fleet("gossip_bmuf", 4, save_at=save_at, **settings)
+    resumed = fleet("gossip_bmuf", 4, resume=whole, **settings)
+    assert np.array_equal(thetas(whole), thetas(untouched))
+    assert np.array_equal(thetas(resumed), thetas(whole))
+    assert np.array_equal(resumed[0].final, whole[0].final)
+    counts = [rank.strategy.accounts()["partners"].tolist() for rank in whole]
+    again = [rank.strategy.accounts()["partners"].tolist() for rank in resumed]
+    assert again == counts
+
+
+@pytest.mark.parametrize("machine", [None, ONE_BY_ONE])
+@pytest.mark.parametrize("group_size", [2, 3, 5])
+def test_no_deadlock_whatever_the_groups_and_the_pace(group_size, machine):
+    faults = Faults(slow={"0": 30.0, "3": 4.0})
+    settings = {"period": 2, "group_size": group_size, "components": 7}
+    slow = fleet("gossip_bmuf", 7, machine=machine, faults=faults, **settings)
+    even = fleet("gossip_bmuf", 7, **settings)
+    assert np.array_equal(thetas(slow), thetas(even))  # time changes no bit
+
+
+def test_a_slow_rank_delays_its_partners_only():
+    period, slow = 4, 0
+    settings = {"period": period, "components": "whole", "steps": period}
+    machine = Machine(step_s=1.0)
+    ranks = fleet(
+        "gossip_bmuf", 6, machine=machine, faults=Faults(slow={"0": 10.0}), **settings
+    )
+    group = next(g for g in random_groups(1, 1, 0, 6, 2) if slow in g)
+    for number, rank in enumerate(ranks):
+        pace = 10.0 if number in group else 1.0
+        assert rank.seconds == pytest.approx(pace * period, rel=0.05)
+
+
+def test_a_delay_hides_the_messages_behind_computing():
+    machine = Machine(step_s=1.0, bandwidth_Bps=160.0)  # about 2 s to exchange 8P bytes
+    settings = {"period": 5, "components": "whole", "steps": 30, "machine": machine}
+    blocking = fleet("gossip_bmuf", 4, **settings)
+    hidden = fleet("gossip_bmuf", 4, delay=4, **settings)
+    assert blocking[0].seconds > 40.0
+    assert hidden[0].seconds == pytest.approx(30.0, rel=0.01)
+
+
+def test_partners_are_counted_and_symmetric():
+    ranks = fleet("gossip_bmuf", 5, steps=20, period=2, components=3)
+    accounts = [rank.strategy.accounts() for rank in ranks]
+    partners = np.stack([account["partners"] for account in accounts])
+    assert np.array_equal(partners, partners.T)
+    assert (np.diag(partners) == 0).all()
+    assert partners.sum() >= 5 * 10 * 3
+    assert accounts[0]["mixes"] == 10
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("momentum", ["classical", "nesterov"])
+def test_the_quadratic_reaches_the_mean_minimum(momentum, delay):
+    settings = {"period": 5, "momentum": momentum, "delay": delay}
+    ranks = fleet("gossip_bmuf", 6, steps=500, **settings)
+    minimum = np.mean([rank.learner.target for rank in ranks], axis=0)
+    np.testing.assert_allclose(ranks[0].final, minimum, atol=1e-4)
+
+
+def test_delays_spread_through_chains_of_partners():
+    settings = {"steps": 40, "period": 10, "machine": Machine(step_s=1.0)}
+    settings["faults"] = Faults(slow={"0": 10.0})
+    whole = fleet("gossip_bmuf", 16, components="whole", **settings)
+    layers = fleet("gossip_bmuf", 16, components="layers", **settings)
+    assert sum(rank.seconds < 41.0 for rank in whole) == 8
+    assert sum(rank.seconds < 41.0 for rank in layers) == 0

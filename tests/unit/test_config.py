@@ -1,0 +1,92 @@
+"""The configuration: what it accepts, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpilm.config import SECTIONS, read_config, resolve, settings
+from mpilm.errors import ConfigError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_toml_round_trip_gives_an_equal_configuration(tmp_path):
+    first = resolve(
+        {
+            "train": {"samples": 5000, "batch": 4},
+            "strategy": {"name": "model_averaging", "period": 3},
+            "optim": {"name": "adamw", "lr": 0.25},
+            "faults": {"slow": {"1": 2.5}},
+        }
+    )
+    again = read_config(write(tmp_path, first.to_toml()))
+    assert again == first
+    assert again.strategy.settings.period == 3
+    assert again.optim.settings.lr == 0.25
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("train.samples=123", "train", "samples", 123),
+        ("data.corpus=some/where.h5", "data", "corpus", "some/where.h5"),
+        ("train.test=false", "train", "test", False),
+        ("optim.lr=2", "optim", "lr", 2.0),
+    ],
+)
+def test_set_reaches_every_kind_of_value(tmp_path, override, section, key, value):
+    config = read_config(write(tmp_path, ""), [override])
+    part = getattr(config, section)
+    assert getattr(getattr(part, "settings", part), key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("[trian]\n", [], ["trian", "did you mean 'train'"]),
+        ("[train]\nsampels = 3\n", [], ["sampels", "did you mean 'samples'"]),
+        ("[train]\nbatch = 'x'\n", [], ["train.batch", "int"]),
+        ("[train]\nbatch = 0\n", [], ["train.batch", ">= 1"]),
+        ("[strategy]\nname = 'nope'\n", [], ["strategy.name", "nope", "allreduce"]),
+        ("train = 3\n", [], ["[train]"]),
+        ("[train\n", [], ["not TOML"]),
+        ("", ["train.batch"], ["section.key=value"]),
+        ("", ["nosuch.key=1"], ["nosuch"]),
+        ("", ["train.batch=-1"], ["train.batch", ">= 1"]),
+        ("", ["optim.lr=fast"], ["optim.lr", "float"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_key(tmp_path, text, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        read_config(write(tmp_path, text), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_missing_and_non_text_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file"):
+        read_config(tmp_path / "none.toml")
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.toml: not UTF-8"):
+        read_config(binary)
+
+
+def test_a_new_name_keeps_what_it_knows_and_says_what_it_drops(tmp_path):
+    path = write(tmp_path, "[strategy]\nname = 'model_averaging'\nperiod = 7\n")
+    config = read_config(path, ["strategy.name=allreduce"])
+    assert config.strategy.name == "allreduce"
+    assert config.notes == ("strategy.name=allreduce has no setting period: left out",)
+
+
+def test_every_setting_has_a_line_of_help():
+    rows = list(settings())
+    assert {row.section for row in rows} == set(SECTIONS)
+    undocumented = [f"{r.section}.{r.key}" for r in rows if not r.text]
+    assert undocumented == []

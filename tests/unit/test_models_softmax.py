@@ -1,0 +1,114 @@
+"""The fused softmax and cross-entropy against torch's and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mpilm.models import softmax
+from mpilm.models.softmax import Softmax, chunks, linear_cross_entropy, linear_nll
+
+
+def draw_problem(num_rows, num_inputs, num_words, *, padding=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(num_rows)
+    x = torch.randn(num_rows, num_inputs, generator=generator, dtype=dtype)
+    weight = torch.randn(num_words, num_inputs, generator=generator, dtype=dtype)
+    bias = torch.randn(num_words, generator=generator, dtype=dtype)
+    targets = torch.randint(num_words, (num_rows,), generator=generator)
+    targets[torch.randperm(num_rows, generator=generator)[:padding]] = -1
+    leaves = [value.requires_grad_() for value in (x, weight, bias)]
+    return *leaves, targets
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize(
+    "shape_and_padding",
+    [(300, 16, 50, 0), (300, 16, 50, 77), (1, 4, 3, 0), (65, 1, 1, 5), (500, 8, 2, 9)],
+)
+def test_loss_and_gradients_match_float64(monkeypatch, shape_and_padding, onednn):
+    *shape, padding = shape_and_padding
+    if onednn and softmax.ONEDNN_LINEAR is None:
+        pytest.skip("this torch has no oneDNN")
+    if not onednn:
+        monkeypatch.setattr(softmax, "ONEDNN_LINEAR", None)
+    monkeypatch.setattr(softmax, "MIN_CHUNK_ROWS", 64)
+    monkeypatch.setitem(softmax.CHUNK_BYTES, "cpu", 4)
+    *leaves, targets = draw_problem(*shape, padding=padding)
+    loss = linear_cross_entropy(*leaves, targets)
+    (2.5 * loss).backward()
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = F.linear(*exact)
+    expected = F.cross_entropy(logits, targets, ignore_index=-1)
+    (2.5 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    for leaf, exact_leaf in zip(leaves, exact, strict=True):
+        scale = exact_leaf.grad.abs().max().item() + 1e-12
+        assert (leaf.grad - exact_leaf.grad).abs().max().item() <= 2e-6 * scale + 1e-9
+    total = linear_nll(*[leaf.detach() for leaf in leaves], targets)
+    assert total.dtype == torch.float64
+    assert total.item() == pytest.approx(
+        expected.item() * (shape[0] - padding), rel=1e-6
+    )
+
+
+def test_gradcheck_in_float64(monkeypatch):
+    monkeypatch.setattr(softmax, "MIN_CHUNK_ROWS", 3)
+    monkeypatch.setitem(softmax.CHUNK_BYTES, "cpu", 4)
+    *leaves, targets = draw_problem(8, 3, 5, padding=2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: linear_cross_entropy(*inputs, targets), leaves
+    )
+
+
+def test_far_apart_logits_give_a_finite_exact_loss():
+    x = torch.tensor([[1.0], [1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [500.0], [-500.0]])
+    bias = torch.zeros(3)
+    loss = linear_cross_entropy(x, weight, bias, torch.tensor([2, 1]))
+    loss.backward()
+    assert loss.item() == 500.0  # the mean of 1000 and 0
+    assert x.grad.tolist() == [[500.0], [0.0]]
+
+
+def test_no_target_at_all_costs_nothing():
+    *leaves, targets = draw_problem(10, 4, 6, padding=10)
+    loss = linear_cross_entropy(*leaves, targets)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(leaf.grad.abs().max() == 0.0 for leaf in leaves)
+
+
+def test_not_a_number_comes_through():
+    *leaves, targets = draw_problem(10, 4, 6)
+    with torch.no_grad():
+        leaves[1][0, 0] = torch.nan
+    assert linear_cross_entropy(*leaves, targets).isnan()
+
+
+@pytest.mark.parametrize("target", [6, -2])
+def test_targets_outside_the_vocabulary_are_refused(target):
+    *leaves, targets = draw_problem(10, 4, 6)
+    targets[3] = target
+    with pytest.raises((RuntimeError, IndexError)):
+        linear_cross_entropy(*leaves, targets)
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, 10), (700, 10_000), (64, 200_000)])
+def test_chunks_cover_all_rows_once(rows, words):
+    found = list(chunks(rows, words, torch.device("cpu")))
+    covered = [row for part in found for row in range(rows)[part]]
+    assert covered == list(range(rows))
+    lengths = {part.stop - part.start for part in found}
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_the_layer_has_one_loss_with_and_without_gradient():
+    layer = Softmax(4, 6)
+    torch.nn.init.normal_(layer.weight)
+    x, _, _, targets = draw_problem(10, 4, 6, padding=3)
+    with torch.no_grad():
+        without = layer(x, targets)
+    assert without.item() == pytest.approx(layer(x, targets).item(), rel=1e-6)
+    expected = F.cross_entropy(layer.logits(x), targets, ignore_index=-1)
+    assert without.item() == pytest.approx(expected.item(), rel=1e-6)
