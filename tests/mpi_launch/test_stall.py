@@ -13,12 +13,14 @@ def test_a_rank_that_computes_too_long(launch: Launch) -> None:
         """
         with MpiWorld(stall_s=1.0) as world:
             if world.rank == 1:
-                time.sleep(2.5)
+                time.sleep(7.0)
             world.comm.Allreduce(IN_PLACE, x)
         """,
     )
     assert run.returncode == 0
-    assert len(run.said) >= 2  # at 1 s and 2 s; rank 2 waits as well: one reports
+    # At 1, 2 and 4 s, or fewer where ranks 0 and 2 come late on a busy machine. Rank 2
+    # waits as well: one reports.
+    assert 2 <= len(run.said) <= 3
     for line in run.said:
         assert re.fullmatch(r"rank 0: waiting \d s in Allreduce for rank 1", line)
 
@@ -31,7 +33,7 @@ def test_rank_0_is_missing_from_a_group(launch: Launch) -> None:
         with MpiWorld(stall_s=1.0) as world:
             turned = world.comm.Split(0, key=-world.rank)
             if world.rank % 3 == 0:
-                time.sleep(1.8)
+                time.sleep(4.0)
             turned.Iallreduce(IN_PLACE, x).Wait()
         """,
     )
