@@ -1,17 +1,16 @@
-"""Perplexity of a model on a split, and text from it."""
+"""How good a model is on a split."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpilm.data.hdf5 import Corpus, read_tokens
-from mpilm.data.streams import EvaluationStreams
-from mpilm.errors import DataError
 from mpilm.strategies import Strategy
 from mpilm.strategies.ema import Ema
 from mpilm.world.base import IN_PLACE, World
@@ -19,39 +18,69 @@ from mpilm.world.base import IN_PLACE, World
 if TYPE_CHECKING:
     from mpilm.config import TrainConfig
     from mpilm.learner import Learner
+    from mpilm.task import Task
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is on a split.
+
+    loss   mean negative log-likelihood of a sample, nats
+    error  share of samples whose class was not the likeliest; NaN: not measured
+    """
+
+    loss: float
+    error: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    def __str__(self) -> str:
+        if math.isnan(self.error):
+            return f"perplexity {self.perplexity:.2f}"
+        return f"frame error {self.error:.2%}, cross-entropy {self.loss:.4f}"
 
 
 def evaluate(
-    learner: Learner, corpus: Corpus, split: str, train: TrainConfig, world: World
-) -> float:
-    """Return the perplexity of the learner's model on `split`.
+    learner: Learner, task: Task, split: str, train: TrainConfig, world: World
+) -> Quality:
+    """Return how good the learner's model is on `split`.
 
         perplexity = exp( -(1/N) sum_n ln p(w_n | w_<n) )
 
-    The split is cut into `train.eval_streams` sequences, whatever the number of ranks,
-    and every rank evaluates some of them; every word is predicted exactly once. So the
-    result does not depend on the number of ranks, but for rounding.
+    The split is cut into pieces that do not depend on the number of ranks, and every
+    rank evaluates some of them; every sample counts exactly once. So the result does
+    not depend on the number of ranks, but for rounding.
 
     Raises:
         DataError: the corpus has no such split.
 
-    Communicates: collective, one Allreduce of 16 bytes, blocking.
+    Communicates: collective, one Allreduce of 24 bytes, blocking.
     """
-    if split not in corpus.splits:
-        known = ", ".join(corpus.splits)
-        raise DataError(
-            f"{corpus.path}: no split {split!r} (it has {known})", everywhere=True
-        )
-    streams = EvaluationStreams(
-        corpus.split(split), train.eval_streams, train.unroll, world.rank, world.size
-    )
-    nll_and_count = np.array(learner.evaluate(streams), dtype=np.float64)
-    world.comm.Allreduce(IN_PLACE, nll_and_count)
-    nll, count = nll_and_count
-    try:
-        return math.exp(nll / count)
-    except OverflowError:
-        return math.inf
+    share = task.evaluation(split, train, world.rank, world.size)
+    sums = learner.evaluate(share)
+    errors = sums.errors if sums.num_targets else 0.0
+    total = np.array([sums.nll, sums.num_targets, errors])
+    world.comm.Allreduce(IN_PLACE, total)
+    return quality(*total)
+
+
+def evaluate_alone(
+    learner: Learner, task: Task, split: str, train: TrainConfig
+) -> Quality:
+    """Return how good the learner's model is on all of `split`. No communication."""
+    sums = learner.evaluate(task.evaluation(split, train, 0, 1))
+    return quality(sums.nll, sums.num_targets, sums.errors)
+
+
+def quality(nll: float, count: float, errors: float) -> Quality:
+    """Return the means of sums over a split."""
+    return Quality(float(nll / count), float(errors / count))
 
 
 @contextmanager

@@ -70,9 +70,10 @@ class FlatParameters:
         self.slots = [self._slot(segment, owner, key) for segment, owner, key in places]
         self._move_in()
         self._notify: Callable[[slice], Any] | None = None
+        self._scale = 1.0
         self._pending: set[str] = set()
         for slot in self.slots:
-            slot.parameter.register_post_accumulate_grad_hook(self._hook(slot))
+            slot.parameter.register_hook(self._hook(slot))
 
     def _slot(self, segment: Segment, owner: nn.Module, key: str) -> Slot:
         parameter = owner.get_parameter(key)
@@ -112,23 +113,29 @@ class FlatParameters:
                     " load_state_dict(assign=True)"
                 )
 
-    def backward(self, loss: Tensor, notify: Callable[[slice], Any]) -> None:
-        """Set `grad` to the gradient of `loss`.
+    def backward(
+        self, loss: Tensor, notify: Callable[[slice], Any], scale: float = 1.0
+    ) -> None:
+        """Set `grad` to the gradient of `loss` times `scale`.
+
+        torch would add each gradient to what is there, after zeroing it: two passes
+        over memory more than the copy that the hooks make.
 
         Args:
             notify: called with each segment's slice once, when its gradient is final;
                 at the end for parameters that the loss does not depend on.
         """
-        self.grad.zero_()
         self.attach_grad()
-        self._notify = notify
+        self._notify, self._scale = notify, scale
         self._pending = {slot.segment.name for slot in self.slots}
         try:
-            loss.backward()
+            parameters = [slot.parameter for slot in self.slots]
+            torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
             self._notify = None
         for slot in self.slots:
             if slot.segment.name in self._pending:
+                slot.grad.zero_()
                 notify(slot.segment.slice)
 
     def attach_grad(self) -> None:
@@ -136,11 +143,18 @@ class FlatParameters:
         for slot in self.slots:
             slot.parameter.grad = slot.grad
 
-    def _hook(self, slot: Slot) -> Callable[[Tensor], None]:
-        def gradient_is_final(_: Tensor) -> None:
-            if self._notify is not None:
-                self._pending.discard(slot.segment.name)
-                self._notify(slot.segment.slice)
+    def _hook(self, slot: Slot) -> Callable[[Tensor], Tensor | None]:
+        def gradient_is_final(grad: Tensor) -> Tensor | None:
+            if self._notify is None:  # somebody else's backward pass
+                return None
+            dense = grad.to_dense() if grad.is_sparse else grad
+            if self._scale == 1.0:
+                slot.grad.copy_(dense)
+            else:
+                torch.mul(dense, self._scale, out=slot.grad)
+            self._pending.discard(slot.segment.name)
+            self._notify(slot.segment.slice)
+            return grad.new_zeros(()).expand_as(grad)  # frees it: nobody needs it more
 
         return gradient_is_final
 

@@ -15,8 +15,9 @@ alone. (A generator of its own for each learner would not reach nn.LSTM's dropou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,19 @@ def run_now(work: Callable[[Notify], T], ready: Notify | None = None) -> T:
 
 def _ignore(part: Any) -> None:
     pass
+
+
+class Sums(NamedTuple):
+    """What a model made of some minibatches.
+
+    nll          negative log-likelihood of the targets, nats
+    num_targets  how many there were
+    errors       targets that were not the likeliest class; NaN: not measured
+    """
+
+    nll: float
+    num_targets: int
+    errors: float
 
 
 class Learner:
@@ -94,10 +108,13 @@ class Learner:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._lr_ratios = [rate / rates[0] if rates[0] else 1.0 for rate in rates]
 
-    def gradient(self, ready: Notify | None = None) -> float | Tensor:
+    def gradient(
+        self, ready: Notify | None = None, *, scale: float = 1.0
+    ) -> float | Tensor:
         """Draw the next minibatch; set `grad` at theta; return the mean loss.
 
         Args:
+            scale: `grad` is the gradient times this.
             ready: called with each segment's slice, once, when its gradient is final.
 
         Returns:
@@ -107,13 +124,19 @@ class Learner:
             ModelError: the parameters are not views of theta any more.
         """
         batch = self._to_device(self.batches.next())  # may wait for a lease
-        return self._compute(lambda notify: self._differentiate(batch, notify), ready)
 
-    def _differentiate(self, batch: Any, notify: Notify) -> float | Tensor:
+        def work(notify: Notify) -> float | Tensor:
+            return self._differentiate(batch, notify, scale)
+
+        return self._compute(work, ready)
+
+    def _differentiate(
+        self, batch: Any, notify: Notify, scale: float
+    ) -> float | Tensor:
         self._parameters.check()
         self._random.put_in_place()
         loss = self._loss(self.model, batch)
-        self._parameters.backward(loss, notify)
+        self._parameters.backward(loss, notify, scale)
         self.samples += int(batch.num_samples)
         return loss.detach() if loss.is_cuda else loss.item()
 
@@ -150,31 +173,37 @@ class Learner:
             group["lr"] = ratio * value
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Any]) -> tuple[float, int]:
-        """Return summed negative log-likelihood in nats and number of targets.
+    def evaluate(self, batches: Iterable[Any]) -> Sums:
+        """Return what the model makes of `batches`, summed.
 
-        The sum is `model.nll(minibatch)`, 0-d float64, or where a model has none the
-        mean loss times `num_samples`. Training goes on afterwards as if nothing had
-        been: modes and carried state are put back, and no random numbers drawn.
+        The sums are of `model.nll(minibatch)`, 0-d float64, or a pair with the number
+        of wrong guesses; where a model has none, the mean loss times `num_samples`.
+        Training goes on afterwards as if nothing had been: modes and carried state are
+        put back, and no random numbers drawn.
         """
         self._parameters.check()
         modes = [(module, module.training) for module in self.model.modules()]
         carried = self._carried()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        nll = torch.zeros((), dtype=torch.float64, device=self.device)
+        errors: Any = None
         count = 0
         self.model.eval()
         self._load_carried(())
         try:
             for batch in batches:
-                total += self._nll(self._to_device(batch))
+                found = self._nll(self._to_device(batch))
+                if isinstance(found, tuple):
+                    errors = found[1] + (0 if errors is None else errors)
+                    found = found[0]
+                nll += found
                 count += int(batch.num_samples)
         finally:
             for module, training in modes:
                 module.training = training
             self._load_carried(carried)
-        return total.item(), count
+        return Sums(nll.item(), count, math.nan if errors is None else float(errors))
 
-    def _nll(self, batch: Any) -> Tensor:
+    def _nll(self, batch: Any) -> Any:
         nll = getattr(self.model, "nll", None)
         if nll is not None:
             return nll(batch)

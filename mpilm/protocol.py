@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,18 +86,22 @@ class ProtocolLearner:
         difference = self.theta - self.target
         return 0.5 * float(difference @ difference)
 
-    def gradient(self, ready: Callable[[slice], None] | None = None) -> float:
+    def gradient(
+        self, ready: Callable[[slice], None] | None = None, *, scale: float = 1.0
+    ) -> float:
         """Set `grad` by (2) at theta, last layers first; return the loss (1)."""
-        loss = self.compute(self._work, ready)
+        loss = self.compute(partial(self._work, scale=scale), ready)
         self.samples += self.samples_per_step
         return loss
 
-    def _work(self, notify: Callable[[slice], None]) -> float:
+    def _work(self, notify: Callable[[slice], None], *, scale: float) -> float:
         np.subtract(self.theta, self.target, out=self.grad)
         loss = 0.5 * float(self.grad @ self.grad)
         if self.noise:
             xi = self.random.standard_normal(self.grad.size, dtype=np.float32)
             self.grad += np.float32(self.noise) * xi
+        if scale != 1.0:
+            self.grad *= np.float32(scale)
         for part in self._parts:
             notify(part)
         return loss

@@ -21,13 +21,10 @@ from typing import TYPE_CHECKING, Any
 from mpilm import __version__
 from mpilm.checkpoint import load_shared
 from mpilm.config import Config, read_config, tomllib
-from mpilm.data.hdf5 import Corpus
-from mpilm.data.pool import PoolBatches
-from mpilm.data.streams import Streams
 from mpilm.errors import CheckpointError
 from mpilm.files import reason, replace_file
 from mpilm.optim.schedules import Schedule, build_schedule
-from mpilm.world.base import World
+from mpilm.task import Task
 
 if TYPE_CHECKING:
     from mpilm.learner import Learner
@@ -65,16 +62,15 @@ class RunFolder:
                 " starts a new one"
             )
 
-    def describe(self, config: Config, corpus: Corpus) -> None:
+    def describe(self, config: Config, task: Task) -> None:
         """Write the configuration and the vocabulary.
 
         Raises:
             CheckpointError: they cannot be written; earlier ones stand.
         """
-        words = {"level": corpus.level, "words": corpus.vocabulary}
         try:
             replace_file(self.config, config.to_toml().encode())
-            replace_file(self.vocabulary, json.dumps(words).encode())
+            replace_file(self.vocabulary, json.dumps(task.description()).encode())
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot write: {reason(error)}"
@@ -131,33 +127,10 @@ def require_same(config: Config, saved: str, checkpoint: Path) -> None:
             )
 
 
-def make_batches(
-    config: Config, corpus: Corpus, world: World, *, lockstep: bool
-) -> Streams | PoolBatches:
-    """Return this rank's source of training minibatches.
-
-    Raises:
-        DataError: too little data for so many ranks.
-    """
-    train, data = config.train, config.data
-    tokens = corpus.split("train")
-    if data.source == "shards":
-        return Streams(tokens, train.batch, train.unroll, world.rank, world.size)
-    return PoolBatches(
-        tokens,
-        train.batch,
-        train.unroll,
-        data.chunk_windows,
-        world.rank,
-        world.size,
-        seed=train.seed,
-        world=None if lockstep else world,
-    )
-
-
 def make_learner(
     config: Config,
-    num_words: int,
+    num_inputs: int,
+    num_outputs: int,
     batches: Any,
     *,
     device: str,
@@ -176,7 +149,8 @@ def make_learner(
     from mpilm.optim.build import build_optimizer
 
     torch.set_num_threads(config.train.threads)
-    model = build_model(config.model, num_words, seed=config.train.seed)
+    sizes = (num_inputs, num_outputs)
+    model = build_model(config.model, *sizes, seed=config.train.seed)
     return Learner(
         model,
         batches,
@@ -232,6 +206,7 @@ class TrainedModel:
         """Return a learner that holds the model, without data."""
         learner = make_learner(
             self.config,
+            len(self.vocabulary),
             len(self.vocabulary),
             batches=None,
             device=device,

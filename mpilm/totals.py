@@ -24,6 +24,7 @@ class Totals:
     loss_sum: float = 0.0  # of logged minibatches since the last evaluation
     loss_count: int = 0
     valid_perplexity: float = math.nan  # the last one measured
+    valid_error: float = math.nan  # share of wrong frames; NaN for text
     ema_valid_perplexity: float = math.nan  # of the moving average, if there is one
 
 

@@ -14,26 +14,25 @@ import numpy as np
 
 from mpilm.checkpoint import Checkpoints
 from mpilm.config import Config
-from mpilm.data.hdf5 import Corpus
 from mpilm.data.pool import PoolBatches
-from mpilm.errors import CheckpointError, ConfigError, DivergenceError, MpilmError
-from mpilm.evaluate import evaluate, swapped
+from mpilm.errors import CheckpointError, DivergenceError, MpilmError
+from mpilm.evaluate import Quality, evaluate, swapped
 from mpilm.progress import Progress, clock, count
 from mpilm.run import (
     RunFolder,
-    make_batches,
     make_learner,
     make_schedule,
     require_same,
     versions,
 )
 from mpilm.runlog import RunLog, write_summary
-from mpilm.signals import StopRequest, StopVote
+from mpilm.signals import MEET, STOP, StopRequest, Vote
 from mpilm.state_file import State
 from mpilm.strategies import STRATEGIES, Strategy
 from mpilm.strategies.ema import Ema
+from mpilm.task import open_task
 from mpilm.totals import Meter, Totals
-from mpilm.world.base import World
+from mpilm.world.base import IN_PLACE, MAX, World
 
 LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
 LOG_FIELDS = {
@@ -70,11 +69,8 @@ class Trainer:
         self.config, self.world, self.folder = config, world, RunFolder(out)
         kind = STRATEGIES[config.strategy.name]
         with world.together():
-            self.corpus = Corpus.open(config.data.corpus)
-            lockstep = kind.lockstep
-            if not lockstep:
-                refuse_meetings(config)
-            self.batches = make_batches(config, self.corpus, world, lockstep=lockstep)
+            self.task = open_task(config.data.corpus)
+            self.batches = self.task.batches(config, world, lockstep=kind.lockstep)
             self.schedule = make_schedule(config)
             self.folder.claim(resume=resume)
         keep = config.checkpoint.keep
@@ -84,7 +80,8 @@ class Trainer:
         with world.together():
             self.learner = make_learner(
                 config,
-                len(self.corpus.vocabulary),
+                self.task.num_inputs,
+                self.task.num_outputs,
                 self.batches,
                 device=world.device(config.train.device),
                 seed=config.train.seed + world.rank,
@@ -92,7 +89,6 @@ class Trainer:
             )
             self.strategy.require(self.learner)
         self.totals = Totals()
-        self.validated_at = -1
         self.failure: MpilmError | None = None  # will stop all ranks in order
         self.batches.start()
         self.strategy.start(self.learner)
@@ -103,8 +99,11 @@ class Trainer:
             if saved:
                 self.restore(saved)
             if world.rank == 0:
-                self.folder.describe(config, self.corpus)
+                self.folder.describe(config, self.task)
         self.meter = Meter(world, self.totals)
+        self.validations = Milestones(config.train.valid_every, self.samples)
+        self.savings = Milestones(config.checkpoint.every, self.samples)
+        self.is_validated = False  # the model has not changed since it was
         with world.together():
             path = self.folder.log(world.rank)
             step = self.totals.step
@@ -117,7 +116,7 @@ class Trainer:
 
     def introduction(self) -> Iterator[str]:
         """Yield what a person wants to know before it begins."""
-        config, corpus = self.config, self.corpus
+        config, task = self.config, self.task
         left_out = self.batches.num_dropped
         yield (
             f"{config.model.name} of {self.learner.layout.size:,} parameters,"
@@ -125,7 +124,7 @@ class Trainer:
             f" ({self.learner.device.type})"
         )
         yield (
-            f"{corpus.path}: {len(corpus.split('train')):,} training tokens,"
+            f"{task.path}: {task.num_train:,} training {task.sample}s,"
             f" {left_out:,} at the ends of the streams left out"
         )
         for note in config.notes:
@@ -153,9 +152,8 @@ class Trainer:
         """
         config, totals, learner = self.config, self.totals, self.learner
         strategy, stop = self.strategy, stop or StopRequest()
-        stopped = False
         with self.progress, self.log:
-            vote = StopVote(
+            vote = Vote(
                 self.world,
                 every=max(config.checkpoint.vote_every, strategy.stride),
                 request=stop,
@@ -166,36 +164,63 @@ class Trainer:
                 learner.lr = self.schedule.lr(samples)
                 loss = strategy.step(learner)
                 totals.step += 1
-                before, samples = samples, self.samples
+                samples = self.samples
+                self.is_validated = False
                 if totals.step % config.train.log_every == 0:
                     self.record(samples, float(loss))
-                if crossed(config.train.valid_every, before, samples):
-                    self.validate()
-                if crossed(config.checkpoint.every, before, samples):
-                    self.save()
+                is_due = self.validations.due(samples) or self.savings.due(samples)
+                if is_due and strategy.lockstep:
+                    self.meet(samples)
                 if self.failure:
                     stop.requested = "failure"
-                if vote.poll(totals.step):
-                    stopped = True
+                outcome = vote.poll(totals.step, meet=is_due and not strategy.lockstep)
+                if outcome == MEET:
+                    self.gather()
+                if outcome == STOP:
                     break
             strategy.retire(learner)
-            stopped = vote.finish() or stopped
+            vote.finish(self.gather_retired)
             strategy.finish(learner)
             self.meter.mark()
             with self.world.together():
                 if self.failure:
                     raise self.failure
-            if not stopped:
+            if not vote.stopped:
                 self.validate()
             self.save()
             self.batches.close()
-        if stopped:
+        if vote.stopped:
             self.progress.line(
                 f"stopped early at {samples:,} samples; --resume goes on from here"
             )
             return False
         self.summarise()
         return True
+
+    def meet(self, samples: int) -> None:
+        """Validate and write a checkpoint, if it is time. Collective.
+
+        Args:
+            samples: how far the ranks are; the same on all of them.
+        """
+        if self.validations.pass_(samples):
+            self.validate()
+        if self.savings.pass_(samples):
+            self.save()
+
+    def gather(self) -> None:
+        """Bring ranks that are out of lockstep together to `meet`. Collective."""
+        with self.aside("gather"):
+            self.strategy.retire(self.learner)
+            self.strategy.finish(self.learner)
+            samples = np.array([self.samples], np.int64)
+            self.world.comm.Allreduce(IN_PLACE, samples, MAX)
+        self.meet(int(samples[0]))
+
+    def gather_retired(self) -> None:
+        """`gather` on a rank that takes no more steps: afterwards it answers again."""
+        self.gather()
+        self.strategy.retire(self.learner)
 
     def record(self, samples: int, loss: float) -> None:
         """Write a row of the log and show progress; note a failure for later."""
@@ -233,32 +258,33 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Measure perplexity on the valid split, once a step; tell the schedule.
+        """Measure the model on the valid split; tell the schedule.
 
         Raises:
-            DivergenceError: it is not finite.
+            DivergenceError: its loss is not finite.
 
         Communicates: collective.
         """
-        if self.validated_at == self.totals.step:
+        if self.is_validated and self.strategy.lockstep:
             return
-        self.validated_at = self.totals.step
+        self.is_validated = True
         with self.aside("evaluate"):
-            result = self.perplexity("valid", self.strategy)
+            quality = self.quality("valid", self.strategy)
             if self.ema:
-                average = self.perplexity("valid", self.ema)
-                self.totals.ema_valid_perplexity = average
-        if not math.isfinite(result):
-            raise self.diverged(f"the valid perplexity is {result}")
-        self.totals.valid_perplexity = result
-        self.schedule.observe(math.log(result))
-        self.progress.line(f"valid perplexity {result:.2f}")
+                average = self.quality("valid", self.ema)
+                self.totals.ema_valid_perplexity = average.perplexity
+        if not math.isfinite(quality.perplexity):
+            raise self.diverged(f"the valid perplexity is {quality.perplexity}")
+        self.totals.valid_perplexity = quality.perplexity
+        self.totals.valid_error = quality.error
+        self.schedule.observe(quality.loss)
+        self.progress.line(f"valid {quality}")
 
-    def perplexity(self, split: str, source: Strategy | Ema) -> float:
+    def quality(self, split: str, source: Strategy | Ema) -> Quality:
         """Measure the final model of `source` on a split. Collective."""
         with swapped(self.learner, source):
             return evaluate(
-                self.learner, self.corpus, split, self.config.train, self.world
+                self.learner, self.task, split, self.config.train, self.world
             )
 
     def final_theta(self, source: Strategy | Ema) -> Any:
@@ -285,7 +311,7 @@ class Trainer:
                 self.log.flush()
             shared = {
                 "theta": self.final_theta(self.strategy),
-                "fingerprint": self.corpus.fingerprint,
+                "fingerprint": self.task.fingerprint,
                 "config": self.config.to_toml(),
                 "samples": self.samples,
             }
@@ -313,7 +339,7 @@ class Trainer:
             return None
         shared, own = self.checkpoints.load(newest)
         with self.world.together():
-            if shared["fingerprint"] != self.corpus.fingerprint:
+            if shared["fingerprint"] != self.task.fingerprint:
                 raise CheckpointError(
                     f"{self.config.data.corpus}: its vocabulary is not the one that"
                     f" {newest.path} was trained with"
@@ -342,12 +368,12 @@ class Trainer:
     def summarise(self) -> None:
         """Write `summary.json` and show it. Collective."""
         totals, world, config = self.totals, self.world, self.config
-        test = ema_test = math.nan
-        if config.train.test and "test" in self.corpus.splits:
+        test = ema_test = Quality(math.nan, math.nan)
+        if config.train.test and "test" in self.task.splits:
             with self.meter.aside():
-                test = self.perplexity("test", self.strategy)
+                test = self.quality("test", self.strategy)
                 if self.ema:
-                    ema_test = self.perplexity("test", self.ema)
+                    ema_test = self.quality("test", self.ema)
         everyone = [Totals(**t) for t in world.comm.allgather(asdict(totals))]
         samples = sum(world.comm.allgather(self.learner.samples))
         in_flight_s = sum(t.in_flight_s for t in everyone)
@@ -364,19 +390,22 @@ class Trainer:
             "samples_per_s": samples / max(totals.train_seconds, 1e-9),
             "train_loss": sum(t.loss_sum for t in everyone) / max(loss_count, 1),
             "valid_perplexity": totals.valid_perplexity,
-            "test_perplexity": test,
-            "perplexity_floor": self.corpus.floor,
+            "test_perplexity": test.perplexity,
+            "perplexity_floor": self.task.floor,
             "comm_seconds": blocked_s / world.size,
             "bytes_sent": sum(t.bytes_sent for t in everyone),
             "bytes_received": sum(t.bytes_received for t in everyone),
             "overlap": max(0.0, 1.0 - blocked_s / in_flight_s) if in_flight_s else 0.0,
-            "tokens_left_out": self.batches.num_dropped,
+            f"{self.task.sample}s_left_out": self.batches.num_dropped,
             "device": self.learner.device.type,
             "versions": versions(),
         }
         if self.ema:
             summary["ema_valid_perplexity"] = totals.ema_valid_perplexity
-            summary["ema_test_perplexity"] = ema_test
+            summary["ema_test_perplexity"] = ema_test.perplexity
+        if not math.isnan(totals.valid_error):
+            summary["valid_frame_error"] = totals.valid_error
+            summary["test_frame_error"] = test.error
         if world.rank == 0:
             write_summary(self.folder.summary, summary)
         for text in describe(summary):
@@ -397,28 +426,40 @@ def describe(summary: dict[str, Any]) -> list[str]:
     quality = f"valid perplexity {summary['valid_perplexity']:.2f}"
     if not math.isnan(summary["test_perplexity"]):
         quality += f", test perplexity {summary['test_perplexity']:.2f}"
+    if "valid_frame_error" in summary:
+        quality = f"valid frame error {summary['valid_frame_error']:.2%}"
+        if not math.isnan(summary["test_frame_error"]):
+            quality += f", test frame error {summary['test_frame_error']:.2%}"
     if summary["perplexity_floor"]:
         quality += f", floor {summary['perplexity_floor']:.2f}"
     return [speed, quality]
 
 
-def refuse_meetings(config: Config) -> None:
-    """Raise if `config` wants all ranks to meet while they are out of lockstep.
+class Milestones:
+    """Multiples of a number of samples, and which of them have been passed.
 
-    Raises:
-        ConfigError: one line that names the key.
+    every    samples; 0: there are none
+    samples  how far the run is
+
+    >>> stones = Milestones(100, samples=0)
+    >>> stones.due(99), stones.due(250), stones.pass_(250), stones.due(299)
+    (False, True, True, False)
     """
-    for section, key in (("train", "valid_every"), ("checkpoint", "every")):
-        if getattr(getattr(config, section), key):
-            raise ConfigError(
-                f"{section}.{key}: the ranks of {config.strategy.name} take different"
-                " numbers of steps and meet only at the end or on a signal; set it to 0"
-            )
 
+    def __init__(self, every: int, samples: int) -> None:
+        self.every = every
+        self.passed = samples // every if every else 0
 
-def crossed(every: int, before: int, after: int) -> bool:
-    """Return whether a multiple of `every` lies in (before, after]; never for 0."""
-    return every > 0 and before // every < after // every
+    def due(self, samples: int) -> bool:
+        """Return whether a milestone lies behind that was not passed."""
+        return self.every > 0 and samples // self.every > self.passed
+
+    def pass_(self, samples: int) -> bool:
+        """Pass the milestones up to `samples`; return whether there were any."""
+        found = self.due(samples)
+        if found:
+            self.passed = samples // self.every
+        return found
 
 
 def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

@@ -28,29 +28,30 @@ def eval_(
         corpus: HDF5 corpus; the run's own if not given
         ema: measure the moving average of the models in the place of the last one
     """
-    from mpilm.data.hdf5 import Corpus
     from mpilm.evaluate import evaluate, unigram_perplexity
     from mpilm.run import TrainedModel
+    from mpilm.task import LanguageTask, open_task
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     with MpiWorld() as world, abort_on_error(world):
         with world.together():
             model = TrainedModel.read(run, ema=ema)
-            data = Corpus.open(corpus or model.config.data.corpus)
-            data.split(split)
-            if data.fingerprint != model.fingerprint:
+            task = open_task(corpus or model.config.data.corpus)
+            task.require_split(split)
+            if task.fingerprint != model.fingerprint:
                 raise DataError(
-                    f"{data.path}: its vocabulary is not the one that {run} was"
+                    f"{task.path}: its vocabulary is not the one that {run} was"
                     " trained with"
                 )
             learner = model.learner(world.device())
-        result = evaluate(learner, data, split, model.config.train, world)
+        result = evaluate(learner, task, split, model.config.train, world)
         if world.rank == 0:
-            print(f"{split} perplexity {result:10.2f}")
-            print(f"unigram baseline {unigram_perplexity(data, split):8.2f}")
-            if data.floor is not None:
-                print(f"floor of the language {data.floor:.2f}")
-        data.close()
+            print(f"{split} {result}")
+            if isinstance(task, LanguageTask):
+                unigram = unigram_perplexity(task.corpus, split)
+                print(f"unigram baseline {unigram:.2f}")
+            if task.floor is not None:
+                print(f"floor of the language {task.floor:.2f}")
     return 0
 
 

@@ -20,8 +20,14 @@ class Choice(Protocol):
     def settings(self) -> Any: ...
 
 
-def build_model(choice: Choice, num_words: int, *, seed: int) -> torch.nn.Module:
-    """Return the model for a vocabulary of `num_words`, the same for the same seed.
+def build_model(
+    choice: Choice, num_inputs: int, num_outputs: int, *, seed: int
+) -> torch.nn.Module:
+    """Return a model, the same for the same seed.
+
+    Args:
+        num_inputs: words of the vocabulary, or numbers in a frame.
+        num_outputs: classes of the softmax.
 
     The global random state is as before afterwards.
     """
@@ -30,7 +36,7 @@ def build_model(choice: Choice, num_words: int, *, seed: int) -> torch.nn.Module
         torch.manual_seed(seed)
         if isinstance(config, LstmLmConfig):
             return LstmLm(
-                num_words,
+                num_outputs,
                 embed=config.embed,
                 hidden=config.hidden,
                 layers=config.layers,

@@ -48,9 +48,9 @@ class Allreduce(Strategy):
             loss = learner.gradient()
         else:
             reduction = OverlappedSum(self, learner)
-            loss = learner.gradient(ready=reduction.segment_is_ready)
-            reduction.finish()
-            learner.grad *= 1.0 / self.comm.size  # (1)
+            share = 1.0 / self.comm.size
+            loss = learner.gradient(ready=reduction.segment_is_ready, scale=share)
+            reduction.finish()  # (1)
         learner.update()  # (2)
         self.synchronised(slice(0, learner.layout.size), learner.theta)
         return loss

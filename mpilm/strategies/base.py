@@ -34,10 +34,13 @@ class Learner(Protocol):
     samples: int
     lr: float
 
-    def gradient(self, ready: Callable[[slice], None] | None = None) -> Any:
+    def gradient(
+        self, ready: Callable[[slice], None] | None = None, *, scale: float = 1.0
+    ) -> Any:
         """Draw the next minibatch; set `grad` at theta; return the mean loss.
 
-        `ready` is called with each segment's slice as soon as its gradient is final.
+        `grad` is the gradient times `scale`. `ready` is called with each segment's
+        slice as soon as it is final.
         """
 
     def update(self) -> None:

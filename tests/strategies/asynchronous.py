@@ -64,11 +64,11 @@ def train(
         )
         inner = learner.gradient
 
-        def gradient(ready=None):
+        def gradient(ready=None, **options):
             part = drained[world.rank]
             busy = [n for n, ends in zip(done, drained, strict=True) if ends <= part]
             leads.append(done[world.rank] - min(busy))
-            return inner(ready)
+            return inner(ready, **options)
 
         learner.gradient = gradient
         strategy = kind(world, kind.Config(**(settings or {})))

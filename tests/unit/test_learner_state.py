@@ -108,7 +108,7 @@ def test_evaluation_is_exact_and_leaves_no_trace():
             inputs=torch.as_tensor(batch.inputs), targets=torch.as_tensor(batch.targets)
         )
         expected += model.nll(tensors).item()
-    nll, count = learner.evaluate(EvaluationStreams(TOKENS, 3, 7))
+    nll, count, _ = learner.evaluate(EvaluationStreams(TOKENS, 3, 7))
     assert count == len(TOKENS) - 1
     assert nll == expected
     parts = [
@@ -128,7 +128,7 @@ def test_any_module_with_any_loss_can_be_evaluated():
         model, Points(), sgd, loss=lambda m, b: m(b.inputs).square().mean()
     )
     batches = [Points().next()]
-    nll, count = learner.evaluate(batches)
+    nll, count, _ = learner.evaluate(batches)
     with torch.no_grad():
         expected = model(torch.as_tensor(batches[0].inputs)).double().square().sum()
     assert count == 8

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from mpilm import signals
-from mpilm.signals import StopRequest, StopVote
+from mpilm.signals import MEET, RUNNING, STOP, StopRequest, Vote
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, run_virtual
@@ -54,9 +54,7 @@ class Votes:
 
     def __init__(self, world, *, every, lockstep):
         self.request = StopRequest()
-        self.vote = StopVote(
-            world, every=every, request=self.request, lockstep=lockstep
-        )
+        self.vote = Vote(world, every=every, request=self.request, lockstep=lockstep)
         self.started = 0
         start = self.vote._start
 
@@ -76,8 +74,8 @@ class Votes:
             world.compute(lambda notify: None)
             if step == wish_at:
                 self.request.requested = "SIGTERM"
-            if self.vote.poll(step):
-                assert self.vote.poll(step)
+            if self.vote.poll(step) == STOP:
+                assert self.vote.poll(step) == STOP
                 break
         stopped = self.vote.finish()
         assert self.vote.vote is None, "a vote is left in flight"
@@ -213,3 +211,41 @@ def test_out_of_lockstep_a_finished_rank_lets_the_others_stop():
     assert all(stopped for _, stopped, _ in outcomes)
     assert outcomes[0][0] == 1
     assert all(100 < last < 130 for last, _, _ in outcomes[1:])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_out_of_lockstep_all_ranks_meet_equally_often(seed):
+    """Whoever wishes it, and whoever has finished already."""
+    chance = random.Random(seed)
+    size = chance.choice([1, 2, 3, 4, 8])
+    steps = [chance.choice([0, 5, 30, 200]) for _ in range(size)]
+    wishes = [
+        set(chance.sample(range(1, 200), chance.choice([0, 1, 5]))) for _ in steps
+    ]
+    slow = {str(chance.randrange(size)): chance.choice([2.0, 10.0, 100.0])}
+
+    def main(world):
+        votes = Votes(world, every=8, lockstep=False)
+        met = 0
+
+        def meet():
+            nonlocal met
+            world.comm.Barrier()  # a rank that does not come is a deadlock
+            met += 1
+
+        wish = False
+        for step in range(1, steps[world.rank] + 1):
+            world.compute(lambda notify: None)
+            wish |= step in wishes[world.rank]
+            outcome = votes.vote.poll(step, meet=wish)
+            assert outcome in {RUNNING, MEET}
+            if outcome == MEET:
+                meet()
+                wish = False
+        assert not votes.vote.finish(meet)
+        return met
+
+    simulation = Simulation(size, machine=MACHINE, faults=Faults(slow=slow), seed=seed)
+    met = simulation.run(main)
+    assert len(set(met)) == 1
+    assert simulation.undelivered == []
