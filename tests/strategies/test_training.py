@@ -188,9 +188,10 @@ def test_ranks_out_of_lockstep_meet_to_validate_and_to_save(run, name):
     counts = [(own.count("evaluate"), own.count("checkpoint")) for own in names]
     assert counts[0] == counts[1] == counts[2]
     evaluations, checkpoints = counts[0]
-    assert 3 <= evaluations <= 5
+    assert 3 <= evaluations <= 5, counts
     assert 3 <= checkpoints <= 4
-    assert len(list(trainers[0].folder.checkpoints.iterdir())) == checkpoints
+    kept = list(trainers[0].folder.checkpoints.iterdir())
+    assert 3 <= len(kept) <= checkpoints  # the last two may be of the same step
     summary = json.loads(trainers[0].folder.summary.read_text())
     assert summary["samples"] >= total
     assert summary["valid_perplexity"] < 35
