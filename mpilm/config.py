@@ -87,7 +87,7 @@ class CheckpointConfig:
     """samples between two checkpoints; 0: at the end only"""
     keep: Positive = 2
     """checkpoints kept"""
-    vote_every: Positive = 1
+    vote_every: Positive = 5
     """minibatches between two votes on stopping early (signals)"""
 
 
