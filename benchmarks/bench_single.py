@@ -8,8 +8,8 @@ Trained in turns in one process, on the same minibatches, from the same first mo
     plain       nn.Embedding, nn.LSTM, nn.Linear, F.cross_entropy, clip_grad_norm_ and
                 torch.optim.SGD, as anybody writes them
     mpilm       the Learner with LstmLm and SGD
-    mpilm, mm   the same with torch's own matrix product in the softmax: what is left
-                where oneDNN is not quicker than it
+    mpilm, MKL  the same with torch's own matrix product in the softmax
+    mpilm, oneDNN  the same with oneDNN's
 
 The losses of the first steps are compared before anything is timed. Peak share: the
 operations of the model's matrix products over those of a 2048^3 product (the
@@ -139,7 +139,7 @@ def training(learner: Learner, product: Any) -> Step:
     """Return the learner's step with `product` as the softmax's matrix product."""
 
     def step() -> None:
-        softmax.ONEDNN_LINEAR = product
+        softmax.PRODUCT = product
         learner.gradient()
         learner.update()
 
@@ -208,16 +208,17 @@ def main() -> None:
     learner = make_learner(args, plain.model)
     if args.dropout == 0.0:
         agree(plain, learner)
-    onednn = softmax.ONEDNN_LINEAR
-    steps = {"plain": plain.step, "mpilm": training(learner, onednn)}
+    chosen, onednn = softmax.PRODUCT, softmax.ONEDNN_LINEAR
+    steps = {"plain": plain.step, "mpilm": training(learner, chosen)}
     if args.device == "cpu" and onednn is not None:
-        steps["mpilm, mm"] = training(learner, None)
+        steps["mpilm, MKL"] = training(learner, None)
+        steps["mpilm, oneDNN"] = training(learner, onednn)
     timings = measure(
         {name: finished(args.device, step, args.steps) for name, step in steps.items()},
         warmup=args.warmup,
         loops=args.loops,
     )
-    softmax.ONEDNN_LINEAR = onednn
+    softmax.PRODUCT = chosen
     title = (
         f"Training step on one rank: V={args.vocab} E={args.embed} H={args.hidden}"
         f" L={args.layers} T={args.unroll} B={args.batch}, {args.device},"

@@ -23,6 +23,7 @@ Departs     nowhere: the numbers are those of `F.cross_entropy(F.linear(x, W, b)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,11 +45,11 @@ MIN_CHUNK_ROWS = 128
 def times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a b^T + bias; `b` may be a transposed view, `a` is contiguous.
 
-    On the CPU in float32 by oneDNN: torch's own product (MKL) is less than half as fast
-    on CPUs that are not Intel's (docs/learner.md has the measurement).
+    On CPUs that are not Intel's in float32 by oneDNN: there torch's own product (MKL)
+    is less than half as fast, on Intel's 6% faster (docs/learner.md has both).
     """
-    if a.device.type == "cpu" and a.dtype == torch.float32 and ONEDNN_LINEAR:
-        return ONEDNN_LINEAR(a, b, bias, "none", [], "")
+    if a.device.type == "cpu" and a.dtype == torch.float32 and PRODUCT:
+        return PRODUCT(a, b, bias, "none", [], "")
     return F.linear(a, b, bias)
 
 
@@ -58,7 +59,15 @@ def _onednn_linear() -> Any:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-ONEDNN_LINEAR = _onednn_linear()
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+
+
+ONEDNN_LINEAR = _onednn_linear()  # None: this torch has no oneDNN
+PRODUCT = None if _is_intel() else ONEDNN_LINEAR  # in use; None: torch's own
 
 
 def chunks(num_rows: int, num_words: int, device: torch.device) -> Iterator[slice]:

@@ -30,8 +30,8 @@ def test_loss_and_gradients_match_float64(monkeypatch, shape_and_padding, onednn
     *shape, padding = shape_and_padding
     if onednn and softmax.ONEDNN_LINEAR is None:
         pytest.skip("this torch has no oneDNN")
-    if not onednn:
-        monkeypatch.setattr(softmax, "ONEDNN_LINEAR", None)
+    product = softmax.ONEDNN_LINEAR if onednn else None
+    monkeypatch.setattr(softmax, "PRODUCT", product)
     monkeypatch.setattr(softmax, "MIN_CHUNK_ROWS", 64)
     monkeypatch.setitem(softmax.CHUNK_BYTES, "cpu", 4)
     *leaves, targets = draw_problem(*shape, padding=padding)
