@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -33,6 +33,8 @@ from numpy.typing import NDArray
 
 from mpilm.errors import DataError
 from mpilm.files import create_hdf5, reason, sync_folder
+
+T = TypeVar("T")
 
 FORMAT = "mpilm corpus"
 VERSION = 1
@@ -134,24 +136,7 @@ class Corpus:
         Raises:
             DataError: missing, empty, truncated, damaged or not a corpus.
         """
-        path = Path(path)
-        file = _open_hdf5(path)
-        try:
-            if file.attrs.get("format") != FORMAT:
-                raise DataError(f"{path} is an HDF5 file but not a corpus of mpilm")
-            version = int(file.attrs["version"])
-            if version != VERSION:
-                raise DataError(
-                    f"{path} has corpus format {version}; this mpilm reads {VERSION}:"
-                    " prepare it again"
-                )
-            return cls(file, path)
-        except DataError:
-            file.close()
-            raise
-        except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
-            file.close()
-            raise DataError(f"{path} is a damaged corpus: {reason(error)}") from error
+        return open_corpus(path, cls, "text")
 
     @cached_property
     def vocabulary(self) -> list[str]:
@@ -189,6 +174,41 @@ class Corpus:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def open_corpus(path: str | Path, make: Callable[[h5py.File, Path], T], kind: str) -> T:
+    """Return what `make` makes of a corpus file of a kind; the file stays open.
+
+    Raises:
+        DataError: missing, empty, truncated, damaged, or not such a corpus.
+    """
+    path = Path(path)
+    file = _open_hdf5(path)
+    try:
+        if file.attrs.get("format") != FORMAT:
+            raise DataError(f"{path} is an HDF5 file but not a corpus of mpilm")
+        version = int(file.attrs["version"])
+        if version != VERSION:
+            raise DataError(
+                f"{path} has corpus format {version}; this mpilm reads {VERSION}:"
+                " prepare it again"
+            )
+        found = str(file.attrs["kind"])
+        if found != kind:
+            raise DataError(f"{path} is a corpus of {found}, not of {kind}")
+        return make(file, path)
+    except DataError:
+        file.close()
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+        file.close()
+        raise DataError(f"{path} is a damaged corpus: {reason(error)}") from error
+
+
+def corpus_kind(path: str | Path) -> str:
+    """Return "text" or "frames"; "text" for what is no corpus, whose opening tells."""
+    with _open_hdf5(Path(path)) as file:
+        return str(file.attrs.get("kind", "text"))
 
 
 def _open_hdf5(path: Path) -> h5py.File:
@@ -295,7 +315,7 @@ class CorpusWriter:
             for name in SPLITS
         }
         self._file["vocabulary/counts"] = self._counts
-        facts = {"tokens": tokens, "unknown": unknown, "mpilm": _version()}
+        facts = {"tokens": tokens, "unknown": unknown, "mpilm": library_version()}
         self._file["provenance"] = json.dumps(provenance | facts, indent=1)
         return PrepareSummary(
             path=path,
@@ -333,7 +353,8 @@ def new_hdf5(path: Path) -> Iterator[h5py.File]:
         raise DataError(f"{path} cannot be written: {reason(error)}") from error
 
 
-def _version() -> str:
+def library_version() -> str:
+    """Return the version of mpilm that is installed."""
     try:
         return metadata.version("mpilm")
     except metadata.PackageNotFoundError:
