@@ -51,16 +51,18 @@ class DataConfig:
     """shards: each rank has its own part; pool: chunks go to whoever is free"""
     chunk_windows: Positive = 20
     """minibatches in one chunk of the pool"""
+    cache: Positive = 32_768
+    """frames whose order is shuffled together (shards of a corpus of frames)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Section [train]. A sample is one predicted token."""
+    """Section [train]. A sample is one predicted token, or one frame."""
 
     samples: Positive = 1_000_000
     """samples to process, all ranks together"""
     batch: Positive = 20
-    """sequences in a minibatch of one rank"""
+    """sequences in a minibatch of one rank; of `dnn`: frames"""
     unroll: Positive = 35
     """time steps in a minibatch: truncated back-propagation through time"""
     seed: Natural = 1
@@ -74,7 +76,7 @@ class TrainConfig:
     test: bool = True
     """evaluate the test split at the end"""
     eval_streams: Positive = 16
-    """sequences that an evaluated split is cut into, whatever the number of ranks"""
+    """sequences evaluated side by side, whatever the number of ranks"""
     log_every: Positive = 10
     """minibatches between two rows of the log"""
 

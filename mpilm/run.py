@@ -2,7 +2,7 @@
 
 runs/x/
   config.toml       the resolved configuration
-  vocabulary.json   the words, in the order of their ids
+  vocabulary.json   the words, in the order of their ids; or what the frames are
   checkpoints/      see checkpoint.py
   log/rank-0000.h5  see runlog.py
   summary.json      what the run came to
@@ -13,18 +13,22 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mpilm import __version__
 from mpilm.checkpoint import load_shared
 from mpilm.config import Config, read_config, tomllib
+from mpilm.data.frame_items import View
 from mpilm.errors import CheckpointError
 from mpilm.files import reason, replace_file
 from mpilm.optim.schedules import Schedule, build_schedule
-from mpilm.task import Task
+from mpilm.task import Task, frame_view
 
 if TYPE_CHECKING:
     from mpilm.learner import Learner
@@ -91,16 +95,19 @@ class RunFolder:
         return self
 
     def read_vocabulary(self) -> dict[str, Any]:
-        """Return "level" and "words", in the order of their ids.
+        """Return what `Task.description` gave: what the model's data mean.
 
         Raises:
             CheckpointError: the file is missing or broken.
         """
         try:
             found = json.loads(self.vocabulary.read_text())
-            return {"level": found["level"], "words": found["words"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.vocabulary}: {error}") from None
+        keys = ("words", "level"), ("features", "context", "classes", "names", "counts")
+        if not any(isinstance(found, dict) and found.keys() >= {*k} for k in keys):
+            raise CheckpointError(f"{self.vocabulary}: is not what training wrote")
+        return dict(found)
 
 
 def require_same(config: Config, saved: str, checkpoint: Path) -> None:
@@ -115,7 +122,7 @@ def require_same(config: Config, saved: str, checkpoint: Path) -> None:
         CheckpointError: one line naming the first setting that differs.
     """
     given, kept = config.to_dict(), tomllib.loads(saved)
-    lasting = [("model", key) for key in given["model"] if key != "dropout"]
+    lasting = [("model", k) for k in given["model"] if k not in ("dropout", "init")]
     lasting += [("optim", "name"), ("strategy", "name"), ("data", "source")]
     lasting += [("train", "batch"), ("train", "unroll")]
     for section, key in lasting:
@@ -170,13 +177,14 @@ def no_optimizer(parameters: Any) -> Any:
 class TrainedModel:
     """The model of a run's newest checkpoint; reading it needs no torch.
 
-    fingerprint  hash of the vocabulary it was trained with
+    description  what its inputs and outputs mean, see `Task.description`
+    fingerprint  hash of that, the same as its corpus has
     theta_P      its parameters, or their moving average
     """
 
+    path: Path
     config: Config
-    vocabulary: list[str]
-    level: str
+    description: dict[str, Any]
     fingerprint: str
     theta_P: Any
 
@@ -191,29 +199,84 @@ class TrainedModel:
         folder = RunFolder(path).require()
         config = read_config(folder.config)
         shared = load_shared(folder.checkpoints)
-        words = folder.read_vocabulary()
+        description = folder.read_vocabulary()
         if ema and "theta_ema" not in shared:
             raise CheckpointError(f"{path}: has no moving average (see [ema])")
         return cls(
+            path,
             config,
-            words["words"],
-            words["level"],
+            description,
             shared["fingerprint"],
             shared["theta_ema" if ema else "theta"],
         )
 
+    @property
+    def vocabulary(self) -> list[str]:
+        """The words, in the order of their ids.
+
+        Raises:
+            CheckpointError: it is an acoustic model.
+        """
+        return list(self.require("words"))
+
+    @property
+    def level(self) -> str:
+        """What a token is: "word" or "char"."""
+        return str(self.require("level"))
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How often each class stood in the train split, (C,).
+
+        Raises:
+            CheckpointError: it is a language model.
+        """
+        return np.array(self.require("counts"), np.int64)
+
+    @property
+    def view(self) -> View:
+        """How an acoustic model looks at an utterance."""
+        context = int(self.require("context"))
+        return frame_view(self.config.model.settings, context, self.config.train)
+
+    def require(self, key: str) -> Any:
+        """Return an entry of the description.
+
+        Raises:
+            CheckpointError: this kind of model has no such thing.
+        """
+        if key not in self.description:
+            name = self.config.model.name
+            raise CheckpointError(f"{self.path}: a model {name} has no {key}")
+        return self.description[key]
+
     def learner(self, device: str = "cpu") -> Learner:
         """Return a learner that holds the model, without data."""
+        if "words" in self.description:
+            num_inputs = num_outputs = len(self.vocabulary)
+        else:
+            spliced = 2 * self.description["context"] + 1
+            num_inputs = self.description["features"] * spliced
+            num_outputs = self.description["classes"]
         learner = make_learner(
-            self.config,
-            len(self.vocabulary),
-            len(self.vocabulary),
+            without_init(self.config),
+            num_inputs,
+            num_outputs,
             batches=None,
             device=device,
             seed=self.config.train.seed,
         )
         learner.load_theta(self.theta_P)
         return learner
+
+
+def without_init(config: Config) -> Config:
+    """Return a configuration that asks for no file of first weights."""
+    settings = config.model.settings
+    if not getattr(settings, "init", ""):
+        return config
+    model = replace(config.model, settings=replace(settings, init=""))
+    return replace(config, model=model)
 
 
 def make_schedule(config: Config) -> Schedule:
@@ -225,14 +288,13 @@ def make_schedule(config: Config) -> Schedule:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    import numpy
     import torch
 
     found = {
         "mpilm": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
         "cpu": platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
     }

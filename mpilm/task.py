@@ -10,15 +10,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mpilm.data.batch import Batch, Batches
-from mpilm.data.hdf5 import Corpus
+from mpilm.data.batch import Batches
+from mpilm.data.frame_batches import FramePool, FrameShards
+from mpilm.data.frame_corpus import FrameCorpus
+from mpilm.data.frame_evaluation import FrameEvaluation
+from mpilm.data.frame_items import View
+from mpilm.data.hdf5 import Corpus, corpus_kind
 from mpilm.data.pool import PoolBatches
 from mpilm.data.streams import EvaluationStreams, Streams
-from mpilm.errors import DataError
+from mpilm.errors import ConfigError, DataError
 from mpilm.world.base import World
 
 if TYPE_CHECKING:
-    from mpilm.config import Config, TrainConfig
+    from mpilm.config import Choice, Config, TrainConfig
 
 
 class Task(ABC):
@@ -29,7 +33,7 @@ class Task(ABC):
     splits       the names of its splits
     fingerprint  hash of what a model's inputs and outputs mean
     floor        perplexity that no model can get below, where it is known
-    num_inputs   size of the vocabulary, or of a frame
+    num_inputs   size of the vocabulary, or of a (spliced) frame
     num_outputs  classes of the softmax
     num_train    samples of the train split
     """
@@ -54,7 +58,7 @@ class Task(ABC):
     @abstractmethod
     def evaluation(
         self, split: str, train: TrainConfig, rank: int, size: int
-    ) -> Iterable[Batch]:
+    ) -> Iterable[Any]:
         """Return this rank's share of a split, each sample on exactly one rank.
 
         Raises:
@@ -108,7 +112,7 @@ class LanguageTask(Task):
 
     def evaluation(
         self, split: str, train: TrainConfig, rank: int, size: int
-    ) -> Iterable[Batch]:
+    ) -> Iterable[Any]:
         self.require_split(split)
         tokens = self.corpus.split(split)
         return EvaluationStreams(tokens, train.eval_streams, train.unroll, rank, size)
@@ -117,10 +121,92 @@ class LanguageTask(Task):
         return {"level": self.corpus.level, "words": self.corpus.vocabulary}
 
 
-def open_task(path: Path | str) -> Task:
-    """Return the task of a corpus file.
+class FrameTask(Task):
+    """Classify the frames of speech.
+
+    context  frames on either side that are spliced to the input
+
+    Args:
+        settings: the model's; they say how it looks at frames.
+    """
+
+    sample = "frame"
+
+    def __init__(self, corpus: FrameCorpus, settings: Any) -> None:
+        self.corpus, self._settings = corpus, settings
+        self.path, self.splits = corpus.path, corpus.splits
+        self.fingerprint, self.floor = corpus.fingerprint, None
+        self.context = corpus.context if settings.context < 0 else settings.context
+        self.num_inputs = corpus.num_features * (2 * self.context + 1)
+        self.num_outputs = corpus.num_classes
+        self.num_train = 0
+        if "train" in corpus.splits:
+            self.num_train = corpus.split("train").num_labelled
+
+    def view(self, train: TrainConfig) -> View:
+        """Return how the model looks at an utterance."""
+        return frame_view(self._settings, self.context, train)
+
+    def batches(self, config: Config, world: World, *, lockstep: bool) -> Batches:
+        train, data = config.train, config.data
+        self.require_split("train")
+        self.require_split("valid")
+        split, view = self.corpus.split("train"), self.view(train)
+        rank, size = world.rank, world.size
+        if data.source == "shards":
+            return FrameShards(
+                split, view, train.batch, data.cache, rank, size, seed=train.seed
+            )
+        return FramePool(
+            split,
+            view,
+            train.batch,
+            data.chunk_windows,
+            rank,
+            size,
+            seed=train.seed,
+            world=None if lockstep else world,
+        )
+
+    def evaluation(
+        self, split: str, train: TrainConfig, rank: int, size: int
+    ) -> Iterable[Any]:
+        self.require_split(split)
+        frames, view = self.corpus.split(split), self.view(train)
+        return FrameEvaluation(frames, view, train.eval_streams, rank, size)
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "features": self.corpus.num_features,
+            "context": self.context,
+            "classes": self.corpus.num_classes,
+            "names": self.corpus.classes,
+            "counts": self.corpus.counts.tolist(),
+        }
+
+
+def frame_view(settings: Any, context: int, train: TrainConfig) -> View:
+    """Return how a model with these settings looks at an utterance."""
+    if not settings.recurrent:
+        return View(context)
+    return View(context, train.unroll, settings.whole)
+
+
+def open_task(path: Path | str, model: Choice | None = None) -> Task:
+    """Return the task of a corpus file, for a model (None: of words).
 
     Raises:
         DataError: missing, empty, damaged, or not a corpus.
+        ConfigError: a model of words, but a corpus of frames, or the other way round.
     """
+    if model is None:
+        return LanguageTask(Corpus.open(path))
+    kind = corpus_kind(path)
+    if kind != model.settings.reads:
+        raise ConfigError(
+            f"model.name = {model.name} reads a corpus of {model.settings.reads},"
+            f" {path} is one of {kind}"
+        )
+    if kind == "frames":
+        return FrameTask(FrameCorpus.open(path), model.settings)
     return LanguageTask(Corpus.open(path))

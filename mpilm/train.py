@@ -14,6 +14,7 @@ import numpy as np
 
 from mpilm.checkpoint import Checkpoints
 from mpilm.config import Config
+from mpilm.data.frame_batches import FramePool
 from mpilm.data.pool import PoolBatches
 from mpilm.errors import CheckpointError, DivergenceError, MpilmError
 from mpilm.evaluate import Quality, evaluate, swapped
@@ -34,6 +35,7 @@ from mpilm.task import open_task
 from mpilm.totals import Meter, Totals
 from mpilm.world.base import IN_PLACE, MAX, World
 
+POOLS = (PoolBatches, FramePool)
 LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
 LOG_FIELDS = {
     "step": "i8",  # minibatches of this rank
@@ -69,7 +71,7 @@ class Trainer:
         self.config, self.world, self.folder = config, world, RunFolder(out)
         kind = STRATEGIES[config.strategy.name]
         with world.together():
-            self.task = open_task(config.data.corpus)
+            self.task = open_task(config.data.corpus, config.model)
             self.batches = self.task.batches(config, world, lockstep=kind.lockstep)
             self.schedule = make_schedule(config)
             self.folder.claim(resume=resume)
@@ -139,7 +141,7 @@ class Trainer:
         Ranks out of lockstep know how much of the common pool has been given out; on
         shards of their own each takes the others to be as far as it is.
         """
-        if not self.strategy.lockstep and isinstance(self.batches, PoolBatches):
+        if not self.strategy.lockstep and isinstance(self.batches, POOLS):
             return self.batches.samples
         return self.strategy.global_samples(self.learner)
 

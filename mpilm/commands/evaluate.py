@@ -36,7 +36,7 @@ def eval_(
     with MpiWorld() as world, abort_on_error(world):
         with world.together():
             model = TrainedModel.read(run, ema=ema)
-            task = open_task(corpus or model.config.data.corpus)
+            task = open_task(corpus or model.config.data.corpus, model.config.model)
             task.require_split(split)
             if task.fingerprint != model.fingerprint:
                 raise DataError(

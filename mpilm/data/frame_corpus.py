@@ -79,6 +79,11 @@ class FrameSplit:
         return map(self.utterance, range(len(self)))
 
     @property
+    def num_features(self) -> int:
+        """Numbers in a frame, F."""
+        return int(self._features.shape[1])
+
+    @property
     def num_frames(self) -> int:
         """Number of frames, N."""
         return int(self._offsets[-1])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from mpilm.models.configs import LstmLmConfig
+from mpilm.models.acoustic import Dnn, LstmAm
+from mpilm.models.configs import BlstmAmConfig, DnnConfig, LstmAmConfig, LstmLmConfig
 from mpilm.models.lstm_lm import LstmLm
+from mpilm.models.weights import load_weights_
 
 
 class Choice(Protocol):
@@ -26,10 +29,13 @@ def build_model(
     """Return a model, the same for the same seed.
 
     Args:
-        num_inputs: words of the vocabulary, or numbers in a frame.
+        num_inputs: words of the vocabulary, or numbers in a (spliced) frame.
         num_outputs: classes of the softmax.
 
     The global random state is as before afterwards.
+
+    Raises:
+        DataError: the file of first weights cannot be read, or is of another model.
     """
     config = choice.settings
     with torch.random.fork_rng(devices=[]):
@@ -42,5 +48,26 @@ def build_model(
                 layers=config.layers,
                 dropout=config.dropout,
                 tied=config.tied,
+            )
+        if isinstance(config, DnnConfig):
+            dnn = Dnn(
+                num_inputs,
+                num_outputs,
+                hidden=config.hidden,
+                layers=config.layers,
+                activation=config.activation,
+            )
+            if config.init:
+                load_weights_(dnn, Path(config.init))
+            return dnn
+        if isinstance(config, LstmAmConfig | BlstmAmConfig):
+            return LstmAm(
+                num_inputs,
+                num_outputs,
+                hidden=config.hidden,
+                layers=config.layers,
+                bottleneck=config.bottleneck,
+                dropout=config.dropout,
+                bidirectional=isinstance(config, BlstmAmConfig),
             )
     raise TypeError(f"no model for {type(config).__name__}")
