@@ -187,6 +187,7 @@ class Mixer:
         self.num_seen = self.num_changes
         self.leaving = self.over = False
         self.barrier = None
+        self.budget = 0.0  # a checkpoint of this moment holds no leave to mix
         self.activity = self.world.start(self.run, "mixing")
 
     def count_step(self) -> None:

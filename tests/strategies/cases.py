@@ -1,0 +1,199 @@
+"""The table of all strategies: settings, and what the battery holds against them.
+
+A new strategy needs one line in CASES and, if it mixes at random, one in
+schedules.SETTINGS; tests/mpi/test_strategies.py runs the same table between real ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpilm.strategies.gossip_bmuf import cut
+from mpilm.topology import mixing_matrix, random_groups
+from tests.strategies import references
+from tests.strategies.fleets import LAYOUT
+
+MODEL_BYTES = 4 * LAYOUT.size
+Bytes = Callable[..., tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy with settings.
+
+    name       of the strategy
+    settings   of its Config
+    reference  (theta, target, steps, size) -> models and final model, float64;
+               None: it depends on the timing
+    moved      (rank result, size, steps) -> bytes sent and received, as its page says
+    minimum    (lr, steps, near): so the final model comes near the mean minimum
+    exact      its bits do not depend on the timing
+    mixes      models by a matrix: no filter, no server
+    """
+
+    name: str
+    settings: dict[str, Any]
+    reference: Callable[..., Any] | None
+    moved: Bytes
+    minimum: tuple[float, int, float] = (0.125, 480, 1e-4)
+    exact: bool = True
+    mixes: bool = False
+
+    @property
+    def follows(self) -> bool:
+        """Whether there is a reference."""
+        return self.reference is not None
+
+
+def reduced(every: int, parts: list[int] | None = None) -> Bytes:
+    """An Allreduce of each part every so many steps: docs/allreduce.md and others."""
+    sizes = parts or [LAYOUT.size]
+
+    def moved(rank: Any, size: int, steps: int) -> tuple[int, int]:
+        once = sum(2 * 4 * part * (size - 1) // size for part in sizes)
+        return (steps // every * once,) * 2
+
+    return moved
+
+
+def nothing(rank: Any, size: int, steps: int) -> tuple[int, int]:
+    """docs/local.md."""
+    return 0, 0
+
+
+def neighbours(topology: str, seed: int = 0) -> Bytes:
+    """A model to and from each neighbour of each round: docs/dpsgd.md."""
+
+    def moved(rank: Any, size: int, steps: int) -> tuple[int, int]:
+        heard = sum(
+            (mixing_matrix(topology, size, seed, round_) > 0).astype(int) - np.eye(size)
+            for round_ in range(steps)
+        )
+        number = rank.world.rank
+        return (
+            int(heard[:, number].sum()) * MODEL_BYTES,
+            int(heard[number].sum()) * MODEL_BYTES,
+        )
+
+    return moved
+
+
+def groups(vectors: int, period: int, group_size: int, components: Any) -> Bytes:
+    """Some vectors to each member of a component's group: docs/gossip_bmuf.md."""
+
+    def moved(rank: Any, size: int, steps: int) -> tuple[int, int]:
+        elements = 0
+        for component, slices in enumerate(cut(LAYOUT, components)):
+            for block in range(1, steps // period + 1):
+                found = random_groups(1, block, component, size, group_size)
+                group = next(group for group in found if rank.world.rank in group)
+                length = sum(where.stop - where.start for where in slices)
+                elements += (len(group) - 1) * length
+        return (4 * vectors * elements,) * 2
+
+    return moved
+
+
+def meetings(rank: Any, size: int, steps: int) -> tuple[int, int]:
+    """A model either way in every meeting: docs/adpsgd.md."""
+    return (int(rank.strategy.accounts()["partners"].sum()) * MODEL_BYTES,) * 2
+
+
+def pulls_and_pushes(rank: Any, size: int, steps: int) -> tuple[int, int]:
+    """Own pushes, and what is served: docs/async_sgd.md; and the end: 8 bytes, a Bcast.
+
+    Over all ranks it is 8P (K-1)/K + 8 (K-1) each way and rank in a step.
+    """
+    own = rank.strategy.server.own
+    shard = 4 * (own.stop - own.start)
+    others, peers = MODEL_BYTES - shard, size - 1
+    sent = steps * (others + peers * shard + 8 * peers) + 16 * peers + shard
+    received = steps * (others + peers * shard + 8 * peers) + 16 * peers + others
+    return (sent, received) if size > 1 else (0, 0)
+
+
+def dpsgd(topology: str, **settings: Any) -> Case:
+    """Return the case of a topology."""
+    settings = {"topology": topology, "seed": 11, **settings}
+    return Case(
+        "dpsgd", settings,
+        lambda *of: references.dpsgd(*of[:3], **settings),
+        neighbours(topology, 11), mixes=True,
+    )  # fmt: skip
+
+
+def bmuf(**settings: Any) -> Case:
+    """Return a case of bmuf: one group of all ranks."""
+    parts = {"components": "layers"} if settings.get("stagger") else {}
+
+    def reference(theta: Any, target: Any, steps: int, size: int) -> Any:
+        eta = 1.0 - 1.0 / size
+        return references.blocks(
+            theta, target, steps, group_size=size, **{"eta": eta, **settings, **parts}
+        )
+
+    sizes = [segment.size for segment in LAYOUT] if parts else None
+    return Case("bmuf", settings, reference, reduced(settings["period"], sizes))
+
+
+def gossip(vectors: int, **settings: Any) -> Case:
+    """Return a case of gossip_bmuf that moves so many vectors."""
+    settings = {"components": "layers", "group_size": 2, **settings}
+
+    def reference(theta: Any, target: Any, steps: int, size: int) -> Any:
+        return references.blocks(theta, target, steps, **{"eta": 0.5, **settings})
+
+    return Case(
+        "gossip_bmuf", settings, reference,
+        groups(vectors, settings["period"], 2, settings["components"]),
+        mixes=not settings.get("filter", True),
+    )  # fmt: skip
+
+
+CASES = {
+    "local": Case("local", {}, lambda *of: references.local(*of[:3]), nothing),
+    "allreduce": Case(
+        "allreduce", {"bucket_bytes": 48},
+        lambda *of: references.allreduce(*of[:3]), reduced(1, [19, 21]),
+    ),
+    "model_averaging": Case(
+        "model_averaging", {"period": 4, "momentum": "average"},
+        lambda *of: references.model_averaging(*of[:3], period=4),
+        reduced(4), mixes=True,
+    ),
+    "bmuf": bmuf(period=3),
+    "bmuf-classical": bmuf(period=2, momentum="classical", eta=0.5, zeta=0.8),
+    "bmuf-staggered": bmuf(period=3, stagger=True),
+    "gossip_bmuf": gossip(2, period=2),
+    "gossip_bmuf-delayed": gossip(2, period=3, delay=2),
+    "gossip_bmuf-classical": gossip(
+        3, period=2, momentum="classical", mix="momenta", components=3
+    ),
+    "gossip_bmuf-whole": gossip(
+        1, period=2, components="whole", filter=False
+    ),
+    "dpsgd": dpsgd("fixed_ring"),
+    "dpsgd-random_ring": dpsgd("random_ring"),
+    "dpsgd-exponential": dpsgd("exponential", overlap=False),
+    "dpsgd-random_pairs": dpsgd("random_pairs"),
+    "delay_by_one": Case(
+        "delay_by_one", {}, lambda *of: references.delay_by_one(*of[:3]),
+        reduced(1), mixes=True,
+    ),
+    "adpsgd": Case(
+        "adpsgd", {"mixing": "fixed_ring"}, lambda *of: references.adpsgd(*of[:3]),
+        meetings, exact=False, mixes=True,
+    ),
+    "async_sgd": Case(
+        "async_sgd", {}, None, pulls_and_pushes, (0.05, 150, 0.1), exact=False
+    ),
+    "async_sgd-bounded": Case(
+        "async_sgd", {"staleness_bound": 0},
+        lambda *of: references.async_sgd(*of[:3]),
+        pulls_and_pushes, (0.05, 150, 1e-4), exact=False,
+    ),
+}  # fmt: skip

@@ -1,0 +1,76 @@
+"""What a fleet conserves, whatever the delays: one law for each strategy.
+
+Every rank's learner remembers the sum of its own steps (`Witness.moved`). What all of
+them moved must be found in the models again, all of it and nothing else:
+
+    linear    mean theta = mean first + mean moved                             (1)
+    filtered  W(T) = W(0) + (zeta D - eta Delta(T)) / (1 - eta)                (2)
+              D: moved in whole blocks; W, Delta: means over ranks. The sum of (3) and
+              (4) of `bmuf` over all blocks; mixing inside groups preserves the means.
+    served    x(T) = x(0) + (D + m v(T)) / (1 - m), D: the sum of all pushes   (3)
+              The sum of (3) of `async_sgd` over all pushes, in any order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+CLOSE = 2e-5  # absolute, on models of size 1: float32, some tens of roundings
+STILL = 1e-6  # the same where nothing but mixing happens
+
+
+def mean(vectors):
+    return np.mean([np.asarray(vector, np.float64) for vector in vectors], axis=0)
+
+
+def linear(ranks):
+    found = mean([rank.learner.theta for rank in ranks])
+    moved = mean([rank.learner.moved for rank in ranks])
+    expect(found, mean([rank.first for rank in ranks]) + moved, still=not moved.any())
+
+
+def filtered(ranks):
+    config, eta = ranks[0].strategy.config, ranks[0].strategy.eta
+    if getattr(config, "filter", True) is False:
+        linear(ranks)
+        return
+    if getattr(config, "warmup", 0) and not ranks[0].strategy.is_plain:
+        return  # its first blocks are under another law
+    ahead = eta if config.momentum == "nesterov" else 0.0
+    delta = mean([rank.strategy.delta for rank in ranks])
+    if hasattr(ranks[0].strategy, "start_point"):
+        start = mean([rank.strategy.start_point for rank in ranks])
+        model = start - ahead * delta
+    else:
+        model = mean([rank.strategy.model for rank in ranks])
+        start = model + ahead * delta
+    theta = mean([rank.learner.theta for rank in ranks])
+    moved = mean([rank.learner.moved for rank in ranks]) - (theta - start)  # blocks
+    first = mean([rank.first for rank in ranks])
+    expect(model, first + (config.zeta * moved - eta * delta) / (1.0 - eta))
+
+
+def served(ranks):
+    momentum = ranks[0].strategy.config.momentum
+    found = np.array(ranks[0].learner.theta, np.float64)
+    moved = np.sum([rank.learner.moved for rank in ranks], axis=0)
+    if momentum:
+        velocities = [rank.strategy.server.velocity for rank in ranks]
+        moved = (moved + momentum * np.concatenate(velocities)) / (1.0 - momentum)
+    expect(found, ranks[0].first + moved)
+
+
+def expect(found, wanted, *, still=False):
+    """Raise unless the two are equal but for rounding."""
+    scale = max(1.0, float(np.abs(wanted).max()))
+    limit = STILL if still else CLOSE * scale
+    worst = float(np.abs(found - wanted).max())
+    assert worst <= limit, f"mass is not conserved: {worst:.2e} are lost or gained"
+
+
+LAWS = {"bmuf": filtered, "gossip_bmuf": filtered, "async_sgd": served}
+
+
+def check_mass(name, ranks):
+    """Raise unless the fleet kept the law of its strategy."""
+    LAWS.get(name, linear)(ranks)

@@ -1,0 +1,150 @@
+"""The strategies once more, slow, in float64, on all models at once: (K, P) matrices.
+
+A fleet that keeps in step (equal ranks, a fast network) must follow them. Gradients are
+those of `ProtocolLearner` without noise and momentum: theta - target.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpilm.strategies.bmuf import due
+from mpilm.strategies.gossip_bmuf import cut
+from mpilm.topology import mixing_matrix, random_groups
+from tests.strategies.fleets import LAYOUT
+
+LR = 0.125
+
+
+def mean_matrix(size):
+    """Return the matrix of the mean over all ranks."""
+    return np.full((size, size), 1.0 / size)
+
+
+def mixing(theta, target, steps, *, before=None, after=None, stale=True, rate=LR):
+    """Return theta <- A (B theta - lr g), `steps` times.
+
+    Args:
+        before, after: functions of the step (from 0) that return B and A, (K, K).
+        stale: g at theta, not at B theta.
+    """
+    identity = np.eye(len(theta))
+    for step in range(steps):
+        mixed = (before(step) if before else identity) @ theta
+        moved = mixed - rate * ((theta if stale else mixed) - target)
+        theta = (after(step) if after else identity) @ moved
+    return theta, theta.mean(axis=0)
+
+
+def local(theta, target, steps):
+    return mixing(theta, target, steps)
+
+
+def allreduce(theta, target, steps):
+    """From equal models the mean of gradients is the mean of models after the step."""
+    return mixing(theta, target, steps, after=lambda step: mean_matrix(len(theta)))
+
+
+def model_averaging(theta, target, steps, *, period, warmup=0):
+    def after(step):
+        is_due = step < warmup or (step + 1 - warmup) % period == 0
+        return mean_matrix(len(theta)) if is_due else np.eye(len(theta))
+
+    return mixing(theta, target, steps, after=after)
+
+
+def delay_by_one(theta, target, steps):
+    return mixing(theta, target, steps, before=lambda step: mean_matrix(len(theta)))
+
+
+def dpsgd(theta, target, steps, *, topology, seed, overlap=True):
+    def before(step):
+        return mixing_matrix(topology, len(theta), seed, step)
+
+    return mixing(theta, target, steps, before=before, stale=overlap)
+
+
+def adpsgd(theta, target, steps, *, weight=1 / 3):
+    """In step, each rank meets one ring neighbour and is met by the other, at once.
+
+    Leave to mix comes after a step, and the last step is not mixed any more.
+    """
+    size = len(theta)
+    ring = np.eye(size)
+    for rank in range(size):
+        for peer in ((rank + 1) % size, (rank - 1) % size):
+            ring[rank, peer] += weight
+            ring[rank, rank] -= weight
+
+    def before(step):
+        return ring if step else np.eye(size)
+
+    return mixing(theta, target, steps, before=before)
+
+
+def async_sgd(theta, target, steps, *, rate=LR):
+    """In step, all read the same model and the pushes of all are applied."""
+    size = len(theta)
+    return mixing(
+        theta, target, steps, after=lambda step: mean_matrix(size), rate=rate * size
+    )
+
+
+def group_matrix(seed, block, component, size, group_size):
+    """Return the mixing matrix of a component in a block, (K, K)."""
+    matrix = np.zeros((size, size))
+    for group in random_groups(seed, block, component, size, group_size):
+        matrix[np.ix_(group, group)] = 1.0 / len(group)
+    return matrix
+
+
+def blocks(
+    theta,
+    target,
+    steps,
+    *,
+    period,
+    group_size,
+    components="whole",
+    eta,
+    zeta=1.0,
+    momentum="nesterov",
+    mix="starts",
+    delay=0,
+    stagger=False,
+    filter=True,
+):
+    """Return models and final model of `gossip_bmuf`; `bmuf`: one group of all."""
+    size, nesterov = len(theta), momentum == "nesterov"
+    g, delta, W = theta.copy(), np.zeros_like(theta), theta.copy()
+    parts = cut(LAYOUT, components)
+    pending = None
+    for step in range(1, steps + 1):
+        theta = theta - LR * (theta - target)
+        if pending and step == pending[0]:
+            theta = theta + g - pending[1]
+            pending = None
+        w = theta.copy()
+        ending = due(step, period, len(parts), stagger)
+        for component in ending:
+            T = group_matrix(1, step // period, component, size, group_size)
+            for c in parts[component]:
+                if not filter:
+                    g[:, c] = T @ w[:, c]
+                    continue
+                wbar = T @ w[:, c]
+                gbar = g[:, c] if mix == "models" else T @ g[:, c]
+                before = T @ delta[:, c] if mix == "momenta" else delta[:, c]
+                delta[:, c] = eta * before + zeta * (wbar - gbar)
+                if nesterov:
+                    W[:, c] = gbar + zeta * (wbar - gbar)
+                    g[:, c] = W[:, c] + eta * delta[:, c]
+                else:
+                    W[:, c] = g[:, c] = gbar + delta[:, c]
+        if delay and ending:
+            pending = (step + delay, w)
+        elif not delay:
+            for component in ending:
+                for c in parts[component]:
+                    theta[:, c] = g[:, c]
+    return theta, (W if filter else theta).mean(axis=0)
