@@ -78,6 +78,18 @@ def evaluate_alone(
     return quality(sums.nll, sums.num_targets, sums.errors)
 
 
+def evaluate_each(
+    learner: Learner, task: Task, split: str, train: TrainConfig, world: World
+) -> list[Quality]:
+    """Return how good every rank's own model is on all of `split`, by rank.
+
+    All ranks work at the same time, each on the whole split.
+
+    Communicates: collective, a small allgather, blocking.
+    """
+    return world.comm.allgather(evaluate_alone(learner, task, split, train))
+
+
 def quality(nll: float, count: float, errors: float) -> Quality:
     """Return the means of sums over a split."""
     return Quality(float(nll / count), float(errors / count))

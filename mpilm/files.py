@@ -6,8 +6,10 @@ is atomic; then its folder is forced to the disk, so that the name survives too.
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,36 @@ def replace_file(path: Path, data: bytes) -> None:
             partial.unlink()
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
+    """Make `value` the content of `path` as JSON, sorted by key; see `plain`.
+
+    Raises:
+        CheckpointError: it could not be written; the old content stands.
+    """
+    text = json.dumps(plain(value), indent=indent, sort_keys=True, allow_nan=False)
+    try:
+        replace_file(path, f"{text}\n".encode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write: {reason(error)}") from error
+
+
+def plain(value: Any) -> Any:
+    """Return `value` in the types of JSON; what is not finite becomes null.
+
+    >>> plain({"loss": np.float32(0.5), "best": math.nan, 3: (1, True)})
+    {'loss': 0.5, 'best': None, '3': [1, True]}
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 @contextmanager

@@ -15,7 +15,6 @@ When the room is full, a file with twice the room takes its place.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -34,9 +33,9 @@ from mpilm.files import (
     create_hdf5,
     open_hdf5,
     reason,
-    replace_file,
     sync_folder,
     write_fully,
+    write_json,
 )
 
 FORMAT = "mpilm log"
@@ -105,7 +104,7 @@ class RunLog:
 
     Raises:
         CheckpointError: the file cannot be written, or the earlier one is corrupt,
-            foreign, or has other fields.
+            foreign, or has fields that these lack (new ones are NaN or -1 there).
 
     Communicates: none.
     """
@@ -125,16 +124,14 @@ class RunLog:
         rows, events = np.empty(0, np.dtype(list(fields.items()))), np.empty(0, EVENT)
         if from_step > 0 and self.path.exists():
             _, old_rows, old_events = _read(self.path)
-            if old_rows.dtype != rows.dtype:
-                raise CheckpointError(f"{path}: a log with other fields; move it away")
-            rows = old_rows[old_rows["step"] <= from_step]
+            old_rows = old_rows[old_rows["step"] <= from_step]
+            rows = _in_fields(rows.dtype, old_rows, path)
             events = old_events[old_events["step"] <= from_step]
         # events go on after the earlier ones, on one clock without gaps
         self.earlier_s = float(events["stop_s"].max()) if len(events) else 0.0
         self.rows, self.events = _Table("rows", rows), _Table("events", events)
         self.defaults = {
-            name: -1 if rows.dtype[name].base.kind == "i" else math.nan
-            for name in rows.dtype.names or ()
+            name: unknown(rows.dtype[name]) for name in rows.dtype.names or ()
         }
         self.lock = Lock()
         self.descriptor = -1
@@ -261,6 +258,30 @@ class RunLog:
         return CheckpointError(f"{self.path}: cannot write the log: {reason(error)}")
 
 
+def unknown(kind: np.dtype) -> float:
+    """Return what stands for a value that was not measured: NaN, or -1.
+
+    >>> unknown(np.dtype("17i8")), unknown(np.dtype("f8"))
+    (-1, nan)
+    """
+    return -1 if kind.base.kind == "i" else math.nan
+
+
+def _in_fields(dtype: np.dtype, old: np.ndarray, path: Path | str) -> np.ndarray:
+    """Return rows of an earlier program with the fields of this one.
+
+    Raises:
+        CheckpointError: a field is missing here, or has another type.
+    """
+    known, before = dict(dtype.fields or {}), dict(old.dtype.fields or {})
+    if any(name not in known or known[name][0] != before[name][0] for name in before):
+        raise CheckpointError(f"{path}: a log with other fields; move it away")
+    rows = np.empty(len(old), dtype)
+    for name in known:
+        rows[name] = old[name] if name in before else unknown(dtype[name])
+    return rows
+
+
 def _reserve(file: h5py.File, table: _Table, records: np.ndarray) -> int:
     """Make the dataset of a table, write its records, return where it begins, bytes.
 
@@ -357,7 +378,7 @@ def chrome_trace(folder: Path | str, out: Path | str) -> int:
                 }
             )
             num_events += 1
-    _write_json(Path(out), {"traceEvents": trace}, indent=None)
+    write_json(Path(out), {"traceEvents": trace})
     return num_events
 
 
@@ -369,29 +390,4 @@ def write_summary(path: Path | str, summary: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written; the old file stands.
     """
-    _write_json(Path(path), _plain(summary), indent=2)
-
-
-def _write_json(path: Path, value: Any, indent: int | None) -> None:
-    text = json.dumps(value, indent=indent, sort_keys=True, allow_nan=False)
-    try:
-        replace_file(path, f"{text}\n".encode())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot write: {reason(error)}") from error
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` in the types of JSON.
-
-    >>> _plain({"loss": np.float32(0.5), "best": math.nan, 3: (1, True)})
-    {'loss': 0.5, 'best': None, '3': [1, True]}
-    """
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    write_json(Path(path), summary, indent=2)

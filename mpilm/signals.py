@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.world.base import MAX, Request, World
+from mpilm.world.base import MAX, Request, Traffic, World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One Ctrl-C may arrive twice: from the terminal, and forwarded by mpirun. A person is
@@ -94,6 +94,8 @@ class Vote:
         request: what this rank wishes.
         lockstep: whether all ranks take the same steps.
 
+    traffic  what the votes have taken of the world's bytes and messages
+
     Communicates: collective (it duplicates the communicator), blocking.
     """
 
@@ -108,6 +110,7 @@ class Vote:
         self.started_at = 0
         self.started_at_s = -math.inf
         self.stopped = False
+        self.traffic = Traffic()
 
     def poll(self, step: int, *, meet: bool = False) -> int:
         """Return STOP, MEET or RUNNING: what to do now; call it after every step.
@@ -173,3 +176,7 @@ class Vote:
     def _start(self, choice: int) -> None:
         self.mine[0] = choice
         self.vote = self.comm.Iallreduce(self.mine, self.outcome, op=MAX)
+        moved = 2 * self.mine.nbytes * (self.comm.size - 1) // self.comm.size
+        self.traffic.bytes_sent += moved
+        self.traffic.bytes_received += moved
+        self.traffic.messages += 1

@@ -8,6 +8,7 @@ Notation    K    num_ranks
             T    mixing matrix (K, K): theta_i <- sum_j T_ij theta_j
             rho  second largest eigenvalue of E[T^T T]: one mixing leaves at most this
                  share of the squared distance to the mean, in expectation
+            gap  1 - second largest |eigenvalue| of T, or of the mean T of a run
 Topologies  fixed_ring    T_ij = 1/3 for i and its two neighbours on the ring
             random_ring   the same on a ring of randomly permuted ranks, P^T T P
             exponential   T_ij = 1/2 for i and i - 2^(t mod ceil(log2 K))
@@ -159,6 +160,34 @@ def contraction(matrices: Matrix | Sequence[Matrix]) -> float:
     draws = [matrices] if isinstance(matrices, np.ndarray) else matrices
     mean = np.mean([matrix.T @ matrix for matrix in draws], axis=0)
     return float(np.linalg.eigvalsh(mean)[-2]) if len(mean) > 1 else 0.0
+
+
+def realised(shares: Matrix, rounds: float) -> Matrix:
+    """Return the mean mixing matrix of a run: T = I + (S - diag(S 1)) / rounds.
+
+    Args:
+        shares: S, (K, K): S_ij is the sum over rounds of T_ij, 0 on the diagonal.
+        rounds: how many there were, > 0.
+
+    >>> realised(np.array([[0.0, 4.0], [4.0, 0.0]]), 10)
+    array([[0.6, 0.4],
+           [0.4, 0.6]])
+    """
+    loss = np.diag(shares.sum(axis=1))
+    return np.eye(len(shares)) + (shares - loss) / rounds
+
+
+def spectral_gap(matrix: Matrix) -> float:
+    """Return 1 - |lambda|, lambda the second largest eigenvalue of T in modulus.
+
+    For a fixed symmetric T it is 1 - sqrt(rho). 0: some ranks never agree.
+
+    >>> spectral_gap(mixing_matrix("complete", 4)), spectral_gap(np.eye(4))
+    (1.0, 0.0)
+    """
+    sizes = np.sort(np.abs(np.linalg.eigvals(matrix)))
+    gap = 1.0 - float(sizes[-2]) if len(sizes) > 1 else 1.0
+    return max(0.0, round(gap, 12))  # what rounding leaves of 0 and 1
 
 
 def expected_contraction(name: str, num_ranks: int) -> float:

@@ -6,13 +6,40 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from mpilm.world.base import World
+from mpilm.strategies.base import NUM_BINS
+from mpilm.world.base import Traffic, World
+
+LOG_FIELDS = {  # a row of the log; docs/accounting.md defines each of them
+    "step": "i8",  # minibatches of this rank
+    "samples": "i8",  # samples of this rank
+    "seconds": "f8",  # of training, evaluations and checkpoints left out
+    "loss": "f8",  # mean negative log-likelihood of this minibatch, nats
+    "lr": "f8",
+    # so far:
+    "blocked_s": "f8",  # the learner waited for communication
+    "in_flight_s": "f8",  # communication was under way
+    "bytes_sent": "i8",
+    "bytes_received": "i8",
+    "messages": "i8",  # sends, receives and collectives
+    "overlap": "f8",  # share of in_flight_s behind other work
+    "idle": "f8",  # share of seconds that were blocked
+    "mixes": "i8",  # times that this rank's model was mixed with others
+    "staleness": f"{NUM_BINS}i8",  # updates by foreign mixes since their model was read
+    # as last measured, with a mean model:
+    "consensus_step": "i8",
+    "consensus_distance": "f8",  # ||theta_i - m||
+    "spectral_gap": "f8",  # of the realised mixing matrix
+}
 
 
 @dataclass
 class Totals:
-    """What this rank has taken for the run so far, all launches together."""
+    """What this rank has taken for the run so far, all launches together.
+
+    Checkpoints hold it: a new field needs a default.
+    """
 
     step: int = 0
     seconds: float = 0.0  # evaluations and checkpoints included
@@ -21,29 +48,57 @@ class Totals:
     in_flight_s: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
-    loss_sum: float = 0.0  # of logged minibatches since the last evaluation
+    messages: int = 0
+    loss_sum: float = 0.0  # of the logged minibatches
     loss_count: int = 0
     valid_perplexity: float = math.nan  # the last one measured
     valid_error: float = math.nan  # share of wrong frames; NaN for text
     ema_valid_perplexity: float = math.nan  # of the moving average, if there is one
+    consensus_step: int = -1  # when the three below were measured
+    consensus_distance: float = math.nan  # of this rank's model to the mean m
+    consensus_norm: float = math.nan  # ||m||
+    spectral_gap: float = math.nan
+
+    @property
+    def overlap(self) -> float:
+        """Share of communication time hidden behind other work, 0 to 1."""
+        return Traffic(blocked_s=self.blocked_s, in_flight_s=self.in_flight_s).overlap
+
+    @property
+    def idle(self) -> float:
+        """Share of the training time in which the learner waited."""
+        return self.blocked_s / self.train_seconds if self.train_seconds else 0.0
+
+    def row(self) -> dict[str, Any]:
+        """Return those values of a row of the log that stand here."""
+        values = {"seconds": self.train_seconds}
+        for name in LOG_FIELDS:
+            if name not in values and hasattr(self, name):
+                values[name] = getattr(self, name)
+        return values
 
 
 class Meter:
-    """Adds passing time and traffic to the totals, training apart from the rest."""
+    """Adds passing time and traffic to the totals, training apart from the rest.
+
+    apart  traffic that is not the strategy's: its bytes and messages are not counted
+    """
 
     def __init__(self, world: World, totals: Totals) -> None:
         self.world, self.totals = world, totals
+        self.apart = Traffic()
         self.last = self.read()
 
     def read(self) -> dict[str, float]:
         """Return the world's clock and counters."""
-        traffic = self.world.traffic
+        traffic, apart = self.world.traffic, self.apart
         return {
             "seconds": self.world.now_s(),
             "blocked_s": traffic.blocked_s,
             "in_flight_s": traffic.in_flight_s,
-            "bytes_sent": traffic.bytes_sent,
-            "bytes_received": traffic.bytes_received,
+            "bytes_sent": traffic.bytes_sent - apart.bytes_sent,
+            "bytes_received": traffic.bytes_received - apart.bytes_received,
+            "messages": traffic.messages - apart.messages,
         }
 
     def mark(self) -> None:
@@ -63,3 +118,30 @@ class Meter:
         now = self.read()
         self.totals.seconds += now["seconds"] - self.last["seconds"]
         self.last = now
+
+
+class Milestones:
+    """Multiples of a number of samples, and which of them have been passed.
+
+    every    samples; 0: there are none
+    samples  how far the run is
+
+    >>> stones = Milestones(100, samples=0)
+    >>> stones.due(99), stones.due(250), stones.pass_(250), stones.due(299)
+    (False, True, True, False)
+    """
+
+    def __init__(self, every: int, samples: int) -> None:
+        self.every = every
+        self.passed = samples // every if every else 0
+
+    def due(self, samples: int) -> bool:
+        """Return whether a milestone lies behind that was not passed."""
+        return self.every > 0 and samples // self.every > self.passed
+
+    def pass_(self, samples: int) -> bool:
+        """Pass the milestones up to `samples`; return whether there were any."""
+        found = self.due(samples)
+        if found:
+            self.passed = samples // self.every
+        return found

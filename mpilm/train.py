@@ -14,40 +14,26 @@ import numpy as np
 
 from mpilm.checkpoint import Checkpoints
 from mpilm.config import Config
+from mpilm.consensus import measure_consensus
 from mpilm.data.frame_batches import FramePool
 from mpilm.data.pool import PoolBatches
 from mpilm.errors import CheckpointError, DivergenceError, MpilmError
 from mpilm.evaluate import Quality, evaluate, swapped
-from mpilm.progress import Progress, clock, count
-from mpilm.run import (
-    RunFolder,
-    make_learner,
-    make_schedule,
-    require_same,
-    versions,
-)
+from mpilm.progress import Progress, count
+from mpilm.run import RunFolder, make_learner, make_schedule, require_same
 from mpilm.runlog import RunLog, write_summary
 from mpilm.signals import MEET, STOP, StopRequest, Vote
 from mpilm.state_file import State
 from mpilm.strategies import STRATEGIES, Strategy
 from mpilm.strategies.ema import Ema
+from mpilm.summary import describe, summarise
 from mpilm.task import open_task
-from mpilm.totals import Meter, Totals
+from mpilm.totals import LOG_FIELDS, Meter, Milestones, Totals
 from mpilm.world.base import IN_PLACE, MAX, World
 
+COUNTS = ("mixes", "staleness")  # of a strategy's accounts, in a row of the log
 POOLS = (PoolBatches, FramePool)
 LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
-LOG_FIELDS = {
-    "step": "i8",  # minibatches of this rank
-    "samples": "i8",  # samples of this rank
-    "seconds": "f8",  # of training, evaluations and checkpoints left out
-    "loss": "f8",  # mean negative log-likelihood of this minibatch, nats
-    "lr": "f8",
-    "blocked_s": "f8",  # so far: the learner waited for communication
-    "in_flight_s": "f8",  # so far: communication was under way
-    "bytes_sent": "i8",  # so far
-    "bytes_received": "i8",  # so far
-}
 
 
 class Trainer:
@@ -161,6 +147,7 @@ class Trainer:
                 request=stop,
                 lockstep=strategy.lockstep,
             )
+            self.meter.apart = vote.traffic
             samples = self.samples
             while samples < config.train.samples and not self.schedule.finished:
                 learner.lr = self.schedule.lr(samples)
@@ -196,7 +183,11 @@ class Trainer:
                 f"stopped early at {samples:,} samples; --resume goes on from here"
             )
             return False
-        self.summarise()
+        summary = summarise(self)  # collective
+        if self.world.rank == 0:
+            write_summary(self.folder.summary, summary)
+        for text in describe(summary):
+            self.progress.line(text)
         return True
 
     def meet(self, samples: int) -> None:
@@ -235,18 +226,11 @@ class Trainer:
         self.meter.mark()
         totals.loss_sum += loss
         totals.loss_count += 1
+        learner, accounts = self.learner, self.strategy.accounts()
+        counts = {name: accounts[name] for name in COUNTS if name in accounts}
+        own = {"samples": learner.samples, "loss": loss, "lr": learner.lr}
         try:
-            self.log.row(
-                step=totals.step,
-                samples=self.learner.samples,
-                seconds=totals.train_seconds,
-                loss=loss,
-                lr=self.learner.lr,
-                blocked_s=totals.blocked_s,
-                in_flight_s=totals.in_flight_s,
-                bytes_sent=totals.bytes_sent,
-                bytes_received=totals.bytes_received,
-            )
+            self.log.row(**totals.row(), **own, **counts)
         except CheckpointError as error:
             self.failure = error
         self.progress.update(samples, loss)
@@ -269,16 +253,23 @@ class Trainer:
         """
         if self.is_validated and self.strategy.lockstep:
             return
-        self.is_validated = True
+        self.is_validated, totals = True, self.totals
         with self.aside("evaluate"):
             quality = self.quality("valid", self.strategy)
             if self.ema:
                 average = self.quality("valid", self.ema)
-                self.totals.ema_valid_perplexity = average.perplexity
+                totals.ema_valid_perplexity = average.perplexity
+            found = measure_consensus(
+                self.learner, self.world, self.strategy.accounts()
+            )
+            totals.consensus_step = totals.step
+            totals.consensus_distance = found.distance
+            totals.consensus_norm = found.norm
+            totals.spectral_gap = found.gap
         if not math.isfinite(quality.perplexity):
             raise self.diverged(f"the valid perplexity is {quality.perplexity}")
-        self.totals.valid_perplexity = quality.perplexity
-        self.totals.valid_error = quality.error
+        totals.valid_perplexity = quality.perplexity
+        totals.valid_error = quality.error
         self.schedule.observe(quality.loss)
         self.progress.line(f"valid {quality}")
 
@@ -366,102 +357,6 @@ class Trainer:
             yield
         step = self.totals.step
         self.log.event(name, began_s, self.world.now_s(), step=step)
-
-    def summarise(self) -> None:
-        """Write `summary.json` and show it. Collective."""
-        totals, world, config = self.totals, self.world, self.config
-        test = ema_test = Quality(math.nan, math.nan)
-        if config.train.test and "test" in self.task.splits:
-            with self.meter.aside():
-                test = self.quality("test", self.strategy)
-                if self.ema:
-                    ema_test = self.quality("test", self.ema)
-        everyone = [Totals(**t) for t in world.comm.allgather(asdict(totals))]
-        samples = sum(world.comm.allgather(self.learner.samples))
-        in_flight_s = sum(t.in_flight_s for t in everyone)
-        blocked_s = sum(t.blocked_s for t in everyone)
-        loss_count = sum(t.loss_count for t in everyone)
-        summary = {
-            "strategy": config.strategy.name,
-            "ranks": world.size,
-            "parameters": self.learner.layout.size,
-            "steps": totals.step,
-            "samples": samples,
-            "seconds": totals.seconds,
-            "train_seconds": totals.train_seconds,
-            "samples_per_s": samples / max(totals.train_seconds, 1e-9),
-            "train_loss": sum(t.loss_sum for t in everyone) / max(loss_count, 1),
-            "valid_perplexity": totals.valid_perplexity,
-            "test_perplexity": test.perplexity,
-            "perplexity_floor": self.task.floor,
-            "comm_seconds": blocked_s / world.size,
-            "bytes_sent": sum(t.bytes_sent for t in everyone),
-            "bytes_received": sum(t.bytes_received for t in everyone),
-            "overlap": max(0.0, 1.0 - blocked_s / in_flight_s) if in_flight_s else 0.0,
-            f"{self.task.sample}s_left_out": self.batches.num_dropped,
-            "device": self.learner.device.type,
-            "versions": versions(),
-        }
-        if self.ema:
-            summary["ema_valid_perplexity"] = totals.ema_valid_perplexity
-            summary["ema_test_perplexity"] = ema_test.perplexity
-        if not math.isnan(totals.valid_error):
-            summary["valid_frame_error"] = totals.valid_error
-            summary["test_frame_error"] = test.error
-        if world.rank == 0:
-            write_summary(self.folder.summary, summary)
-        for text in describe(summary):
-            self.progress.line(text)
-
-
-def describe(summary: dict[str, Any]) -> list[str]:
-    """Return what a person wants to read of a summary."""
-    speed = (
-        f"{summary['samples']:,} samples in {clock(summary['seconds'])}"
-        f" on {count(summary['ranks'], 'rank')}: {summary['samples_per_s']:,.0f}/s"
-    )
-    if summary["ranks"] > 1:
-        speed += (
-            f", {summary['comm_seconds']:.1f} s waiting for communication,"
-            f" overlap {summary['overlap']:.0%}"
-        )
-    quality = f"valid perplexity {summary['valid_perplexity']:.2f}"
-    if not math.isnan(summary["test_perplexity"]):
-        quality += f", test perplexity {summary['test_perplexity']:.2f}"
-    if "valid_frame_error" in summary:
-        quality = f"valid frame error {summary['valid_frame_error']:.2%}"
-        if not math.isnan(summary["test_frame_error"]):
-            quality += f", test frame error {summary['test_frame_error']:.2%}"
-    if summary["perplexity_floor"]:
-        quality += f", floor {summary['perplexity_floor']:.2f}"
-    return [speed, quality]
-
-
-class Milestones:
-    """Multiples of a number of samples, and which of them have been passed.
-
-    every    samples; 0: there are none
-    samples  how far the run is
-
-    >>> stones = Milestones(100, samples=0)
-    >>> stones.due(99), stones.due(250), stones.pass_(250), stones.due(299)
-    (False, True, True, False)
-    """
-
-    def __init__(self, every: int, samples: int) -> None:
-        self.every = every
-        self.passed = samples // every if every else 0
-
-    def due(self, samples: int) -> bool:
-        """Return whether a milestone lies behind that was not passed."""
-        return self.every > 0 and samples // self.every > self.passed
-
-    def pass_(self, samples: int) -> bool:
-        """Pass the milestones up to `samples`; return whether there were any."""
-        found = self.due(samples)
-        if found:
-            self.passed = samples // self.every
-        return found
 
 
 def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.flat import copy_of
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.base import NUM_BINS, Learner, Strategy
 from mpilm.topology import permutation
 from mpilm.world.base import (
     Activity,
@@ -49,8 +49,6 @@ from mpilm.world.base import (
     World,
     require_background,
 )
-
-NUM_BINS = 17  # of the staleness: 0 to 15, and more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +123,18 @@ class Adpsgd(Strategy):
         return {
             "mixes": int(mixer.partners.sum()),
             "partners": mixer.partners.copy(),
+            "rounds": mixer.round,
+            "shares": self.config.weight * mixer.partners,
             "staleness": mixer.staleness.copy(),
         }
 
     def state(self) -> dict[str, Any]:
-        return {"round": self.mixer.round, **self.accounts()}
+        mixer = self.mixer
+        return {
+            "round": mixer.round,
+            "partners": mixer.partners.copy(),
+            "staleness": mixer.staleness.copy(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.mixer.round = int(state["round"])

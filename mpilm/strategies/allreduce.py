@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from mpilm.strategies.base import Learner, Strategy
-from mpilm.world.base import IN_PLACE, Request
+from mpilm.world.base import IN_PLACE, Request, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,10 @@ class Allreduce(Strategy):
     Config = AllreduceConfig
     synchronises = True
 
+    def __init__(self, world: World, config: AllreduceConfig) -> None:
+        super().__init__(world, config)
+        self.rounds = 0
+
     def step(self, learner: Learner) -> Any:
         if self.comm.size == 1:
             loss = learner.gradient()
@@ -52,8 +56,18 @@ class Allreduce(Strategy):
             loss = learner.gradient(ready=reduction.segment_is_ready, scale=share)
             reduction.finish()  # (1)
         learner.update()  # (2)
+        self.rounds += 1
         self.synchronised(slice(0, learner.layout.size), learner.theta)
         return loss
+
+    def accounts(self) -> dict[str, Any]:
+        return self.averages(self.rounds)
+
+    def state(self) -> dict[str, Any]:
+        return {"rounds": self.rounds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.rounds = int(state.get("rounds", 0))  # none in older checkpoints
 
 
 class OverlappedSum:

@@ -31,8 +31,8 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.flat import copy_of, fill_, to_array
-from mpilm.strategies.base import Learner, Strategy
-from mpilm.strategies.parameter_server import NUM_BINS, ParameterServer
+from mpilm.strategies.base import NUM_BINS, Learner, Strategy
+from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.world.base import World, require_background
 
 

@@ -12,10 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+
 from mpilm.flat import Layout
 from mpilm.world.base import IN_PLACE, Comm, World
 
 Observer = Callable[[slice, Any], None]
+NUM_BINS = 17  # of the staleness: 0 to 15, and more
 
 
 class Learner(Protocol):
@@ -122,14 +125,31 @@ class Strategy(ABC):
         return learner.samples * self.world.size
 
     def accounts(self) -> dict[str, Any]:
-        """Return counts of this rank for the summary: name -> number or array.
+        """Return counts of this rank for log and summary: name -> number or array.
+
+        docs/accounting.md says what they mean for each strategy. K are all ranks of the
+        world; a strategy leaves out what has no meaning for it.
 
         mixes      how often a model was mixed with others
         partners   int64 (K,): how often with each rank
+        rounds     rounds of mixing that this rank has begun
+        shares     float64 (K,): sum over rounds of the weights T_ij, j != i, that the
+                   other models had in this rank's new one
         staleness  int64 (17,): foreign mixes between the reading of a model and its
                    update; bins 0 to 15, and more
         """
         return {}
+
+    def averages(self, rounds: int) -> dict[str, Any]:
+        """Return the accounts after so many averages over all ranks: T = 11^T/K."""
+        others = np.full(self.comm.size, rounds, np.int64)
+        others[self.comm.rank] = 0
+        return {
+            "mixes": int(others.max()),
+            "partners": others,
+            "rounds": rounds,
+            "shares": others / self.comm.size,
+        }
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold of this rank: name -> array or number."""

@@ -197,6 +197,9 @@ class Bmuf(Strategy):
         """Write W(t) into `out`: what the last whole block came to."""
         out[:] = self.model
 
+    def accounts(self) -> dict[str, Any]:
+        return self.averages(self.steps // self.config.period)
+
     def state(self) -> dict[str, Any]:
         return {
             "steps": self.steps,

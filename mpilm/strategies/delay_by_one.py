@@ -47,6 +47,7 @@ class DelayByOne(Strategy):
     def __init__(self, world: World, config: DelayByOneConfig) -> None:
         super().__init__(world, config)
         self.sum: Any = None
+        self.rounds = 0
 
     def step(self, learner: Learner) -> Any:
         if self.comm.size == 1:
@@ -59,7 +60,17 @@ class DelayByOne(Strategy):
             learner.theta[:] = self.sum
         self.synchronised(slice(0, learner.layout.size), learner.theta)
         learner.update()  # (1)
+        self.rounds += 1
         return loss
+
+    def accounts(self) -> dict[str, Any]:
+        return self.averages(self.rounds)
+
+    def state(self) -> dict[str, Any]:
+        return {"rounds": self.rounds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.rounds = int(state.get("rounds", 0))  # none in older checkpoints
 
     def start_average(self, learner: Learner) -> Request:
         """Start summing a copy of every rank's model.

@@ -34,7 +34,7 @@ from msgspec import Meta
 
 from mpilm.flat import copy_of
 from mpilm.strategies.base import Learner, Strategy
-from mpilm.topology import TOPOLOGIES, listeners
+from mpilm.topology import TOPOLOGIES, listeners, mixing_matrix
 from mpilm.world.base import World
 
 
@@ -58,6 +58,7 @@ class Dpsgd(Strategy):
     round     rounds of mixing so far: the random topologies depend on it
     received  at most two vectors (P,) for the models of neighbours
     partners  (K,) int64, rounds in which each rank's model was heard
+    weight    of a model that is heard: the same on all ranks, in all rounds
     """
 
     name = "dpsgd"
@@ -68,6 +69,8 @@ class Dpsgd(Strategy):
         self.round = 0
         self.received: list[Any] = []
         self.partners = np.zeros(self.comm.size, np.int64)
+        matrix = mixing_matrix(config.topology, self.comm.size, config.seed)
+        self.weight = float(matrix.diagonal().min())  # 1 on a rank without partner
 
     def step(self, learner: Learner) -> Any:
         mixing = Mixing(self, learner.theta)
@@ -83,7 +86,12 @@ class Dpsgd(Strategy):
         return loss
 
     def accounts(self) -> dict[str, Any]:
-        return {"mixes": int(self.partners.sum()), "partners": self.partners}
+        return {
+            "mixes": int(self.partners.sum()),
+            "partners": self.partners.copy(),
+            "rounds": self.round,
+            "shares": self.weight * self.partners,
+        }
 
     def state(self) -> dict[str, Any]:
         return {"round": self.round, "partners": self.partners.copy()}

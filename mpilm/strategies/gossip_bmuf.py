@@ -193,6 +193,7 @@ class GossipBmuf(Strategy):
         self.num_vectors = VECTORS[config.mix] if config.filter else 1
         self.max_peers = -(-size // max(1, size // group_size)) - 1
         self.partners = np.zeros(size, np.int64)
+        self.shares = np.zeros(size)
         self.parts: list[tuple[int, slice]] = []
         self.start_point: Any = None
         self.delta: Any = None
@@ -287,7 +288,9 @@ class GossipBmuf(Strategy):
         groups = random_groups(self.config.seed, block, component, size, group_size)
         members = next(group for group in groups if self.comm.rank in group)
         for peer in members:
-            self.partners[peer] += peer != self.comm.rank
+            if peer != self.comm.rank:
+                self.partners[peer] += 1
+                self.shares[peer] += 1.0 / len(members) / len(self.parts)
         tag = component % NUM_TAGS * len(VECTORS)
         return Exchange(self.comm, members, tag, vectors)
 
@@ -357,8 +360,13 @@ class GossipBmuf(Strategy):
         self.collect()
 
     def accounts(self) -> dict[str, Any]:
-        mixes = self.steps // self.config.period
-        return {"mixes": mixes, "partners": self.partners.copy()}
+        rounds = self.steps // self.config.period
+        return {
+            "mixes": rounds,
+            "partners": self.partners.copy(),
+            "rounds": rounds,
+            "shares": self.shares.copy(),
+        }
 
     def state(self) -> dict[str, Any]:
         """Return the state; it waits for what is under way, on all ranks alike."""
@@ -367,6 +375,7 @@ class GossipBmuf(Strategy):
             "steps": self.steps,
             "applies_at": self.applies_at,
             "partners": self.partners.copy(),
+            "shares": self.shares.copy(),
         }
         return state | {name: to_array(v) for name, v in self.vectors().items()}
 
@@ -374,6 +383,7 @@ class GossipBmuf(Strategy):
         self.steps = int(state["steps"])
         self.applies_at = int(state["applies_at"])
         self.partners[:] = state["partners"]
+        self.shares[:] = state.get("shares", 0.0)  # none in older checkpoints
         for name, vector in self.vectors().items():
             fill_(vector, state[name])
 

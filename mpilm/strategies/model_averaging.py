@@ -52,7 +52,7 @@ class ModelAveraging(Strategy):
 
     def __init__(self, world: Any, config: ModelAveragingConfig) -> None:
         super().__init__(world, config)
-        self.steps = 0
+        self.steps = self.rounds = 0
 
     @property
     def stride(self) -> int:
@@ -65,6 +65,7 @@ class ModelAveraging(Strategy):
         self.steps += 1
         if self.is_due(before, learner.samples):
             self.mean_(learner.theta)  # (2)
+            self.rounds += 1
             self.synchronised(slice(0, learner.layout.size), learner.theta)
             self.treat_moments(learner)
         return loss
@@ -88,8 +89,12 @@ class ModelAveraging(Strategy):
             else:
                 self.mean_(vector)
 
+    def accounts(self) -> dict[str, Any]:
+        return self.averages(self.rounds)
+
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"steps": self.steps, "rounds": self.rounds}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.steps = int(state["steps"])
+        self.rounds = int(state.get("rounds", 0))  # none in older checkpoints

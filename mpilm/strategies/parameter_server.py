@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from mpilm.flat import Layout, Segment, copy_of
+from mpilm.strategies.base import NUM_BINS
 from mpilm.world.base import Activity, Comm, Message, Request, World
 
 PULL, PUSH, PULL_ROWS, PUSH_ROWS, ROWS, END = range(1, 7)  # tags
-NUM_BINS = 17  # of the staleness: 0 to 15, and more
 Work = tuple[int, int, Any] | Message  # a pull that was held back, or what arrived
 
 

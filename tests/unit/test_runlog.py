@@ -135,13 +135,30 @@ def test_a_new_run_begins_anew_whatever_is_there(tmp_path):
     assert_filled(read_log(path), 2)
 
 
-def test_resume_with_other_fields_is_refused(tmp_path):
+def test_resume_with_fewer_fields_or_other_types_is_refused(tmp_path):
     path = tmp_path / "r.h5"
     with RunLog(path, 0, FIELDS) as log:
         fill(log, 1, 2)
     with pytest.raises(CheckpointError, match=f"{path}: a log with other fields"):
-        RunLog(path, 0, {**FIELDS, "more": "f8"}, from_step=2)
+        RunLog(path, 0, {"step": "i8", "loss": "f8"}, from_step=2)
+    with pytest.raises(CheckpointError, match="a log with other fields"):
+        RunLog(path, 0, {**FIELDS, "loss": "f4"}, from_step=2)
     assert_filled(read_log(path), 2)
+
+
+def test_resume_with_new_fields_does_not_know_them_before(tmp_path):
+    path = tmp_path / "r.h5"
+    with RunLog(path, 0, FIELDS) as log:
+        fill(log, 1, 3)
+    new = {"step": "i8", "first": "3i8", **FIELDS, "more": "f8"}
+    with RunLog(path, 0, new, from_step=2) as log:
+        fill(log, 3, 3)
+        log.row(step=4, loss=2.0, bytes_sent=32, staleness=[4] * 4, more=0.5)
+    log = read_log(path)
+    assert log.rows["step"].tolist() == [1, 2, 3, 4]
+    assert log.rows["loss"].tolist() == [0.5, 1.0, 1.5, 2.0]
+    assert np.array_equal(log.rows["more"], [math.nan] * 3 + [0.5], equal_nan=True)
+    assert (log.rows["first"] == -1).all()
 
 
 @pytest.mark.parametrize("values", [{}, {"loss": 1.0}, {"step": 1, "lr": 1.0}])
