@@ -1,0 +1,1 @@
+"""From audio to words: features, word HMMs, alignment, decoding, word error rate."""
