@@ -22,7 +22,7 @@ BAD_INPUT = 2
 # what launchers call the rank of a process; the first that is set counts
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 # commands whose ranks share the work; others run once, on rank 0
-PARALLEL = {("train",), ("eval",)}
+PARALLEL = {("train",), ("eval",), ("align",), ("decode",)}
 
 # words of the command -> "module:function", one line of help
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
@@ -38,8 +38,14 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "mpilm.commands.prepare:synthetic",
         "corpus of a random language with a known perplexity floor",
     ),
+    ("prepare", "wav"): (
+        "mpilm.commands.speech:wav",
+        "corpus of recordings: features and alignment with word HMMs",
+    ),
     ("train",): ("mpilm.commands.train:train", "train a model (under mpirun or alone)"),
     ("eval",): ("mpilm.commands.evaluate:eval_", "perplexity of a trained model"),
+    ("align",): ("mpilm.commands.speech:align", "new labels by a trained model"),
+    ("decode",): ("mpilm.commands.speech:decode", "words and their error rate"),
     ("generate",): ("mpilm.commands.evaluate:generate", "text from a trained model"),
 }
 
