@@ -42,6 +42,10 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "mpilm.commands.speech:wav",
         "corpus of recordings: features and alignment with word HMMs",
     ),
+    ("prepare", "kaldi"): (
+        "mpilm.commands.kaldi:kaldi",
+        "corpus of features and alignments that Kaldi made",
+    ),
     ("train",): ("mpilm.commands.train:train", "train a model (under mpirun or alone)"),
     ("eval",): ("mpilm.commands.evaluate:eval_", "perplexity of a trained model"),
     ("align",): ("mpilm.commands.speech:align", "new labels by a trained model"),
