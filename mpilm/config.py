@@ -75,6 +75,8 @@ class TrainConfig:
     """samples between two evaluations on the valid split; 0: at the end only"""
     test: bool = True
     """evaluate the test split at the end"""
+    worst_rank: bool = True
+    """evaluate at the end every rank's own model too, where ranks differ"""
     eval_streams: Positive = 16
     """sequences evaluated side by side, whatever the number of ranks"""
     log_every: Positive = 10

@@ -76,13 +76,16 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
 def evaluate_ranks(
     trainer: Trainer, reports: list[Report], splits: list[str]
 ) -> dict[str, list[Quality]]:
-    """Return how good every rank's own model is, if they differ: split -> by rank.
+    """Return how good every rank's own model is: split -> by rank.
+
+    Nothing if the ranks do not differ, or the configuration does not ask for it.
 
     Communicates: collective; every rank evaluates alone, then a small allgather.
     """
-    if not any(report.totals.consensus_distance > 0.0 for report in reports):
-        return {}  # on all ranks: the reports are the same
     train = trainer.config.train
+    differ = any(report.totals.consensus_distance > 0.0 for report in reports)
+    if not (differ and train.worst_rank):
+        return {}  # on all ranks: the reports are the same
     return {
         split: evaluate_each(trainer.learner, trainer.task, split, train, trainer.world)
         for split in splits

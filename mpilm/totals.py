@@ -79,14 +79,16 @@ class Totals:
 
 
 class Meter:
-    """Adds passing time and traffic to the totals, training apart from the rest.
-
-    apart  traffic that is not the strategy's: its bytes and messages are not counted
-    """
+    """Adds passing time and traffic to the totals, training apart from the rest."""
 
     def __init__(self, world: World, totals: Totals) -> None:
         self.world, self.totals = world, totals
         self.apart = Traffic()
+        self.last = self.read()
+
+    def begin(self, apart: Traffic) -> None:
+        """Count from now on, but not the bytes and messages of `apart`: of votes."""
+        self.apart = apart
         self.last = self.read()
 
     def read(self) -> dict[str, float]:

@@ -147,7 +147,7 @@ class Trainer:
                 request=stop,
                 lockstep=strategy.lockstep,
             )
-            self.meter.apart = vote.traffic
+            self.meter.begin(vote.traffic)
             samples = self.samples
             while samples < config.train.samples and not self.schedule.finished:
                 learner.lr = self.schedule.lr(samples)
@@ -170,8 +170,7 @@ class Trainer:
             strategy.retire(learner)
             vote.finish(self.gather_retired)
             strategy.finish(learner)
-            self.meter.mark()
-            with self.world.together():
+            with self.meter.aside(), self.world.together():
                 if self.failure:
                     raise self.failure
             if not vote.stopped:
