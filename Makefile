@@ -55,9 +55,7 @@ bench-smoke: .venv/test.stamp
 	tools/bench.sh --smoke
 
 soak: .venv/test.stamp
-	for name in adpsgd async_sgd; do \
-	    $(BIN)/python -m tests.strategies.asynchronous $$name 0 $(SOAK) || exit 1; \
-	done
+	$(BIN)/python -m tests.strategies.schedules all 0 $(SOAK)
 	for seed in $$(seq $$(($(SOAK) / 400))); do \
 	    $(BIN)/python -m pytest -q tests/virtual/test_schedules.py \
 	        --hypothesis-seed=$$seed || exit 1; \

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mpilm.errors import WorldError
-from mpilm.protocol import ProtocolLearner
+from mpilm.protocol import ProtocolLearner, layers
 from mpilm.strategies.adpsgd import Adpsgd, AdpsgdConfig
 from mpilm.topology import mixing_matrix
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import run_virtual
-from tests.strategies.asynchronous import schedule, train
+from tests.strategies.fleets import fleet, targets, thetas
 
 MIXINGS = ("fixed_ring", "random_ring", "random_pairs")
 STEP_S = 0.1
+LAYOUT = layers(23)
 
 
 def consensus(models):
@@ -25,79 +24,58 @@ def consensus(models):
     return float(np.mean((models - np.mean(models, axis=0)) ** 2))
 
 
-def thetas(ranks):
-    return np.array([learner.theta for learner in ranks.learners])
-
-
-def test_random_schedules():
-    for seed in range(400):
-        schedule("adpsgd", seed)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_any_schedule(seed):
-    schedule("adpsgd", seed)
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_one_rank_is_local_to_the_bit(momentum):
-    ranks = train("adpsgd", 1, 20, momentum=momentum, noise=0.1)
-    alone = ProtocolLearner(
-        23, compute=lambda work, _: work(lambda _: None), seed=0, momentum=momentum,
-        noise=0.1,
+def train(size, steps, *, settings=None, machine=None, faults=None, until_s=None, **of):
+    """Train quadratics from different models; `of`: options of the learners."""
+    return fleet(
+        "adpsgd", size, steps=steps, scatter=True, machine=machine, faults=faults,
+        until_s=until_s, learner={"layout": LAYOUT, "lr": 0.1, **of},
+        **(settings or {}),
     )  # fmt: skip
-    for _ in range(20):
-        alone.gradient()
-        alone.update()
-    np.testing.assert_array_equal(ranks.models[0], alone.theta)
+
+
+def firsts(ranks):
+    return np.array([rank.first for rank in ranks])
 
 
 @pytest.mark.parametrize("weight", [0.5, 1 / 3, 0.1])
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_a_meeting_is_the_2x2_matrix(weight, pieces):
     # leave to mix comes after a step, and the last step is not mixed: one meeting
-    ranks = train(
-        "adpsgd", 2, [2, 0], lr=0.0, settings={"weight": weight, "pieces": pieces}
-    )
+    ranks = train(2, [2, 0], lr=0.0, settings={"weight": weight, "pieces": pieces})
     matrix = np.array([[1 - weight, weight], [weight, 1 - weight]])
-    assert ranks.strategies[0].mixer.round == 1
-    np.testing.assert_allclose(
-        thetas(ranks), matrix @ np.array(ranks.begun), atol=1e-6, rtol=0
-    )
+    assert ranks[0].strategy.mixer.round == 1
+    np.testing.assert_allclose(thetas(ranks), matrix @ firsts(ranks), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 8])
 def test_a_ring_in_step_mixes_by_the_thirds_of_the_papers(size):
     rounds = 6
-    ranks = train("adpsgd", size, rounds + 1, lr=0.0, settings={"mixing": "fixed_ring"})
+    ranks = train(size, rounds + 1, lr=0.0, settings={"mixing": "fixed_ring"})
     matrix = np.linalg.matrix_power(mixing_matrix("fixed_ring", size), rounds)
-    np.testing.assert_allclose(
-        thetas(ranks), matrix @ np.array(ranks.begun), atol=1e-6, rtol=0
-    )
+    np.testing.assert_allclose(thetas(ranks), matrix @ firsts(ranks), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("size", [2, 3, 7, 16])
 def test_mixing_brings_all_models_together(mixing, size):
-    ranks = train("adpsgd", size, 150, lr=0.0, settings={"mixing": mixing})
-    assert consensus(thetas(ranks)) < 1e-3 * consensus(np.array(ranks.begun))
+    ranks = train(size, 150, lr=0.0, settings={"mixing": mixing})
+    assert consensus(thetas(ranks)) < 1e-3 * consensus(firsts(ranks))
 
 
 def test_two_ranks_in_step_only_swap_with_a_half():
-    ranks = train("adpsgd", 2, 8, lr=0.0, settings={"weight": 0.5})  # 7 swaps
-    np.testing.assert_allclose(thetas(ranks), ranks.begun[::-1], atol=1e-5, rtol=0)
+    ranks = train(2, 8, lr=0.0, settings={"weight": 0.5})  # 7 swaps
+    np.testing.assert_allclose(thetas(ranks), firsts(ranks)[::-1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_the_mean_model_approaches_the_mean_minimum(mixing):
     ranks = train(
-        "adpsgd", 5, 400, lr=0.02, settings={"mixing": mixing},
+        5, 400, lr=0.02, settings={"mixing": mixing},
         machine=Machine(step_s=STEP_S, jitter=0.5),
     )  # fmt: skip
-    target = np.mean([learner.target for learner in ranks.learners], axis=0)
-    begun = np.abs(np.mean(ranks.begun, axis=0) - target).max()
-    assert np.abs(ranks.models[0] - target).max() < 0.05 * begun
+    target = targets(ranks).mean(axis=0)
+    begun = np.abs(firsts(ranks).mean(axis=0) - target).max()
+    assert np.abs(ranks[0].final - target).max() < 0.05 * begun
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
@@ -106,16 +84,13 @@ def test_a_straggler_slows_nobody_else(mixing, factor):
     size = 16
     machine = Machine(step_s=STEP_S, latency_s=1e-3, bandwidth_Bps=4 * 23 / 0.01)
     ranks = train(
-        "adpsgd", size, 10**6, until_s=12.0, settings={"mixing": mixing},
+        size, 10**6, until_s=12.0, settings={"mixing": mixing},
         machine=machine, faults=Faults(slow={"3": factor}), lr=0.0,
     )  # fmt: skip
-    rates = [
-        learner.samples / seconds
-        for learner, seconds in zip(ranks.learners, ranks.seconds, strict=True)
-    ]
+    rates = [rank.learner.samples / rank.seconds for rank in ranks]
     ideal = (size - 1 + 1 / factor) / STEP_S
     assert sum(rates) >= 0.97 * ideal
-    mixes = ranks.strategies[3].accounts()["partners"].sum()
+    mixes = ranks[3].strategy.accounts()["partners"].sum()
     assert mixes > 60  # it is asked all the same
 
 
@@ -123,30 +98,18 @@ def test_a_straggler_slows_nobody_else(mixing, factor):
 def test_communication_as_long_as_computing_is_hidden(pieces):
     # a rank sends a snapshot and a delta of 4P bytes in every step
     machine = Machine(step_s=STEP_S, latency_s=1e-5, bandwidth_Bps=8 * 23 / STEP_S)
-    ranks = train("adpsgd", 4, 50, machine=machine, settings={"pieces": pieces})
-    assert max(ranks.seconds) <= 1.05 * 50 * STEP_S
-
-
-def test_bytes_are_those_of_the_meetings():
-    size, model_bytes = 4, 4 * 23
-    ranks = train("adpsgd", size, 20)
-    for rank, world in enumerate(ranks.simulation.worlds):
-        meetings = int(ranks.strategies[rank].accounts()["partners"].sum())
-        assert meetings > 20
-        first = model_bytes if rank == 0 else 0  # its Bcast
-        mean = 2 * model_bytes * (size - 1) // size  # of the final model
-        expected = meetings * model_bytes + first + mean
-        assert world.traffic.bytes_sent == expected
+    ranks = train(4, 50, machine=machine, settings={"pieces": pieces})
+    assert max(rank.seconds for rank in ranks) <= 1.05 * 50 * STEP_S
 
 
 def test_staleness_counts_the_meetings_within_a_step():
-    ranks = train("adpsgd", 2, [20, 2], faults=Faults(slow={"1": 10.0}))
-    assert ranks.strategies[1].accounts()["staleness"][8:13].sum() == 2
-    assert ranks.strategies[0].accounts()["staleness"][3:].sum() == 0
+    ranks = train(2, [20, 2], faults=Faults(slow={"1": 10.0}))
+    assert ranks[1].strategy.accounts()["staleness"][8:13].sum() == 2
+    assert ranks[0].strategy.accounts()["staleness"][3:].sum() == 0
 
 
 def test_state_goes_on_where_it_was():
-    kept = train("adpsgd", 3, 10).strategies[1].state()
+    kept = train(3, 10)[1].strategy.state()
 
     def main(world):
         strategy = Adpsgd(world, AdpsgdConfig())

@@ -11,29 +11,33 @@ from hypothesis import strategies as st
 
 from mpilm.errors import WorldError
 from mpilm.flat import Layout
-from mpilm.protocol import ProtocolLearner
+from mpilm.protocol import ProtocolLearner, layers
 from mpilm.strategies.async_sgd import AsyncSgd, AsyncSgdConfig
 from mpilm.strategies.parameter_server import ParameterServer, row_width, shards
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, run_virtual
-from tests.strategies.asynchronous import schedule, train
+from tests.strategies.fleets import fleet, targets
 
 STEP_S = 0.1
+LAYOUT = layers(23)
 TABLES = Layout.of(
     [("embed", (7, 3), "embed"), ("bias", (5,), "out"), ("out", (4, 2), "out")]
 )
 
 
-def test_random_schedules():
-    for seed in range(120):
-        schedule("async_sgd", seed)
+def train(size, steps, *, settings=None, machine=None, faults=None, until_s=None, **of):
+    """Train quadratics; `of`: options of the learners."""
+    return fleet(
+        "async_sgd", size, steps=steps, machine=machine, faults=faults,
+        until_s=until_s, learner={"layout": LAYOUT, "lr": 0.1, **of},
+        **(settings or {}),
+    )  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_any_schedule(seed):
-    schedule("async_sgd", seed)
+def lead(ranks):
+    """Return how many steps the fastest rank was ever ahead of the slowest."""
+    return max(lead for rank in ranks for lead in rank.leads)
 
 
 def alone(steps, **learning):
@@ -46,42 +50,33 @@ def alone(steps, **learning):
     return learner.theta
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_one_rank_is_local_to_the_bit(momentum):
-    ranks = train("async_sgd", 1, 20, momentum=momentum, noise=0.1)
-    expected = alone(20, momentum=momentum, noise=0.1)
-    np.testing.assert_array_equal(ranks.models[0], expected)
-
-
 def test_one_rank_with_momentum_of_the_server_is_momentum_sgd():
-    ranks = train("async_sgd", 1, 20, settings={"momentum": 0.9})
-    np.testing.assert_allclose(ranks.models[0], alone(20, momentum=0.9), atol=1e-5)
+    ranks = train(1, 20, settings={"momentum": 0.9})
+    np.testing.assert_allclose(ranks[0].final, alone(20, momentum=0.9), atol=1e-5)
 
 
 def test_the_local_optimizer_may_make_the_step():
-    ranks = train(
-        "async_sgd", 2, [20, 0], settings={"local_optimizer": True}, momentum=0.9
-    )
-    np.testing.assert_allclose(ranks.models[0], alone(20, momentum=0.9), atol=1e-5)
+    ranks = train(2, [20, 0], settings={"local_optimizer": True}, momentum=0.9)
+    np.testing.assert_allclose(ranks[0].final, alone(20, momentum=0.9), atol=1e-5)
 
 
 @pytest.mark.parametrize("bound", [-1, 1])
 def test_the_model_reaches_the_mean_minimum(bound):
     ranks = train(
-        "async_sgd", 4, 400, lr=0.02, settings={"staleness_bound": bound},
+        4, 400, lr=0.02, settings={"staleness_bound": bound},
         machine=Machine(step_s=STEP_S),
     )  # fmt: skip
-    target = np.mean([learner.target for learner in ranks.learners], axis=0)
-    begun = np.abs(ranks.begun[0] - target).max()
-    assert np.abs(ranks.models[0] - target).max() < 0.05 * begun
+    target = targets(ranks).mean(axis=0)
+    begun = np.abs(ranks[0].first - target).max()
+    assert np.abs(ranks[0].final - target).max() < 0.05 * begun
 
 
 @pytest.mark.parametrize("bound", [0, 1, 4])
 def test_nobody_is_further_ahead_than_the_bound(bound):
     run = {"faults": Faults(slow={"2": 10.0}), "machine": Machine(step_s=STEP_S)}
-    ranks = train("async_sgd", 4, 12, settings={"staleness_bound": bound}, **run)
-    assert max(ranks.leads) == bound
-    assert max(train("async_sgd", 4, 12, **run).leads) > 4
+    ranks = train(4, 12, settings={"staleness_bound": bound}, **run)
+    assert lead(ranks) == bound
+    assert lead(train(4, 12, **run)) > 4
 
 
 @pytest.mark.parametrize("factor", [10.0, 100.0])
@@ -89,30 +84,11 @@ def test_a_straggler_slows_nobody_else(factor):
     size = 16
     machine = Machine(step_s=STEP_S, latency_s=1e-4, bandwidth_Bps=4 * 23 / 1e-4)
     ranks = train(
-        "async_sgd", size, 10**6, until_s=8.0, machine=machine, lr=0.0,
+        size, 10**6, until_s=8.0, machine=machine, lr=0.0,
         faults=Faults(slow={"3": factor}),
     )  # fmt: skip
-    rates = [
-        learner.samples / seconds
-        for learner, seconds in zip(ranks.learners, ranks.seconds, strict=True)
-    ]
+    rates = [rank.learner.samples / rank.seconds for rank in ranks]
     assert sum(rates) >= 0.97 * (size - 1 + 1 / factor) / STEP_S
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_bytes_are_those_of_pulls_and_pushes(size):
-    steps, num_parameters = 10, 24
-    ranks = train("async_sgd", size, steps, num_parameters=num_parameters)
-    sent = received = 0
-    for world in ranks.simulation.worlds:
-        sent += world.traffic.bytes_sent
-        received += world.traffic.bytes_received
-    model = 4 * num_parameters * (size - 1)  # all shards to and from all other ranks
-    pairs = size * (size - 1)
-    worked = steps * (2 * model + 8 * pairs) + 16 * pairs  # the end: 8 and 8
-    # the first Bcast, and the shards' in finish and final_model_: counted by receivers
-    assert received == worked + 3 * model
-    assert sent == worked + 4 * num_parameters * 3
 
 
 @settings(max_examples=200, deadline=None)
@@ -231,8 +207,7 @@ def test_rows_that_do_not_ascend_or_do_not_exist_are_refused(ids):
 
 def test_state_goes_on_where_it_was():
     momentum = {"momentum": 0.5}
-    strategies = train("async_sgd", 3, 10, settings=momentum).strategies
-    kept = [strategy.state() for strategy in strategies]
+    kept = [rank.strategy.state() for rank in train(3, 10, settings=momentum)]
 
     def main(world):
         strategy = AsyncSgd(world, AsyncSgdConfig(**momentum))

@@ -81,27 +81,10 @@ def test_after_the_warmup_it_is_filtered():
     assert not np.array_equal(thetas(warm), thetas(averaged))
 
 
-@pytest.mark.parametrize("stagger", [True, False])
-def test_one_rank_is_local_to_the_bit(stagger):
-    one = fleet("bmuf", 1, learner=NOISY, period=3, stagger=stagger)
-    local = fleet("local", 1, learner=NOISY)
-    assert np.array_equal(thetas(one), thetas(local))
-
-
 def test_eta_is_automatically_one_less_one_over_the_ranks():
     automatic = fleet("bmuf", 4, period=3)
     given = fleet("bmuf", 4, period=3, eta=0.75)
     assert np.array_equal(thetas(automatic), thetas(given))
-
-
-@pytest.mark.parametrize("momentum", ["classical", "nesterov"])
-@pytest.mark.parametrize("stagger", [True, False])
-def test_the_quadratic_reaches_the_mean_minimum(momentum, stagger):
-    settings = {"period": 5, "momentum": momentum, "stagger": stagger}
-    ranks = fleet("bmuf", 4, steps=600, **settings)
-    minimum = np.mean([rank.learner.target for rank in ranks], axis=0)
-    for rank in ranks:
-        np.testing.assert_allclose(rank.final, minimum, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", ["classical", "nesterov"])
@@ -147,25 +130,6 @@ def test_staggering_covers_every_component_once_in_a_period(period):
 def test_blocks_end_evenly_spread():
     ends = [len(due(step, 12, 4, stagger=True)) for step in range(1, 13)]
     assert ends == [0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1]
-
-
-@pytest.mark.parametrize("stagger", [True, False])
-def test_bytes_are_as_declared(stagger):
-    size, blocks = 4, 5
-    ranks = fleet("bmuf", size, steps=blocks * 6, period=6, stagger=stagger)
-    reduced = blocks * 2 * 4 * P * (size - 1) // size
-    for rank in ranks:  # a staggered part's first block is shorter: there are as many
-        assert (rank.bytes_sent, rank.bytes_received) == (reduced, reduced)
-
-
-@pytest.mark.parametrize("stagger", [True, False])
-@pytest.mark.parametrize("save_at", [7, 12])
-def test_resumed_is_uninterrupted_to_the_bit(stagger, save_at):
-    settings = {"steps": 25, "learner": NOISY, "period": 6, "stagger": stagger}
-    whole = fleet("bmuf", 3, save_at=save_at, **settings)
-    resumed = fleet("bmuf", 3, resume=whole, **settings)
-    assert np.array_equal(thetas(resumed), thetas(whole))
-    assert np.array_equal(resumed[0].final, whole[0].final)
 
 
 def test_a_momentum_out_of_range_is_refused():

@@ -91,14 +91,6 @@ def test_equal_data_are_a_single_rank(size):
         np.testing.assert_allclose(learner.theta, one.theta, rtol=0, atol=ROUNDING)
 
 
-def test_one_rank_is_local_to_the_bit():
-    noisy = {"momentum": 0.5, "noise": 0.3}
-    (alone,) = train(1, learner=lambda rank: noisy)
-    (local,) = train(1, name="local", learner=lambda rank: noisy)
-    assert np.array_equal(alone.theta, local.theta)
-    assert alone.moved.tolist() == [0, 0]
-
-
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_averaging_preserves_the_mean_of_all_models(size):
     learners = train(size, scatter=True, steps=25, learner=lambda rank: {"lr": 0.0})
@@ -111,21 +103,6 @@ def test_the_mean_model_moves_as_with_allreduce(size):
     late, now = train(size), train(size, name="allreduce")
     np.testing.assert_allclose(late[0].final, now[0].final, rtol=0, atol=ROUNDING)
     assert abs(late[0].theta - now[0].theta).max() > 0.01
-
-
-@pytest.mark.parametrize("size", [2, 5])
-def test_the_mean_model_reaches_the_mean_minimum(size):
-    learners = train(size, steps=120)
-    minimum = np.mean([one.target for one in learners], axis=0)
-    for one in learners:
-        np.testing.assert_allclose(one.final, minimum, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [2, 3, 8])
-def test_a_step_moves_one_allreduce(size):
-    each_way = STEPS * (2 * 4 * P * (size - 1) // size)
-    for learner in train(size):
-        assert learner.moved.tolist() == [each_way, each_way]
 
 
 def test_the_observer_sees_the_mean_of_the_models_before_the_step():

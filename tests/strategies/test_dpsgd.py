@@ -208,28 +208,6 @@ def test_a_step_moves_one_model_to_and_from_each_neighbour(topology, size):
         assert learner.copies == min(2, most)
 
 
-@pytest.mark.parametrize("topology", ["random_ring", "exponential", "random_pairs"])
-def test_resumed_is_uninterrupted_to_the_bit(topology):
-    settings = {"topology": topology, "seed": SEED, "learner": {"noise": 0.3}}
-    whole = train("dpsgd", 5, **settings)
-    half = train("dpsgd", 5, steps=4, **settings)
-    states = [one.states for one in half]
-    assert [one[0]["round"] for one in states] == [4] * 5
-    resumed = train("dpsgd", 5, steps=ROUNDS - 4, state=states, **settings)
-    for one, other in zip(whole, resumed, strict=True):
-        assert np.array_equal(one.theta, other.theta)
-        assert one.states[0]["partners"].tolist() == other.accounts["partners"].tolist()
-
-
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_mean_model_reaches_the_mean_minimum(topology):
-    learners = train("dpsgd", 5, steps=120, topology=topology, seed=SEED)
-    minimum = np.mean([one.target for one in learners], axis=0)
-    for one in learners:
-        np.testing.assert_allclose(one.final, minimum, rtol=0, atol=1e-5)
-    assert abs(learners[0].theta - minimum).max() > 1e-3  # a rank alone stays off it
-
-
 def predicted_spread(topology, size, lr):
     """Return the stationary E|theta_i - mean|^2 per parameter over (lr sigma)^2.
 

@@ -1,0 +1,250 @@
+"""Random schedules in the virtual world, by seed: a deterministic simulation.
+
+    python -m tests.strategies.schedules bmuf 17        # replay a seed
+    python -m tests.strategies.schedules all 0 100000   # soak: seeds 0..99999 of each
+
+A seed decides everything: ranks, their numbers of steps, the machine, who is how slow,
+the strategy's settings, whether the ranks meet in the middle. Whatever it is, all ranks
+finish, nothing stays in flight, mass is conserved (laws.py), nobody is further ahead
+than the strategy allows, and the same seed gives the same bits, observed or not. The
+models follow FoundationDB's and TigerBeetle's simulations.
+
+A strategy may also be named module:Class; settings and checks are those of its `name`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from mpilm.protocol import layers
+from mpilm.strategies import STRATEGIES
+from mpilm.strategies.ema import Ema, EmaConfig
+from mpilm.topology import TOPOLOGIES
+from mpilm.world.faults import Faults
+from mpilm.world.machine import Machine
+from tests.strategies.fleets import fleet, thetas
+from tests.strategies.laws import LAWS, check_mass
+
+MODULE = "tests.strategies.schedules"
+TWICE = 10  # every so many seeds are run twice
+
+# what a strategy is set to: (random numbers, ranks) -> settings of its Config
+SETTINGS = {
+    "local": lambda draw, size: {},
+    "allreduce": lambda draw, size: {"bucket_bytes": draw.choice([4, 48, 2_000_000])},
+    "model_averaging": lambda draw, size: {
+        "period": draw.randint(1, 4),
+        "warmup": draw.choice([0, 0, 2]),
+        "momentum": draw.choice(["keep", "reset", "average"]),
+    },
+    "bmuf": lambda draw, size: {
+        "period": draw.randint(1, 4),
+        "eta": draw.choice([-1.0, 0.0, 0.5]),
+        "zeta": draw.choice([1.0, 0.7]),
+        "momentum": draw.choice(["classical", "nesterov"]),
+        "warmup": draw.choice([0, 0, 1]),
+        "stagger": draw.random() < 0.5,
+    },
+    "gossip_bmuf": lambda draw, size: {
+        "period": (period := draw.randint(1, 4)),
+        "delay": draw.randrange(period),
+        "group_size": draw.randint(2, max(2, min(4, size))),
+        "components": draw.choice(["layers", "whole", 1, 3]),
+        "filter": draw.random() < 0.7,
+        "eta": draw.choice([-1.0, 0.0, 0.5]),
+        "zeta": draw.choice([1.0, 0.7]),
+        "momentum": draw.choice(["classical", "nesterov"]),
+        "mix": draw.choice(["models", "starts", "momenta"]),
+        "seed": draw.randrange(1000),
+    },
+    "dpsgd": lambda draw, size: {
+        "topology": draw.choice(list(TOPOLOGIES)),
+        "overlap": draw.random() < 0.5,
+        "seed": draw.randrange(1000),
+    },
+    "delay_by_one": lambda draw, size: {},
+    "adpsgd": lambda draw, size: {
+        "mixing": draw.choice(["fixed_ring", "random_ring", "random_pairs"]),
+        "mixes_per_step": draw.choice([0.5, 1.0, 3.0]),
+        "weight": draw.choice([1 / 3, 0.5]),
+        "pieces": draw.randint(1, 3),
+        "ring_rounds": draw.randint(1, 3),
+        "seed": draw.randrange(1000),
+    },
+    "async_sgd": lambda draw, size: {
+        "staleness_bound": draw.choice([-1, 0, 1, 3]),
+        "momentum": draw.choice([0.0, 0.5]),
+        "local_optimizer": draw.random() < 0.3,
+    },
+}
+
+# steps that a rank may be ahead of the slowest: (settings, ranks) -> number or None
+LEADS = {
+    "allreduce": lambda settings, size: 1,
+    "model_averaging": lambda settings, size: settings["period"],
+    "bmuf": lambda settings, size: settings["period"],
+    "dpsgd": lambda settings, size: {
+        "complete": 1,
+        "fixed_ring": size // 2,
+        "exponential": (size - 1).bit_length(),
+    }.get(settings["topology"]),
+    "delay_by_one": lambda settings, size: 1,
+    "async_sgd": lambda settings, size: (
+        settings["staleness_bound"] if settings["staleness_bound"] >= 0 else None
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All that a seed decides."""
+
+    kind: str
+    name: str
+    size: int
+    settings: dict[str, Any]
+    plan: dict[str, Any]  # other arguments of `fleet`
+
+    def run(self, watch=None):
+        """Train; return the ranks."""
+        kinds = {self.name: find(self.kind)}
+        arguments = {**self.plan, **self.settings, "watch": watch, "kinds": kinds}
+        return fleet(self.name, self.size, **arguments)
+
+
+def find(kind):
+    """Return the strategy class of a name, or of module:Class."""
+    if ":" not in kind:
+        return STRATEGIES[kind]
+    module, _, name = kind.partition(":")
+    return getattr(import_module(module), name)
+
+
+def schedule(kind, seed):
+    """Return what a seed decides."""
+    strategy = find(kind)
+    name = strategy.name
+    draw = random.Random(f"{name} {seed}")
+    size = draw.randint(2, draw.choice([4, 4, 6, 6, 8, 16]))
+    machine = Machine(
+        latency_s=draw.choice([0.0, 1e-3, 0.5]),
+        bandwidth_Bps=draw.choice([50.0, 1e4, float("inf")]),
+        ranks_per_node=draw.randint(1, 4),
+        node_latency_s=draw.choice([0.0, 0.1]),
+        step_s=draw.choice([0.0, 1e-3, 0.25]),
+        jitter=draw.choice([0.0, 0.3, 1.0]),
+        eager_bytes=draw.choice([0, 64, 65_536]),
+    )
+    slow = {
+        str(draw.randrange(size)): draw.choice([1.0, 5.0, 100.0])
+        for _ in range(draw.randint(0, 2))
+    }
+    settings = SETTINGS[name](draw, size) if name in SETTINGS else {}
+    steps = draw.randint(0, 12)  # of every rank, in lockstep
+    if not strategy.lockstep:
+        steps = [draw.randint(0, 8) for _ in range(size)]
+    plan = {
+        "steps": steps,
+        "parts": draw.choice([1, 1, 2, 3]),
+        "retire": draw.random() < 0.5,
+        "scatter": name not in LAWS and draw.random() < 0.7,
+        "machine": machine,
+        "faults": Faults(slow=slow),
+        "world_seed": seed,
+        "learner": {
+            "layout": layers(draw.choice([5, 11, 23])),
+            "lr": draw.choice([0.0, 0.1, 0.1]),
+            "momentum": draw.choice([0.0, 0.9]),
+            "noise": draw.choice([0.0, 0.3]),
+        },
+    }
+    return Schedule(kind, name, size, settings, plan)
+
+
+def run(kind, seed):
+    """Run the schedule of a seed and check everything that must hold."""
+    chosen = schedule(kind, seed)
+    ranks = chosen.run()
+    check(chosen, ranks)
+    if seed % TWICE == 0:
+        again = chosen.run(observer if ranks[0].strategy.synchronises else None)
+        for one, other in zip(ranks, again, strict=True):
+            assert np.array_equal(one.learner.theta, other.learner.theta), "other bits"
+            assert np.array_equal(one.final, other.final), "another final model"
+            assert one.seconds == other.seconds, "another time"
+        num_events = ranks[0].simulation.num_events
+        assert num_events == again[0].simulation.num_events, "other events"
+
+
+def observer(strategy, learner):
+    """Attach a moving average: it must not change a bit."""
+    return Ema(EmaConfig(syncs=3), strategy, learner)
+
+
+def check(chosen, ranks):
+    """Raise unless the run kept its promises."""
+    name, size, plan = chosen.name, chosen.size, chosen.plan
+    steps = plan["steps"]
+    steps = [steps] * size if isinstance(steps, int) else steps
+    taken = [rank.learner.samples for rank in ranks]
+    assert taken == steps, f"{taken} steps, not {steps}"
+    assert np.isfinite(thetas(ranks)).all(), "not finite"
+    check_mass(name, ranks)
+    for rank in ranks:
+        assert np.array_equal(rank.final, ranks[0].final), "ranks end apart"
+    limit = LEADS[name](chosen.settings, size) if name in LEADS else None
+    lead = max((lead for rank in ranks for lead in rank.leads), default=0)
+    assert limit is None or lead <= limit, f"{lead} steps ahead, more than {limit}"
+    check_accounts(name, ranks, steps)
+
+
+def check_accounts(name, ranks, steps):
+    """Raise unless what the ranks counted agrees with each other."""
+    accounts = [rank.strategy.accounts() for rank in ranks]
+    if all("staleness" in own for own in accounts):
+        counted = [int(own["staleness"].sum()) for own in accounts]
+        assert counted == steps, f"staleness of {counted} steps, not of {steps}"
+    if name in ("adpsgd", "gossip_bmuf"):
+        partners = np.array([own["partners"] for own in accounts])
+        assert (partners == partners.T).all(), "one met whom the other did not"
+    if name == "adpsgd":
+        begun = sum(rank.strategy.mixer.round for rank in ranks)
+        assert partners.sum() == 2 * begun, "meetings without an end"
+        most = ranks[0].strategy.config.mixes_per_step
+        for rank, num in zip(ranks, steps, strict=True):
+            assert rank.strategy.mixer.round <= num * most, "too many meetings"
+
+
+def replay(kind, seed):
+    """Return the command that runs this seed again."""
+    return f"python -m {MODULE} {kind} {seed}"
+
+
+def sweep(kind, seeds):
+    """Run the schedules of `seeds`; say how to replay the first one that fails."""
+    for seed in seeds:
+        try:
+            run(kind, seed)
+        except Exception as error:
+            command = replay(kind, seed)
+            reason = f"{type(error).__name__}: {error}"
+            print(f"{reason}\nreplay: {command}", file=sys.stderr, flush=True)
+            raise AssertionError(f"{reason}\nreplay: {command}") from error
+
+
+def main(kind, first, stop=None):
+    """Run one seed, or a range of seeds."""
+    seeds = range(int(first), int(stop) if stop else int(first) + 1)
+    for name in STRATEGIES if kind == "all" else [kind]:
+        sweep(name, seeds)
+        print(f"{name}: {len(seeds)} schedules kept all promises", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

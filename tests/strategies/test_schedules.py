@@ -1,0 +1,73 @@
+"""Thousands of random schedules of every strategy; faults that they must find."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpilm.strategies import STRATEGIES
+from tests.strategies import faulty
+from tests.strategies.schedules import MODULE, SETTINGS, replay, schedule, sweep
+
+NUM_SCHEDULES = 2000
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_random_schedules(name):
+    sweep(name, range(NUM_SCHEDULES))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_schedule(name, seed):
+    sweep(name, [seed])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_seeds_reach_what_they_should(name):
+    """Fleets of 2 to 16 ranks, stragglers, meetings, uneven steps, various settings."""
+    found = [schedule(name, seed) for seed in range(NUM_SCHEDULES)]
+    assert {chosen.size for chosen in found} == set(range(2, 17))
+    assert {chosen.plan["parts"] for chosen in found} == {1, 2, 3}
+    assert any(100.0 in chosen.plan["faults"].slow.values() for chosen in found)
+    for key in SETTINGS[name](random.Random(0), 4):
+        assert len({str(chosen.settings[key]) for chosen in found}) > 1
+    if not STRATEGIES[name].lockstep:
+        assert any(len(set(chosen.plan["steps"])) > 3 for chosen in found)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (faulty.LosesMass, "mass is not conserved"),
+        (faulty.WaitsForEver, "deadlock at"),
+        (faulty.ForgetsAMessage, "messages that nobody received"),
+        (faulty.RunsAhead, "steps ahead, more than"),
+        (faulty.RollsDice, "other bits"),
+    ],
+)
+def test_a_fault_is_found_and_its_seed_replayed(fault, reason, capsys):
+    kind = f"{fault.__module__}:{fault.__name__}"
+    with pytest.raises(AssertionError, match=reason):
+        sweep(kind, range(200))
+    (command,) = re.findall(r"^replay: (.*)$", capsys.readouterr().err, re.MULTILINE)
+    seed = int(command.split()[-1])
+    assert command == replay(kind, seed) == f"python -m {MODULE} {kind} {seed}"
+    sweep(fault.name, [seed])  # without the fault the schedule keeps its promises
+    again = subprocess.run(
+        [sys.executable, *command.split()[1:]],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert again.returncode != 0
+    assert reason in again.stderr
+    assert f"replay: {command}" in again.stderr
