@@ -116,7 +116,7 @@ class Archives:
         file, offset = self._open(path), int(match["offset"] or 0)
         array = read_object(file, path, offset)
         for axis, part in enumerate((match["part"] or "").split(",")):
-            if part:
+            if part not in ("", ":"):
                 array = _cut(array, axis, part, place)
         return array
 
@@ -140,8 +140,10 @@ class Archives:
 def _cut(array: NDArray[Any], axis: int, part: str, place: str) -> NDArray[Any]:
     """Return the rows or columns first:last, last included, as Kaldi counts."""
     first, _, last = part.partition(":")
+    if not (first and (last or ":" not in part)):
+        raise DataError(f"{place}: {part} is no range first:last")
     stop = int(last or first) + 1
-    if axis >= array.ndim or not first or stop > array.shape[axis]:
+    if axis >= array.ndim or stop > array.shape[axis]:
         raise DataError(f"{place}: {part} lies outside of {array.shape}")
     return array[int(first) : stop] if axis == 0 else array[:, int(first) : stop]
 
