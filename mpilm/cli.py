@@ -22,7 +22,7 @@ BAD_INPUT = 2
 # what launchers call the rank of a process; the first that is set counts
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 # commands whose ranks share the work; others run once, on rank 0
-PARALLEL = {("train",), ("eval",), ("align",), ("decode",)}
+PARALLEL = {("train",), ("eval",), ("doctor",), ("probe",), ("align",), ("decode",)}
 
 # words of the command -> "module:function", one line of help
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
@@ -50,7 +50,27 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("eval",): ("mpilm.commands.evaluate:eval_", "perplexity of a trained model"),
     ("align",): ("mpilm.commands.speech:align", "new labels by a trained model"),
     ("decode",): ("mpilm.commands.speech:decode", "words and their error rate"),
+    ("export",): (
+        "mpilm.commands.export:export",
+        "a model as safetensors, or its scores for Kaldi's decoders",
+    ),
     ("generate",): ("mpilm.commands.evaluate:generate", "text from a trained model"),
+    ("doctor",): (
+        "mpilm.commands.doctor:doctor",
+        "check this machine: MPI, cores, GPUs, network, folders",
+    ),
+    ("submit",): (
+        "mpilm.commands.submit:submit",
+        "submit training jobs to SLURM or PBS; scaling sweeps",
+    ),
+    ("probe",): (
+        "mpilm.commands.probe:probe",
+        "measure this machine under mpirun, for simulate",
+    ),
+    ("simulate",): (
+        "mpilm.commands.simulate:simulate",
+        "predict scaling and loss on another machine, in virtual time",
+    ),
 }
 
 

@@ -63,6 +63,7 @@ def generate(
     tokens: int = 40,
     temperature: float = 0.8,
     top_k: Annotated[int, tyro.conf.arg(name="top-k")] = 0,
+    unk: bool = False,
     seed: int = 0,
 ) -> int:
     """Print text that a trained model goes on with after a prompt.
@@ -73,8 +74,10 @@ def generate(
         tokens: how many words (or characters) to add
         temperature: below 1: more likely words more often; 0: always the likeliest
         top_k: choose among the k likeliest only; 0: among all
+        unk: let <unk> be chosen too
         seed: of the random choice
     """
+    from mpilm.data.hdf5 import UNK
     from mpilm.data.text import decode, encode_prompt
     from mpilm.run import TrainedModel
 
@@ -84,6 +87,8 @@ def generate(
             raise DataError(f"{option} {value}: must be 0 or more")
     model = TrainedModel.read(run)
     ids = encode_prompt(prompt, model.vocabulary, model.level)
+    unknown = [i for i, word in enumerate(model.vocabulary) if word == UNK]
+    never = [] if unk or len(unknown) == len(model.vocabulary) else unknown
     import torch  # late: what is wrong with the arguments is said at once
 
     lstm: Any = model.learner().model
@@ -92,6 +97,7 @@ def generate(
         tokens,
         temperature=temperature,
         top_k=top_k,
+        never=never,
         generator=torch.Generator().manual_seed(seed),
     )
     print(decode([*ids, *made], model.vocabulary, model.level))

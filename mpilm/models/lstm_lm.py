@@ -137,6 +137,7 @@ class LstmLm(nn.Module):
         *,
         temperature: float = 1.0,
         top_k: int = 0,
+        never: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> list[int]:
         """Return ids drawn one by one after `prompt`; the carried state stays.
@@ -148,6 +149,7 @@ class LstmLm(nn.Module):
             num_tokens: how many to draw, >= 0.
             temperature: 0 takes the likeliest.
             top_k: 0 means all.
+            never: ids that are not drawn.
             generator: random state, on the CPU; torch's global one if not given.
         """
         was_training = self.training
@@ -159,6 +161,7 @@ class LstmLm(nn.Module):
         for _ in range(num_tokens):
             x_NH, state = self.features(fed, state)
             logits_V = self.softmax.logits(x_NH[-1:])[0].float().cpu()
+            logits_V[list(never)] = -torch.inf
             drawn.append(draw(logits_V, temperature, top_k, generator))
             fed = fed.new_tensor([[drawn[-1]]])
         self.train(was_training)

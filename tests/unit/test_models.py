@@ -188,3 +188,13 @@ def test_generation_repeats_with_its_generator():
     ]
     assert draws[0] == draws[1] != draws[2]
     assert all(0 <= word < VOCAB for word in draws[0])
+
+
+def test_generation_never_draws_what_it_must_not():
+    model = make_model()
+    with torch.no_grad():
+        model.softmax.bias[3] = 50.0
+    seed = torch.Generator().manual_seed(1)
+    assert set(model.generate([0], 20, generator=seed)) == {3}
+    for settings in ({"temperature": 0.0}, {"top_k": 1}, {}):
+        assert 3 not in model.generate([0], 20, never=[3], **settings)

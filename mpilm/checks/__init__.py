@@ -1,0 +1,1 @@
+"""What `mpilm doctor` asks of a machine, and `mpilm probe` measures on it."""

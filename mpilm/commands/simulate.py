@@ -1,0 +1,105 @@
+"""`mpilm simulate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mpilm.errors import ConfigError
+
+PROTOCOL_STEPS = 100  # of a rank; enough for some periods of most strategies
+
+
+def simulate(
+    config: tyro.conf.Positional[Path],
+    /,
+    *,
+    out: Path,
+    ranks: str = "4,8,16,32",
+    protocol_only: Annotated[bool, tyro.conf.arg(name="protocol-only")] = False,
+    steps: int | None = None,
+    set_: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")
+    ] = (),
+) -> int:
+    """Predict how a run scales, on the [machine] that the configuration declares.
+
+    All ranks run in this process, in virtual time. By default they train: real
+    gradients, loss against the predicted seconds, a run folder for each number of ranks
+    (`mpilm report` draws them). `mpilm probe` measures a [machine].
+
+    Args:
+        config: TOML file
+        out: folder for simulate.json and the run folders
+        ranks: numbers of ranks, such as 16,32,64,128
+        protocol_only: communication without a network: thousands of ranks in seconds
+        steps: minibatches of a rank; if not given, train.samples, or 100 of a protocol
+        set_: override a setting: section.key=value
+    """
+    from mpilm import simulation
+    from mpilm.config import read_config
+    from mpilm.files import reason
+    from mpilm.runlog import write_summary
+
+    numbers = rank_counts(ranks)
+    settings = read_config(config, set_)
+    if steps is not None and steps < 1:
+        raise ConfigError(f"--steps {steps}: must be 1 or more")
+    simulation.ideal_samples_per_s(settings, 1)
+    for count in numbers:
+        settings.faults.check(count)
+    for note in settings.notes:
+        print(f"note: {note}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot write: {reason(error)}") from None
+    layout = simulation.model_layout(settings) if protocol_only else None
+    outcomes = []
+    for count in numbers:
+        if layout is not None:
+            some = steps or PROTOCOL_STEPS
+            outcome = simulation.simulate_protocol(settings, layout, count, some)
+        else:
+            one = settings
+            if steps is not None:
+                samples = steps * count * simulation.samples_per_step(settings)
+                every = max(1, min(settings.train.log_every, steps // 20))
+                train = dataclasses.replace(
+                    settings.train, samples=samples, log_every=every
+                )
+                one = dataclasses.replace(settings, train=train)
+            folder = out / f"ranks-{count:04d}"
+            outcome = simulation.co_simulate(one, folder, count)
+        outcomes.append(outcome)
+    what = "protocol only" if protocol_only else "co-simulation"
+    print(f"\n{settings.strategy.name}, {what}; seconds are virtual")
+    print(simulation.about(settings.machine))
+    for line in simulation.table(outcomes):
+        print(line)
+    result = {
+        "simulated": True,
+        "protocol_only": protocol_only,
+        "config": settings.to_dict(),
+        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+    }
+    write_summary(out / "simulate.json", result)
+    return 0
+
+
+def rank_counts(text: str) -> list[int]:
+    """Return the numbers in a list such as "4,8,16".
+
+    >>> rank_counts("4,8, 16")
+    [4, 8, 16]
+
+    Raises:
+        ConfigError: not such a list.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError(f"--ranks {text}: write numbers of ranks, such as 4,8,16")
+    return [int(word) for word in words]

@@ -1,0 +1,152 @@
+"""`mpilm submit`: the command lines it would run, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpilm.commands import submit
+from mpilm.data.synthetic import prepare_synthetic
+
+PROGRAM = [sys.executable, "-m", "mpilm", "submit"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("submit")
+    prepare_synthetic(path / "corpus.h5", vocab=20, tokens=20_000, seed=1)
+    text = '[data]\ncorpus = "corpus.h5"\n[train]\nbatch = 4\nunroll = 10\n'
+    (path / "train.toml").write_text(text)
+    (path / "env.sh").write_text("true\n")
+    return path
+
+
+def run(folder, *arguments, path=None):
+    environment = {**os.environ, "PATH": path} if path else None
+    done = subprocess.run(
+        [*PROGRAM, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=folder,
+        env=environment,
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_dry_run_of_a_sweep_prints_every_command(folder):
+    done = run(
+        folder,
+        *("train.toml", "--scheduler", "slurm", "--time", "8:00:00", "--dry-run"),
+        *("--ranks", "2,8", "--ranks-per-node", "4", "--gpus-per-node", "4"),
+        *("--set", "strategy.name=bmuf", "--set", "optim.lr=0.1", "--chain"),
+        *("--env", "env.sh", "--queue", "gpu", "--run", "runs/x", "--after", "7"),
+        "--option=--exclusive",
+    )
+    assert done.returncode == 0, done.stderr
+    head = "CONFIG=train.toml RUN=runs/x-r{} "
+    head += "SETTINGS='strategy.name=bmuf optim.lr=0.1' MPILM_ENV=env.sh "
+    head += "sbatch --parsable --job-name=x-r{} "
+    tail = f"--exclusive {submit.SCRIPTS['slurm']}"
+    assert done.stdout.splitlines() == [
+        head.format(2, 2) + "--nodes=1 --ntasks-per-node=2 --cpus-per-task=1"
+        " --gpus-per-node=2 --time=8:00:00 --export=ALL --partition=gpu"
+        f" --dependency=afterany:7 {tail}",
+        head.format(8, 8) + "--nodes=2 --ntasks-per-node=4 --cpus-per-task=1"
+        " --gpus-per-node=4 --time=8:00:00 --export=ALL --partition=gpu"
+        f" --dependency=afterany:JOB_OF_2_RANKS {tail}",
+    ]
+
+
+def test_pbs_gets_chunks_and_names_of_variables(folder):
+    variables = submit.script_variables(
+        Path("a.toml"), Path("runs/2x"), ("a.b=[1,2]",), folder / "env.sh"
+    )
+    job = submit.build(
+        "pbs",
+        submit.Size(2, 4, 4),
+        variables=variables,
+        time="8:00:00",
+        cpus_per_rank=3,
+        account="speech",
+    )
+    assert job.command == [
+        *("qsub", "-N", "r2x"),
+        *("-l", "select=2:ncpus=12:mpiprocs=4:ngpus=4", "-l", "place=scatter"),
+        *("-l", "walltime=8:00:00", "-A", "speech"),
+        *("-v", "CONFIG,RUN,SETTINGS,MPILM_ENV", str(submit.SCRIPTS["pbs"])),
+    ]
+    assert job.variables["SETTINGS"] == "a.b=[1,2]"
+
+
+def test_the_scripts_are_part_of_the_package():
+    for script in submit.SCRIPTS.values():
+        assert script.read_text().startswith("#!/bin/bash\n")
+        assert Path(submit.__file__).parents[1] in script.parents
+
+
+def test_the_number_of_the_job_is_printed_and_the_script_gets_its_variables(folder):
+    stand_in = folder / "bin" / "sbatch"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/sh\nenv >"$(dirname "$0")/env"\necho "42;cluster"\n')
+    stand_in.chmod(0o755)
+    path = f"{stand_in.parent}:/usr/bin:/bin"
+    options = ("--scheduler", "slurm", "--time", "1:00:00", "--set", "train.seed=3")
+    done = run(folder, "train.toml", *options, path=path)
+    assert (done.returncode, done.stdout) == (0, "42\n"), done.stderr
+    seen = (stand_in.parent / "env").read_text().splitlines()
+    assert {"CONFIG=train.toml", "RUN=runs/train", "SETTINGS=train.seed=3"} <= {*seen}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "optim.lrr=1"], "did you mean 'lr'?"),
+        (["--set", "data.corpus=no.h5"], "no.h5: no such file"),
+        (["--set", "faults.slow={3=2.0}"], "faults.slow.3"),
+        (["--ranks", "2,9", "--ranks-per-node", "4"], "no multiple of"),
+        (["--ranks", "2,x"], "write numbers of ranks"),
+        (["--nodes", "600"], "600 ranks"),
+        (["--nodes", "0"], "--nodes 0: must be 1 or more"),
+        (["--time", "480"], "--time 480: write hours:minutes:seconds"),
+        (["--set", "optim.lr= 0.1"], "cannot pass blanks"),
+        (["--env", "no.sh"], "--env no.sh: no such file"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_nothing_is_submitted(
+    folder, capsys, options, message
+):
+    from mpilm.cli import main
+
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        arguments = ["submit", "train.toml", "--scheduler", "slurm", "--dry-run"]
+        code = main([*arguments, "--time", "1:00:00", *options])
+    finally:
+        os.chdir(before)
+    said = capsys.readouterr()
+    assert (code, said.out) == (2, "")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_a_scheduler_that_is_not_here(folder):
+    done = run(folder, "train.toml", "--time", "1:00:00", path="/nowhere")
+    assert done.returncode == 2
+    assert "neither sbatch nor qsub is on PATH" in done.stderr
+    refusing = folder / "refusing" / "qsub"
+    refusing.parent.mkdir()
+    refusing.write_text("#!/bin/sh\necho 'qsub: Unknown queue' >&2\nexit 170\n")
+    refusing.chmod(0o755)
+    path = f"{refusing.parent}:/usr/bin:/bin"
+    options = ("--scheduler", "pbs", "--time", "1:00:00")
+    done = run(folder, "train.toml", *options, path=path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mpilm: qsub: Unknown queue\n"
