@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.world.virtual_buffers import described
+from mpilm.world.buffers import described
 
 
 class Stage:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mpilm.errors import WorldError
 from mpilm.world import machine as costs
 from mpilm.world.base import Op
+from mpilm.world.buffers import reduce_, snapshot, write_
 from mpilm.world.machine import Cost
-from mpilm.world.virtual_buffers import reduce_, snapshot, write_
 from mpilm.world.virtual_engine import NETWORK, VirtualRequest
 
 if TYPE_CHECKING:

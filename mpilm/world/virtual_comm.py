@@ -26,8 +26,8 @@ from mpilm.world.base import (
     Op,
     Request,
 )
+from mpilm.world.buffers import described, snapshot, write_
 from mpilm.world.machine import Link, Machine
-from mpilm.world.virtual_buffers import described, snapshot, write_
 from mpilm.world.virtual_collectives import (
     Broadcast,
     Call,

@@ -1,4 +1,4 @@
-"""Buffers of the virtual world: numpy arrays and torch tensors under one face.
+"""Buffers of both worlds: numpy arrays and torch tensors under one face.
 
 torch is never imported here: a tensor can only come from somebody who has.
 """
