@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from mpilm.data.frame_corpus import FrameSplit
 from mpilm.errors import DataError
 from mpilm.speech.hmm import WordHmms
@@ -65,13 +67,13 @@ def decode(
     graphs = [hmms.loop_graph(penalty) for penalty in penalties]
     own: dict[int, list[list[str]]] = {}
     with world.together():
-        groups = scores.groups(split)[world.rank :: world.size]
-        for done, group in enumerate(groups, start=1):
-            found = scores([split.features(u) for u in group])
-            for utterance, scores_TC in zip(group, found, strict=True):
-                own[utterance] = [recognise(hmms, graph, scores_TC) for graph in graphs]
+        order = np.argsort(-split.lengths_U, kind="stable")  # shares the work evenly
+        share = order[world.rank :: world.size].tolist()
+        for done, utterance in enumerate(share, start=1):
+            scores_TC = scores(split.features(utterance))
+            own[utterance] = [recognise(hmms, graph, scores_TC) for graph in graphs]
             if progress:
-                progress(done, len(groups))
+                progress(done, len(share))
     everyone: dict[int, list[list[str]]] = {}
     for part in world.comm.allgather(own):
         everyone |= part

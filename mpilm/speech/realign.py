@@ -16,7 +16,7 @@ from mpilm.errors import DataError
 from mpilm.speech.align import Aligner
 from mpilm.speech.hmm import WordHmms
 from mpilm.speech.scorer import ModelScores
-from mpilm.world.base import SUM, World
+from mpilm.world.base import IN_PLACE, World
 
 Progress = Callable[[int, int], None]
 
@@ -83,9 +83,9 @@ def realign(
                 done += len(block)
                 if progress:
                     progress(done, total)
-        stays_visits = np.stack([aligner.stays_C, aligner.visits_C])
-        world.comm.Allreduce(stays_visits.copy(), stays_visits, SUM)
-        fitted = hmms.with_stay(*stays_visits)
+        for counts_C in (aligner.stays_C, aligner.visits_C):
+            world.comm.Allreduce(IN_PLACE, counts_C)
+        fitted = aligner.fitted()
         summary = None
         with world.together():
             if writer:
@@ -112,7 +112,7 @@ def align_block(
     found: Aligned = {}
     for utterance in utterances:
         name, words = split.names[utterance], split.texts[utterance].split()
-        (scores_TC,) = scores([split.features(utterance)])
+        scores_TC = scores(split.features(utterance))
         try:
             found[utterance] = aligner.align(name, words, scores_TC)
         except DataError as error:

@@ -1,24 +1,23 @@
-"""Scores of frames by a trained acoustic model.
+"""Scores of frames by a trained acoustic model, for the Viterbi algorithm.
 
-    b(c) = ln p(c | frames) - kappa ln p(c)
+    b(c) = ln p(c | frame) - kappa ln p(c)
 
-p(c) are the shares of the classes in the train split of the model (add-one), kappa is
-the prior scale: by Bayes' rule with kappa = 1, b(c) is ln p(frames | c) up to what all
-classes have in common.
+kappa, the prior scale, is 1 by Bayes' rule (see mpilm/scores.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.data.frame_corpus import FrameCorpus, FrameSplit
-from mpilm.data.frame_evaluation import assemble, frames_of
+from mpilm.data.frame_corpus import FrameCorpus
 from mpilm.errors import DataError
-from mpilm.run import TrainedModel
+from mpilm.scores import Scorer, log_priors
+
+if TYPE_CHECKING:
+    from mpilm.run import TrainedModel
 
 
 def require_fit(model: TrainedModel, corpus: FrameCorpus) -> None:
@@ -48,42 +47,10 @@ class ModelScores:
     def __init__(
         self, model: TrainedModel, *, prior_scale: float = 1.0, device: str = "cpu"
     ) -> None:
-        counts_C = model.counts + 1.0
-        self._log_priors_C = prior_scale * np.log(counts_C / counts_C.sum())
-        self._view = model.view
-        self._learner: Any = model.learner(device)
-        self._learner.model.eval()
-        self._streams = model.config.train.eval_streams
+        self._log_priors_C = prior_scale * log_priors(model.counts).astype(np.float64)
+        self._scorer = Scorer(model, device, priors=False)
 
-    def groups(self, split: FrameSplit) -> list[list[int]]:
-        """Return which utterances are scored together: of similar length."""
-        streams = self._streams if self._view.steps and self._view.whole else 1
-        order = np.argsort(-split.lengths_U, kind="stable").tolist()
-        return [order[i : i + streams] for i in range(0, len(order), streams)]
-
-    def __call__(
-        self, features: Sequence[NDArray[np.float32]]
-    ) -> list[NDArray[np.float64]]:
-        """Return b for the frames of some utterances, (T, C) each.
-
-        They are one of `groups`: several only where the model sees whole utterances.
-        """
-        labels = [np.full(len(f), -1, np.int32) for f in features]
-        found = self._log_posteriors(assemble(self._view, features, labels))
-        if len(features) == 1:
-            parts = [frames_of(self._view, len(features[0]), found)]
-        else:
-            parts = [found[: len(f), b] for b, f in enumerate(features)]
-        return [part - self._log_priors_C for part in parts]
-
-    def _log_posteriors(self, batch: Any) -> NDArray[np.float64]:
-        import torch
-
-        device = self._learner.device
-        tensors = {
-            key: torch.from_numpy(value).to(device)
-            for key, value in batch._asdict().items()
-            if isinstance(value, np.ndarray)
-        }
-        posteriors = self._learner.model.log_posteriors(batch._replace(**tensors))
-        return posteriors.cpu().numpy().astype(np.float64)
+    def __call__(self, features_TF: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return b for the frames of an utterance, (T, C)."""
+        found: NDArray[np.float64] = self._scorer(features_TF) - self._log_priors_C
+        return found
