@@ -22,7 +22,7 @@ BAD_INPUT = 2
 # what launchers call the rank of a process; the first that is set counts
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 # commands whose ranks share the work; others run once, on rank 0
-PARALLEL = {("train",), ("eval",), ("doctor",), ("probe",), ("align",), ("decode",)}
+PARALLEL = {("train",), ("pretrain",), ("eval",), ("doctor",), ("probe",), ("align",), ("decode",)}
 
 # words of the command -> "module:function", one line of help
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
@@ -47,6 +47,10 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "corpus of features and alignments that Kaldi made",
     ),
     ("train",): ("mpilm.commands.train:train", "train a model (under mpirun or alone)"),
+    ("pretrain",): (
+        "mpilm.commands.pretrain:pretrain",
+        "first weights of a DNN by restricted Boltzmann machines",
+    ),
     ("eval",): ("mpilm.commands.evaluate:eval_", "perplexity of a trained model"),
     ("align",): ("mpilm.commands.speech:align", "new labels by a trained model"),
     ("decode",): ("mpilm.commands.speech:decode", "words and their error rate"),

@@ -25,7 +25,7 @@ import msgspec
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
-from mpilm.models.configs import MODELS
+from mpilm.models.configs import MODELS, PretrainConfig
 from mpilm.optim.configs import OPTIMIZERS, SCHEDULES
 from mpilm.strategies import STRATEGIES
 from mpilm.strategies.ema import EmaConfig
@@ -113,6 +113,7 @@ class Config:
     schedule: Choice
     strategy: Choice
     train: TrainConfig
+    pretrain: PretrainConfig
     checkpoint: CheckpointConfig
     ema: EmaConfig
     faults: Faults
@@ -153,6 +154,7 @@ SECTIONS: dict[str, Any] = {
     "schedule": (SCHEDULES, "constant"),
     "strategy": ({name: s.Config for name, s in STRATEGIES.items()}, "allreduce"),
     "train": TrainConfig,
+    "pretrain": PretrainConfig,
     "checkpoint": CheckpointConfig,
     "ema": EmaConfig,
     "faults": Faults,

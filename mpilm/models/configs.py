@@ -88,6 +88,32 @@ class BlstmAmConfig:
     """whether whole utterances are evaluated; false: cut as train.unroll says"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Section [pretrain]: RBMs, the first weights of a `dnn` (`mpilm pretrain`)."""
+
+    batch: Positive = 100
+    """frames in a minibatch of one rank"""
+    gaussian_epochs: Positive = 2
+    """passes over the data for the lowest RBM, whose input are features"""
+    gaussian_lr: Annotated[float, Meta(gt=0.0)] = 0.01
+    """its learning rate, times 1 - momentum"""
+    bernoulli_epochs: Positive = 1
+    """passes over the data for each of the others"""
+    bernoulli_lr: Annotated[float, Meta(gt=0.0)] = 0.4
+    """their learning rate, times 1 - momentum"""
+    first_momentum: Share = 0.5
+    """momentum at the start of an RBM"""
+    momentum: Share = 0.9
+    """momentum that it rises to"""
+    momentum_samples: Natural = 20_000_000
+    """samples of all ranks over which it rises"""
+    penalty: Annotated[float, Meta(ge=0.0)] = 2e-4
+    """L2 penalty of the weights"""
+    stddev: Annotated[float, Meta(gt=0.0)] = 0.1
+    """standard deviation of the first weights"""
+
+
 MODELS: dict[str, type] = {
     "lstm_lm": LstmLmConfig,
     "dnn": DnnConfig,

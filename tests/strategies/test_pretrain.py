@@ -1,0 +1,155 @@
+"""Pre-training: RBMs under a strategy; a DNN begins with what they learnt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpilm.config import resolve
+from mpilm.data.kaldi_prepare import prepare_kaldi
+from mpilm.errors import MpilmError
+from mpilm.models.build import build_model
+from mpilm.models.weights import save_weights
+from mpilm.pretrain import Pretrainer, write_layers
+from mpilm.state_file import read_state
+from mpilm.world.virtual import run_virtual
+from tests.unit.kaldi_files import NUM_FEATURES, make_folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("frames")
+    train = make_folder(folder / "train")
+    prepare_kaldi(
+        {"train": train},
+        folder / "c.h5",
+        alignments=[train / "pdf.ark"],
+        variance=True,
+        context=1,
+        shares={"valid": 0.3},
+    )
+    return folder / "c.h5"
+
+
+def configure(corpus, strategy="model_averaging", **model):
+    return resolve(
+        {
+            "data": {"corpus": str(corpus)},
+            "model": {"name": "dnn", "hidden": 12, "layers": 3, **model},
+            "strategy": {"name": strategy},
+            "pretrain": {
+                "batch": 5,
+                "gaussian_epochs": 12,
+                "bernoulli_epochs": 12,
+                "gaussian_lr": 0.02,
+                "bernoulli_lr": 0.2,
+                "momentum_samples": 1000,
+            },
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "strategy"), [(1, "local"), (2, "model_averaging"), (2, "adpsgd")]
+)
+def test_reconstruction_errors_fall_and_all_ranks_agree(corpus, size, strategy):
+    lines: list[str] = []
+    steps: list[tuple[int, int]] = []
+
+    def main(world):
+        said = lines.append if world.rank == 0 else lambda line: None
+        moved = (lambda *at: steps.append(at)) if world.rank == 0 else lambda *at: None
+        config = configure(corpus, strategy)
+        return Pretrainer(config, world, say=said, progress=moved).run()
+
+    ranks = run_virtual(main, size)
+    pairs = [re.findall(r"([\d.]+) -> ([\d.]+)", line) for line in lines]
+    errors = [(float(before), float(after)) for ((before, after),) in pairs]
+    assert len(errors) == 3
+    assert all(after < 0.9 * before for before, after in errors), errors
+    assert steps[-1] == (len(steps), len(steps))
+    shapes = [tuple(weight.shape) for weight, _ in ranks[0]]
+    assert shapes == [(12, 3 * NUM_FEATURES), (12, 12), (12, 12)]
+    for other in ranks[1:]:
+        for (weight, bias), (its_weight, its_bias) in zip(ranks[0], other, strict=True):
+            assert torch.equal(weight, its_weight)
+            assert torch.equal(bias, its_bias)
+
+
+def layers_of(corpus):
+    (layers,) = run_virtual(lambda w: Pretrainer(configure(corpus), w).run(), 1)
+    return layers
+
+
+def test_a_dnn_begins_with_the_weights(corpus, tmp_path):
+    layers = layers_of(corpus)
+    path = tmp_path / "deep" / "init.h5"
+    write_layers(path, layers)
+    assert sorted(read_state(path)) == [
+        f"hidden.{i}.{part}" for i in range(3) for part in ("bias", "weight")
+    ]
+    assert [p.name for p in path.parent.iterdir()] == ["init.h5"]
+    sizes = (3 * NUM_FEATURES, 6)
+    choice = configure(corpus, init=str(path)).model
+    model = build_model(choice, *sizes, seed=1)
+    plain = build_model(configure(corpus).model, *sizes, seed=1)
+    for layer, (weight, bias) in zip(model.hidden, layers, strict=True):
+        assert torch.equal(layer.weight, weight)
+        assert torch.equal(layer.bias, bias)
+    assert torch.equal(model.softmax.weight, plain.softmax.weight)
+
+
+def test_the_momentum_rises_to_its_end(corpus):
+    (trainer,) = run_virtual(lambda world: Pretrainer(configure(corpus), world), 1)
+    found = [trainer.momentum(n) for n in (0, 500, 1000, 5000)]
+    np.testing.assert_allclose(found, [0.5, 0.7, 0.9, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"activation": "relu"}, "activation = sigmoid"),
+        ({"name": "lstm_am"}, "activation = sigmoid"),
+    ],
+)
+def test_only_a_dnn_with_sigmoids_is_pretrained(corpus, model, words):
+    kept = {"hidden": 12, "layers": 3}
+    config = resolve(
+        {
+            "data": {"corpus": str(corpus)},
+            "model": {"name": "dnn", **kept, **model},
+        }
+    )
+    with pytest.raises(MpilmError, match=words):
+        run_virtual(lambda world: Pretrainer(config, world), 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"hidden.0.weight": torch.zeros(12, 5)}, "hidden.0.weight is 12x5, this"),
+        ({"hidden.7.bias": torch.zeros(12)}, "has hidden.7.bias, this model does not"),
+    ],
+)
+def test_weights_of_another_model_are_refused(corpus, tmp_path, weights, words):
+    path = tmp_path / "init.h5"
+    save_weights(path, weights)
+    with pytest.raises(MpilmError) as error:
+        build_model(configure(corpus, init=str(path)).model, 12, 6, seed=1)
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_of_weights_that_cannot_be_read_is_one_line(corpus, tmp_path):
+    for content in (None, b"no weights"):
+        path = tmp_path / "init.h5"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(MpilmError) as error:
+            build_model(configure(corpus, init=str(path)).model, 12, 6, seed=1)
+        assert str(error.value).startswith(f"{path}: ")
+        assert "\n" not in str(error.value)
