@@ -45,12 +45,19 @@ def plain(name: str, *arguments: str, limit_s: int = 600) -> Suite:
 
 
 def under(library: str, ranks: int) -> Suite:
-    """Return tests/mpi on an MPI library; on MPICH, which spins, those marked so."""
+    """Return tests/mpi on an MPI library; on MPICH, which spins, those marked so.
+
+    At 8 ranks those of the strategies that need no torch: few machines have 8 cores.
+    """
     mpirun = MPIRUN[library]
     python = str(Path(mpirun[0]).with_name("python"))
-    command = (*mpirun, "-n", str(ranks), python, *UNDER_MPI, "tests/mpi")
+    command = (*mpirun, "-n", str(ranks), python, *UNDER_MPI)
     if library == "mpich":
-        command += ("-m", "mpich")
+        command += ("tests/mpi", "-m", "mpich")
+    elif ranks == 8:
+        command += ("tests/mpi/test_strategies.py", "-m", "eight")
+    else:
+        command += ("tests/mpi",)
     return Suite(f"{library}-{ranks}", command, 300)
 
 
@@ -61,7 +68,7 @@ def suites() -> list[Suite]:
     launchers = sorted(folders & LAUNCHERS)
     return [
         plain("unit", "--doctest-modules", "mpilm", *(f"tests/{f}" for f in quick)),
-        *(under("openmpi", ranks) for ranks in (1, 2, 3, 4)),
+        *(under("openmpi", ranks) for ranks in (1, 2, 3, 4, 8)),
         *(under("mpich", ranks) for ranks in (1, 2, 3)),
         plain("launch", *(f"tests/{f}" for f in launchers), limit_s=1500),
         plain("cluster", "tests/cluster", limit_s=900),

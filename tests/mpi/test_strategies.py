@@ -1,54 +1,92 @@
-"""Strategies between real ranks come to the parameters of the virtual world.
+"""Every strategy between real ranks; the table is that of the virtual world's battery.
 
-To the bit at one and two ranks, where a sum of two numbers has one order; to rounding
-at more: MPI libraries add in an order of their own.
+In lockstep they come to the parameters of the virtual world: to the bit at one and two
+ranks, where a sum of two numbers has one order; to rounding at more, because MPI
+libraries add in an order of their own. Out of lockstep no two runs are alike: there the
+law that they must keep whatever the timing is checked (tests/strategies/laws.py).
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mpilm.protocol import ProtocolLearner
-from mpilm.strategies import strategy
+from mpilm.protocol import ProtocolLearner, layers
+from mpilm.strategies import STRATEGIES, Strategy, strategy
 from mpilm.world.base import World
 from mpilm.world.mpi import MpiWorld
 from mpilm.world.virtual import run_virtual
+from tests.strategies.cases import CASES
+from tests.strategies.fleets import Witness
+from tests.strategies.laws import check_mass
 
-STEPS, SIZE = 25, 20_000
-ROUNDING = 1e-5  # relative; float32 sums of 4 numbers, 25 times
-
-CASES: dict[str, dict[str, Any]] = {
-    "local": {},
-    "allreduce": {"bucket_bytes": 16_000},
-    "model_averaging": {"period": 4, "momentum": "average"},
-    "dpsgd": {"topology": "random_ring", "seed": 3},
-    "delay_by_one": {},
-}
+STEPS, SIZE = 12, 20_000  # 80 kB: longer than what MPI libraries send eagerly
+STEP_S = 2e-3  # of learners that sleep, so that messages come and go meanwhile
+ROUNDING = 1e-5  # relative; float32 sums of 8 numbers, 12 times
+EXACT = [name for name, case in CASES.items() if case.exact]
+FREE = [name for name in CASES if name not in EXACT]
+TORCH = ["allreduce", "model_averaging", "bmuf", "gossip_bmuf", "dpsgd", "delay_by_one"]
 
 
-def train(world: World, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return this rank's model after some steps, and the final one."""
-    learner = ProtocolLearner(
+def train(
+    world: World, name: str, kind: type[ProtocolLearner] = Witness
+) -> tuple[Any, Strategy, np.ndarray]:
+    """Return this rank's learner, strategy and final model; the ranks meet halfway."""
+    case = CASES[name]
+    learner = kind(
         SIZE, compute=world.compute, seed=world.rank, momentum=0.5, noise=0.1
     )
-    method = strategy(name, world, **CASES[name])
+    method = strategy(case.name, world, **case.settings)
+    method.require(learner)
     method.start(learner)
-    for _ in range(STEPS):
-        method.step(learner)
-    method.finish(learner)
+    learner.first = learner.theta.copy()  # type: ignore[attr-defined]
+    if isinstance(learner, Witness):
+        learner.watch(method)
+    for part in (1, 2):
+        # out of lockstep the ranks may take steps of their own number
+        num_steps = STEPS if method.lockstep else STEPS + 3 * world.rank
+        for _ in range(num_steps * (part - 1) // 2, num_steps * part // 2):
+            method.step(learner)
+        method.retire(learner)
+        method.finish(learner)
     final = np.empty_like(learner.theta)
     method.final_model_(learner, final)
-    return learner.theta, final
+    return learner, method, final
+
+
+def is_quiet(world: MpiWorld) -> bool:
+    """Return whether no message has come that nobody received."""
+    world.comm.Barrier()
+    time.sleep(1e-3)
+    return not any(handle.Iprobe() for handle in world.handles)
+
+
+def simulated(world: MpiWorld, main: Callable[[World], Any]) -> list[Any]:
+    """Return what `main` returns on virtual ranks; one real rank runs them all."""
+    results = run_virtual(main, world.size) if world.rank == 0 else None
+    return world.comm.allgather(results)[0] or []
+
+
+def test_every_strategy_is_in_the_table() -> None:
+    assert {CASES[name].name for name in EXACT + FREE} == set(STRATEGIES)
 
 
 @pytest.mark.mpich
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.eight
+@pytest.mark.parametrize("name", EXACT)
 def test_both_worlds_agree(world: MpiWorld, name: str, agree: list[bool]) -> None:
-    real = train(world, name)
-    virtual = run_virtual(lambda w: train(w, name), world.size)[world.rank]
+    def run(w: World) -> tuple[np.ndarray, np.ndarray]:
+        learner, _, final = train(w, name)
+        return learner.theta, final
+
+    real = run(world)
+    agree.append(is_quiet(world))
+    virtual = simulated(world, run)[world.rank]
     for got, want in zip(real, virtual, strict=True):
         if world.size <= 2:
             agree.append(np.array_equal(got, want))
@@ -57,7 +95,46 @@ def test_both_worlds_agree(world: MpiWorld, name: str, agree: list[bool]) -> Non
     agree.append(float(np.ptp(real[0])) > 0.1)  # it is a model, not zeros
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.mpich
+@pytest.mark.eight
+@pytest.mark.parametrize("name", FREE)
+def test_mass_is_conserved_out_of_lockstep(
+    world: MpiWorld, name: str, agree: list[bool]
+) -> None:
+    world.step_s = STEP_S
+    try:
+        learner, method, final = train(world, name)
+    finally:
+        world.step_s = 0.0
+    agree.append(is_quiet(world))
+    accounts = method.accounts()
+    ranks = [
+        SimpleNamespace(
+            first=first,
+            learner=SimpleNamespace(theta=theta, moved=moved),
+            strategy=method,
+            partners=partners,
+        )
+        for first, theta, moved, partners in world.comm.allgather(
+            (learner.first, learner.theta, learner.moved, accounts["partners"])
+        )
+    ]
+    try:
+        check_mass(CASES[name].name, ranks)
+    except AssertionError as error:
+        print(f"rank {world.rank}: {name}: {error}")
+        agree.append(False)
+    agree.append(learner.samples == STEPS + 3 * world.rank)
+    everyone = np.mean([rank.learner.theta for rank in ranks], axis=0)
+    agree.append(np.allclose(final, everyone, rtol=0, atol=ROUNDING))
+    if world.size > 1:
+        partners = np.array([rank.partners for rank in ranks])
+        agree.append(bool(partners.sum() > 0))
+        if name.startswith("adpsgd"):
+            agree.append(np.array_equal(partners, partners.T))
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_both_worlds_count_the_same_traffic(
     world: MpiWorld, name: str, agree: list[bool]
 ) -> None:
@@ -70,10 +147,10 @@ def test_both_worlds_count_the_same_traffic(
         return sent, received, messages
 
     real = count(world)
-    agree.append(real == run_virtual(count, world.size)[world.rank])
+    agree.append(real == simulated(world, count)[world.rank])
 
 
-@pytest.mark.parametrize("name", list(CASES)[1:])
+@pytest.mark.parametrize("name", TORCH)
 def test_torch_vectors_train_like_numpy_vectors(
     world: MpiWorld, name: str, agree: list[bool]
 ) -> None:
@@ -88,10 +165,10 @@ def test_torch_vectors_train_like_numpy_vectors(
             self.theta = torch.from_numpy(self.theta)
             self.grad = torch.from_numpy(self.grad)
 
-        def _work(self, notify: Any) -> float:
+        def _work(self, notify: Any, *, scale: float) -> float:
             theta, grad = self.theta, self.grad
             self.theta, self.grad = self.numpy_theta, self.numpy_grad
-            loss = super()._work(notify)
+            loss = super()._work(notify, scale=scale)
             self.theta, self.grad = theta, grad
             return loss
 
@@ -99,10 +176,13 @@ def test_torch_vectors_train_like_numpy_vectors(
             self.theta -= self.lr * self.grad
 
     def run(kind: type[ProtocolLearner]) -> np.ndarray:
-        learner = kind(1000, compute=world.compute, seed=world.rank)
-        method = strategy(name, world)
+        learner = kind(
+            1000, compute=world.compute, seed=world.rank, layout=layers(1000)
+        )
+        settings = {"group_size": 2} if name == "gossip_bmuf" else {}
+        method = strategy(name, world, **settings)
         method.start(learner)
-        for _ in range(STEPS):
+        for _ in range(25):
             method.step(learner)
         method.finish(learner)
         return np.asarray(learner.theta)
