@@ -14,7 +14,6 @@ Each setting is documented where it is declared; `mpilm train --help` prints tha
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from mpilm.convert import convert, fields_of, unknown
 from mpilm.errors import ConfigError
 from mpilm.models.configs import MODELS, PretrainConfig
 from mpilm.optim.configs import OPTIMIZERS, SCHEDULES
@@ -194,7 +194,7 @@ def resolve(
     """
     for name, section in document.items():
         if name not in SECTIONS:
-            raise ConfigError(f"{origin}: {_unknown('section', name, SECTIONS)}")
+            raise ConfigError(f"{origin}: {unknown('section', name, SECTIONS)}")
         if not isinstance(section, Mapping):
             raise ConfigError(f"{origin}: {name} is a section: write [{name}]")
     sections = {name: dict(section) for name, section in document.items()}
@@ -220,7 +220,7 @@ def _apply(overrides: Sequence[str], sections: dict[str, Any]) -> list[str]:
         if keys == ["name"] and isinstance(SECTIONS[section], tuple):
             choices = SECTIONS[section][0]
             given = sections.setdefault(section, {})
-            known = _keys(choices[value]) if value in choices else given
+            known = fields_of(choices[value]) if value in choices else given
             void = [key for key in given if key != "name" and key not in known]
             for key in void:
                 del given[key]
@@ -246,7 +246,7 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     if not equals or len(keys) < 2 or not all(keys):
         raise ConfigError(f"--set {override}: write section.key=value")
     if keys[0] not in SECTIONS:
-        raise ConfigError(f"--set {override}: {_unknown('section', keys[0], SECTIONS)}")
+        raise ConfigError(f"--set {override}: {unknown('section', keys[0], SECTIONS)}")
     try:
         return keys, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -263,35 +263,16 @@ def _choice(
     given = dict(given)
     name = str(given.pop("name", default))
     if name not in choices:
-        problem = _unknown("name", name, choices)
+        problem = unknown("name", name, choices)
         raise ConfigError(f"{origin}: {section}.name: {problem}")
     return Choice(name, _convert(section, choices[name], given, origin))
 
 
 def _convert(section: str, kind: type, given: Mapping[str, Any], origin: str) -> Any:
-    known = _keys(kind)
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"{origin}: [{section}] {_unknown('key', key, known)}")
     try:
-        return msgspec.convert(given, kind)
-    except msgspec.ValidationError as error:
-        problem, _, where = str(error).partition(" - at ")
-        key = where.strip("`").removeprefix("$.").removeprefix("$")
-        path = f"{section}.{key}" if key else section
-        raise ConfigError(f"{origin}: {path}: {problem}") from None
-    except ValueError as error:  # raised by a dataclass's own checks
-        raise ConfigError(f"{origin}: [{section}] {error}") from None
-
-
-def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
-
-
-def _keys(kind: type) -> dict[str, dataclasses.Field[Any]]:
-    return {f.name: f for f in dataclasses.fields(kind)}
+        return convert(kind, given, section)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -322,7 +303,7 @@ def _settings_of(section: str, choice: str, kind: type) -> Iterator[Setting]:
     from docstring_parser import parse_from_object
 
     texts = {p.arg_name: p.description or "" for p in parse_from_object(kind).params}
-    for key, field_ in _keys(kind).items():
+    for key, field_ in fields_of(kind).items():
         if field_.default is not dataclasses.MISSING:
             default = field_.default
         elif field_.default_factory is not dataclasses.MISSING:

@@ -1,0 +1,56 @@
+"""Plain tables (of TOML) to dataclasses: an unknown key is an error, with a guess."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from mpilm.errors import ConfigError
+
+
+def convert(kind: type, given: Mapping[str, Any], name: str) -> Any:
+    """Return the dataclass `kind` with the values of a table.
+
+    Args:
+        kind: its annotations are checked, and its own checks made.
+        given: key -> value.
+        name: of the table, for messages: "strategy".
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range; one line.
+    """
+    known = fields_of(kind)
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"[{name}] {unknown('key', key, known)}")
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        problem, _, where = str(error).partition(" - at ")
+        key = where.strip("`").removeprefix("$.").removeprefix("$")
+        raise ConfigError(
+            f"{name}.{key}: {problem}" if key else f"{name}: {problem}"
+        ) from None
+    except ValueError as error:  # raised by a dataclass's own checks
+        raise ConfigError(f"[{name}] {error}") from None
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """Return words that say what is known, and what may have been meant.
+
+    >>> unknown("key", "bacth", ["batch", "seed"])
+    "unknown key 'bacth'; did you mean 'batch'? (known: batch, seed)"
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
+
+
+def fields_of(kind: type) -> dict[str, dataclasses.Field[Any]]:
+    """Return the fields of a dataclass by name."""
+    return {f.name: f for f in dataclasses.fields(kind)}
