@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from mpilm.errors import CheckpointError
 
+NUMBERS = re.compile(r"\[\n[-+.,eEnul\d\s]*\]")  # an indented list; null is one too
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -74,10 +76,13 @@ def replace_file(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
     """Make `value` the content of `path` as JSON, sorted by key; see `plain`.
 
+    With `indent`, a list of numbers stands on one line.
+
     Raises:
         CheckpointError: it could not be written; the old content stands.
     """
     text = json.dumps(plain(value), indent=indent, sort_keys=True, allow_nan=False)
+    text = NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
     try:
         replace_file(path, f"{text}\n".encode())
     except OSError as error:

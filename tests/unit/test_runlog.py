@@ -170,6 +170,14 @@ def test_a_row_of_other_fields_is_refused(tmp_path, values):
         log.row(**values)
 
 
+def test_a_summary_has_a_line_for_a_list_of_numbers(tmp_path):
+    summary = {"a": [1, 2.5, math.nan], "text": "[ 1,  2 ]", "b": [[1, -2e9], [3]]}
+    write_summary(tmp_path / "s.json", summary)
+    text = (tmp_path / "s.json").read_text()
+    assert '"a": [ 1, 2.5, null ],' in text
+    assert json.loads(text) == {**summary, "a": [1, 2.5, None]}
+
+
 def test_two_activities_share_a_log(tmp_path):
     with RunLog(tmp_path / "r.h5", 0, FIELDS, flush_rows=2) as log:
 
