@@ -1,0 +1,277 @@
+"""What the benchmarks of the strategies share: variants, runs of them, mpirun, plots.
+
+`run` is one rank's part of a run and the same in both worlds. With a `ProtocolLearner`
+in an `MpiWorld(step_s=...)` the computing is a sleep, messages and strategy are real:
+a machine of 2 cores then tells how strategies wait, up to the ranks that it can hold.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mpilm.protocol import ProtocolLearner
+from mpilm.signals import Vote
+from mpilm.strategies import strategy
+from mpilm.world.base import World
+from mpilm.world.faults import Faults
+from mpilm.world.machine import Machine
+from mpilm.world.virtual import Simulation, VirtualWorld
+
+# name of a row -> strategy and its settings; the rest as they are by default
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "local": ("local", {}),
+    "allreduce": ("allreduce", {}),
+    "model_averaging": ("model_averaging", {}),
+    "bmuf": ("bmuf", {}),
+    "gossip_bmuf": ("gossip_bmuf", {}),
+    "dpsgd": ("dpsgd", {}),
+    "delay_by_one": ("delay_by_one", {}),
+    "adpsgd, fixed_ring": ("adpsgd", {"mixing": "fixed_ring"}),
+    "adpsgd, random_ring": ("adpsgd", {"mixing": "random_ring"}),
+    "adpsgd, random_pairs": ("adpsgd", {"mixing": "random_pairs"}),
+    "async_sgd": ("async_sgd", {}),
+}
+BUCKET_BYTES = 2_000_000  # default of allreduce, which shrinks with a model that does
+ENVIRONMENT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one rank did; without its warm-up."""
+
+    steps: int
+    seconds: float
+    blocked_s: float
+    bytes_sent: int
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one step."""
+        return self.seconds / self.steps
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time that the learner waited for communication."""
+        return self.blocked_s / self.seconds
+
+
+class Deadline:
+    """A wish to stop that a `Vote` asks for: when a time has come."""
+
+    def __init__(self, world: World, seconds: float) -> None:
+        self.world, self.end_s = world, world.now_s() + seconds
+
+    @property
+    def requested(self) -> str | None:
+        """Why to stop, or None."""
+        return "time" if self.world.now_s() >= self.end_s else None
+
+
+def run(
+    world: World,
+    variant: str,
+    learner: Any,
+    *,
+    steps: int = 0,
+    seconds: float = 0.0,
+    warmup: int = 0,
+    scale: float = 1.0,
+    after_step: Callable[[], None] | None = None,
+) -> Run:
+    """Train `learner` for so many steps or seconds; return what this rank did.
+
+    Out of lockstep a rank stops by its own clock. In lockstep all stop after the same
+    step, by the `Vote` that training uses, up to two strides after the time.
+
+    Args:
+        variant: of VARIANTS.
+        scale: how many times smaller the learner is than the model it stands for.
+        after_step: called after each step.
+
+    Communicates: collective.
+    """
+    kind, settings = VARIANTS[variant]
+    if kind == "allreduce":
+        settings = {**settings, "bucket_bytes": max(1, round(BUCKET_BYTES / scale))}
+    chosen = strategy(kind, world, **settings)
+    chosen.require(learner)
+    chosen.start(learner)
+    for _ in range(warmup):
+        chosen.step(learner)
+    world.comm.Barrier()
+    began_s, before = world.now_s(), replace(world.traffic)
+    done = 0
+    for _ in _turns(world, chosen, steps, seconds):
+        chosen.step(learner)
+        done += 1
+        if after_step is not None:
+            after_step()
+    took_s, after = world.now_s() - began_s, replace(world.traffic)
+    chosen.retire(learner)
+    chosen.finish(learner)
+    return Run(
+        steps=done,
+        seconds=took_s,
+        blocked_s=after.blocked_s - before.blocked_s,
+        bytes_sent=after.bytes_sent - before.bytes_sent,
+    )
+
+
+def _turns(world: World, chosen: Any, steps: int, seconds: float) -> Iterator[None]:
+    """Yield once for each step to take."""
+    if steps:
+        yield from (None for _ in range(steps))
+        return
+    deadline: Any = Deadline(world, seconds)
+    if not chosen.lockstep or chosen.name == "local":  # nobody waits for anybody
+        while deadline.requested is None:
+            yield
+        return
+    vote = Vote(world, every=chosen.stride, request=deadline)
+    step = 0
+    while not vote.stopped:
+        yield
+        step += 1
+        vote.poll(step)
+    vote.finish()
+
+
+def sleeper(world: World, parameters: int) -> ProtocolLearner:
+    """Return a learner without torch; how long it computes its world says."""
+    return ProtocolLearner(parameters, compute=world.compute, seed=world.rank, lr=0.001)
+
+
+def scaled(machine: Machine, scale: float) -> Machine:
+    """Return the machine on which a model `scale` times smaller takes as long.
+
+    A message of n bytes takes L + n/B: n/s bytes over B/s take the same.
+    """
+    return replace(
+        machine,
+        bandwidth_Bps=machine.bandwidth_Bps / scale,
+        node_bandwidth_Bps=machine.node_bandwidth_Bps / scale,
+        eager_bytes=int(machine.eager_bytes / scale),
+    )
+
+
+def simulate(
+    variant: str,
+    ranks: int,
+    *,
+    machine: Machine,
+    parameters: int,
+    model_parameters: int,
+    faults: Faults | None = None,
+    seed: int = 0,
+    **until: Any,
+) -> list[Run]:
+    """Return what every virtual rank did.
+
+    Args:
+        parameters: of the learner that runs.
+        model_parameters: of the model that it stands for, on `machine`.
+        until: steps or seconds, as of `run`.
+    """
+    scale = model_parameters / parameters
+
+    def main(world: VirtualWorld) -> Run:
+        learner = sleeper(world, parameters)
+        return run(world, variant, learner, scale=scale, **until)
+
+    played = scaled(machine, scale)
+    return Simulation(ranks, machine=played, faults=faults, seed=seed).run(main)
+
+
+def mpirun(
+    ranks: int, script: str, arguments: Sequence[object], *, limit_s: float
+) -> Any:
+    """Return what rank 0 of `script` gave to `answer`; its screen is ours.
+
+    Raises:
+        RuntimeError: it failed, or took longer than `limit_s`; all its ranks are ended.
+    """
+    launcher = Path(sys.executable).with_name("mpirun")
+    command = [str(launcher) if launcher.exists() else "mpirun"]
+    version = subprocess.run(
+        [*command, "--version"], capture_output=True, text=True, check=True
+    )
+    if "Open MPI" in version.stdout or "PRRTE" in version.stdout:
+        command += ["--oversubscribe", "--bind-to", "none"]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "answer.json"
+        command += ["-n", str(ranks), sys.executable, script, *map(str, arguments)]
+        command += ["--result", str(result)]
+        environment = {**os.environ, **ENVIRONMENT}
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            code = process.wait(limit_s)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(20)
+            raise
+        if code != 0:
+            raise RuntimeError(f"{' '.join(command)}: exit code {code}")
+        return json.loads(result.read_text())
+
+
+def answer(world: World, result: Path, value: Any) -> None:
+    """Hand `value` of rank 0 to the process that called `mpirun`."""
+    if world.rank == 0:
+        result.write_text(json.dumps(value))
+
+
+def pss_bytes() -> int:
+    """Return this process's memory, shared pages divided by those who share them."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/smaps_rollup has no line Pss")
+
+
+@contextmanager
+def figure(folder: Path | None, name: str, columns: int = 1) -> Iterator[Any]:
+    """Yield axes in a row; save them as `folder`/`name`.png, without a folder nowhere.
+
+    Needs matplotlib (`pip install mpilm[report]`).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(
+        1, columns, figsize=(1.5 + 4.2 * columns, 3.8), squeeze=False
+    )
+    yield axes[0]
+    drawing.tight_layout()
+    target: Any = io.BytesIO() if folder is None else folder / f"{name}.png"
+    drawing.savefig(target, dpi=110, metadata={"Software": None})
+    pyplot.close(drawing)
+
+
+def lines(
+    axes: Any, rows: Sequence[Mapping[str, Any]], x: str, y: str, by: str = "strategy"
+) -> None:
+    """Draw a line of column `y` over column `x` for each value of column `by`."""
+    for index, name in enumerate(dict.fromkeys(row[by] for row in rows)):
+        points = [(row[x], row[y]) for row in rows if row[by] == name]
+        marker = "osD^v<>Px*+"[index % 11]
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
