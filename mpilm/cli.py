@@ -22,7 +22,15 @@ BAD_INPUT = 2
 # what launchers call the rank of a process; the first that is set counts
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 # commands whose ranks share the work; others run once, on rank 0
-PARALLEL = {("train",), ("pretrain",), ("eval",), ("doctor",), ("probe",), ("align",), ("decode",)}
+PARALLEL = {
+    ("train",),
+    ("pretrain",),
+    ("eval",),
+    ("doctor",),
+    ("probe",),
+    ("align",),
+    ("decode",),
+}
 
 # words of the command -> "module:function", one line of help
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
@@ -59,6 +67,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "a model as safetensors, or its scores for Kaldi's decoders",
     ),
     ("generate",): ("mpilm.commands.evaluate:generate", "text from a trained model"),
+    ("report",): ("mpilm.commands.report:report", "draw runs on one HTML page"),
     ("doctor",): (
         "mpilm.commands.doctor:doctor",
         "check this machine: MPI, cores, GPUs, network, folders",
