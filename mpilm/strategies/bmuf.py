@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from mpilm.flat import copy_of, fill_, to_array
+from mpilm.flat import copy_of, fill_, in_cache, to_array
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.world.base import World
 
@@ -178,14 +178,10 @@ class Bmuf(Strategy):
         if self.steps <= config.warmup * config.period or self.is_plain:
             model[:] = theta
         else:
-            filter_(
-                model,
-                self.delta[where],
-                theta,
-                eta=self.eta,
-                zeta=config.zeta,
-                nesterov=config.momentum == "nesterov",
-            )
+            settings = {"eta": self.eta, "zeta": config.zeta}
+            nesterov = config.momentum == "nesterov"
+            for parts in in_cache(model, self.delta[where], theta):
+                filter_(*parts, **settings, nesterov=nesterov)
         self.synchronised(where, model)
 
     @property

@@ -46,7 +46,7 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
-from mpilm.flat import Layout, copy_of, fill_, to_array
+from mpilm.flat import Layout, copy_of, fill_, in_cache, to_array
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.strategies.bmuf import AUTOMATIC, check_eta
 from mpilm.topology import random_groups
@@ -323,15 +323,16 @@ class GossipBmuf(Strategy):
             start_point[:] = wbar
             self.synchronised(where, start_point)
             return
-        filter_(
-            wbar, start_point, delta, eta=self.eta, zeta=config.zeta, nesterov=nesterov
-        )
+        settings = {"eta": self.eta, "zeta": config.zeta}
+        for parts in in_cache(wbar, start_point, delta):
+            filter_(*parts, **settings, nesterov=nesterov)
         self.synchronised(where, start_point)
-        if nesterov:
-            wbar[:] = delta
-            wbar *= self.eta
-            start_point += wbar  # (6)
-        wbar[:] = start_point
+        for w, g, d in in_cache(wbar, start_point, delta):
+            if nesterov:
+                w[:] = d
+                w *= self.eta
+                g += w  # (6)
+            w[:] = g
 
     def final_model_(self, learner: Learner, out: Any) -> None:
         """Write the mean over ranks of W_i into `out`; without the filter of theta.
