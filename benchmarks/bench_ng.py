@@ -31,7 +31,8 @@ from harness import measure, parser, report
 from torch import Tensor, nn
 
 from mpilm.learner import Learner
-from mpilm.optim.ng_sgd import NgSgd, NgSgdConfig, precondition_
+from mpilm.optim.configs import NgSgdConfig
+from mpilm.optim.ng_sgd import NgSgd, precondition_
 
 MOST_RATIO = 1.3  # the goal: issue C, "Speed"
 

@@ -123,7 +123,8 @@ def require_same(config: Config, saved: str, checkpoint: Path) -> None:
     """
     given, kept = config.to_dict(), tomllib.loads(saved)
     lasting = [("model", k) for k in given["model"] if k not in ("dropout", "init")]
-    lasting += [("optim", "name"), ("strategy", "name"), ("data", "source")]
+    lasting += [("optim", "name"), ("data", "source")]
+    lasting += [("strategy", "name"), ("strategy", "inner")]
     lasting += [("train", "batch"), ("train", "unroll")]
     for section, key in lasting:
         old, new = kept[section].get(key), given[section].get(key)
@@ -161,7 +162,7 @@ def make_learner(
     return Learner(
         model,
         batches,
-        build_optimizer(config.optim) if batches else no_optimizer,
+        build_optimizer(config.optim, model) if batches else no_optimizer,
         compute=compute,
         device=device,
         seed=seed,

@@ -194,8 +194,7 @@ class LstmAm(AcousticModel):
         """Return the LSTM's outputs where the way back begins at each one's end."""
         each = torch.tensor(lengths)
         packed = pack_padded_sequence(x_TBD, each, enforce_sorted=False)
-        # nn.LSTM's own forward: one that an optimiser put in its place may not pack
-        packed, _ = nn.LSTM.forward(self.lstm, packed)
+        packed, _ = self.lstm(packed)
         h_TBH, _ = pad_packed_sequence(packed, total_length=len(x_TBD))
         return h_TBH
 

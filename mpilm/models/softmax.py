@@ -84,27 +84,41 @@ def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def weights_of(targets_N: Tensor, like: Tensor) -> Tensor:
+    """Return s (N, 1), with the type of `like`."""
+    is_target_N = targets_N != PADDING
+    return (is_target_N.to(like.dtype) / is_target_N.sum().clamp(min=1))[:, None]
+
+
+def errors(
+    x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield for chunks of rows: which; e (4), good until the next one; -ln p(y)."""
+    y_N1 = targets_N.masked_fill(targets_N == PADDING, 0)[:, None]
+    for rows in chunks(len(x_NH), len(weight_VH), x_NH.device):
+        y = y_N1[rows]
+        logits = times_transposed(x_NH[rows], weight_VH, bias_V)  # (1)
+        peak = logits.amax(1, keepdim=True)
+        target_logit = logits.gather(1, y)
+        p = torch.softmax(logits, 1, out=logits)  # (2)
+        z = peak - p.amax(1, keepdim=True).log()  # p at the peak is exp(peak - z)
+        e = p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))  # (4)
+        yield rows, e, z - target_logit
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor
     ) -> Tensor:
-        is_target_N = targets_N != PADDING
-        s_N1 = (is_target_N / is_target_N.sum().clamp(min=1)).to(x_NH.dtype)[:, None]
-        y_N1 = targets_N.masked_fill(~is_target_N, 0)[:, None]
+        s_N1 = weights_of(targets_N, x_NH)
         nll_chunks: list[Tensor] = []
         dx_chunks: list[Tensor] = []
         db_V = torch.zeros_like(bias_V)
         dW_HV: Tensor | None = None
-        for rows in chunks(len(x_NH), len(weight_VH), x_NH.device):
-            x, y, s = x_NH[rows], y_N1[rows], s_N1[rows]
-            logits = times_transposed(x, weight_VH, bias_V)  # (1)
-            peak = logits.amax(1, keepdim=True)
-            target_logit = logits.gather(1, y)
-            p = torch.softmax(logits, 1, out=logits)  # (2)
-            z = peak - p.amax(1, keepdim=True).log()  # p at the peak is exp(peak - z)
-            nll_chunks.append(z - target_logit)
-            e = p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))  # (4)
+        for rows, e, nll in errors(x_NH, weight_VH, bias_V, targets_N):
+            x, s = x_NH[rows], s_N1[rows]
+            nll_chunks.append(nll)
             dx_chunks.append(times_transposed(e, weight_VH.t()).mul_(s))  # (5)
             part_HV = times_transposed((x * s).t().contiguous(), e.t())  # (6)
             dW_HV = part_HV if dW_HV is None else dW_HV.add_(part_HV)

@@ -12,6 +12,7 @@ Update      g <- g * min(1, c / ||g||)                                         (
                       m_hat = m / (1 - beta1^n), s_hat = s / (1 - beta2^n)
 Source      clipping: R. Pascanu et al., ICML 2013; adamw: I. Loshchilov and F. Hutter,
             ICLR 2019.
+            ng_sgd    see ng_sgd.py
 Departs     torch's sgd multiplies the rate into (3), not into v: a change of the rate
             acts at once on all of v.
 """
@@ -19,21 +20,35 @@ Departs     torch's sgd multiplies the rate into (3), not into v: a change of th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mpilm.optim.configs import AdamwConfig, SgdConfig
+from mpilm.optim.configs import AdamwConfig, NgSgdConfig, SgdConfig
+from mpilm.optim.ng_sgd import NgSgd, precondition_
 from mpilm.optim.schedules import Choice
 
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], Optimizer]
 
 
-def build_optimizer(choice: Choice) -> MakeOptimizer:
-    """Return a function from parameters to the optimiser of section [optim]."""
+def build_optimizer(
+    choice: Choice, model: torch.nn.Module | None = None
+) -> MakeOptimizer:
+    """Return a function from parameters to the optimiser of section [optim].
+
+    Args:
+        choice: the section.
+        model: what is trained. For `ng_sgd`, whose layers then give preconditioned
+            gradients; the others do not look at it.
+    """
     config: Any = choice.settings
+    if isinstance(config, NgSgdConfig):
+        if model is None:
+            raise TypeError("ng_sgd needs the model")
+        return partial(NgSgd, maps=precondition_(model, config), config=config)
 
     def make(parameters: list[torch.nn.Parameter]) -> Optimizer:
         if isinstance(config, SgdConfig):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
 Samples = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0.0)]
+MaxChange = Literal["none", "nnet2", "su_chen", "nnet3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,34 @@ class AdamwConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NgSgdConfig:
+    """Section [optim] of `ng_sgd`; ranks and limits as in Kaldi's recipes."""
+
+    lr: Positive = 0.1
+    """learning rate before the schedule"""
+    rank_in: Annotated[int, Meta(ge=1)] = 20
+    """rank for the inputs; at most half their number (rounded up)"""
+    rank_out: Annotated[int, Meta(ge=1)] = 80
+    """rank for the output derivatives; at most half their number (rounded up)"""
+    alpha: Annotated[float, Meta(ge=0.0)] = 4.0
+    """smoothing: how much of the mean eigenvalue is added to all"""
+    num_samples_history: Positive = 2000.0
+    """rows after which an old minibatch counts 1/e"""
+    update_period: Annotated[int, Meta(ge=1)] = 4
+    """minibatches per update of the estimates"""
+    summed: bool = False
+    """whether the gradient is the sum over the minibatch, as in Kaldi, or the mean"""
+    max_change: MaxChange = "nnet3"
+    """which published limit of a step holds"""
+    max_change_per_sample: Positive = 0.075
+    """limit per row of nnet2 and su_chen"""
+    max_change_map: Positive = 0.75
+    """nnet3: largest norm of a step of one affine map"""
+    max_change_all: Positive = 2.0
+    """nnet3: largest norm of a step of the whole model"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConstantConfig:
     """Section [schedule] of `constant`."""
 
@@ -82,7 +112,11 @@ class NewbobConfig:
     """samples of all ranks over which the rate rises linearly from 0"""
 
 
-OPTIMIZERS: dict[str, type] = {"sgd": SgdConfig, "adamw": AdamwConfig}
+OPTIMIZERS: dict[str, type] = {
+    "sgd": SgdConfig,
+    "adamw": AdamwConfig,
+    "ng_sgd": NgSgdConfig,
+}
 SCHEDULES: dict[str, type] = {
     "constant": ConstantConfig,
     "exponential": ExponentialConfig,

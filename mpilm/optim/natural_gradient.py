@@ -176,18 +176,20 @@ def norm_ratio(norm: Tensor, norm_hat: Tensor) -> Tensor:
     return torch.where(norm > 0, norm / norm_hat, 1.0)
 
 
-def statistics(X_ND: Tensor, H_NR: Tensor, norm: Tensor) -> Statistics:
-    """Return what `update` needs of a minibatch; on a GPU the copy is under way."""
-    J_RD = H_NR.t() @ X_ND
-    parts = [J_RD @ J_RD.t(), H_NR.t() @ H_NR, norm.square()]  # (11)
+def statistics(J_RD: Tensor, L_RR: Tensor, squares: Tensor, N: int) -> Statistics:
+    """Return what `update` needs of a minibatch; on a GPU the copy is under way.
+
+    Args: H^T X; H^T H; ||X||^2, 0-d; rows of X.
+    """
+    parts = [J_RD @ J_RD.t(), L_RR, squares]  # (11)
     small = torch.cat([part.reshape(-1).double() for part in parts])
     if not small.is_cuda:
-        return Statistics(J_RD, small, len(X_ND))
+        return Statistics(J_RD, small, N)
     host = torch.empty(small.shape, dtype=small.dtype, pin_memory=True)
     host.copy_(small, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(small.device))
-    return Statistics(J_RD, host, len(X_ND), event)
+    return Statistics(J_RD, host, N, event)
 
 
 def update(
@@ -331,28 +333,34 @@ class NaturalGradient:
         N, D = X_ND.shape
         if D == 1 or N == 0:
             return X_ND, X_ND.new_ones(())
-        self._finish()
         norm = torch.linalg.vector_norm(X_ND)
-        state = self._state or self._start(X_ND, norm)
+        state = self.fisher or self.start(X_ND)
         X_hat, H = apply(state.W_RD, X_ND)
-        self._state = replace(state, t=state.t + 1)
-        if self._is_due(state.t):
-            self._pending = statistics(X_ND, H, norm)
+        found = None
+        if self.is_due(state):
+            found = statistics(H.t() @ X_ND, H.t() @ H, norm.square(), N)
+        self.learn(state, found)
         return X_hat, norm_ratio(norm, torch.linalg.vector_norm(X_hat))
 
-    def _start(self, X_ND: Tensor, norm: Tensor) -> FisherState:
+    def start(self, X_ND: Tensor) -> FisherState:
         """Return the state in which the first minibatch is preconditioned (20)."""
         N, D = X_ND.shape
         R = effective_rank(self.config.rank, D)
-        state = start_state(R, self.config, X_ND)
+        state, squares = start_state(R, self.config, X_ND), X_ND.square().sum()
         for _ in range(START_PASSES if N > R else 1):
-            found = statistics(X_ND, X_ND @ state.W_RD.t(), norm)
+            H = X_ND @ state.W_RD.t()
+            found = statistics(H.t() @ X_ND, H.t() @ H, squares, N)
             state = update(state, found, self.config)
         return state
 
-    def _is_due(self, t: int) -> bool:
-        late = t - NUM_FIRST_CALLS
-        return late <= 0 or late % self.config.update_period == 0  # (21)
+    def is_due(self, state: FisherState) -> bool:
+        """Return whether the minibatch that `state` preconditions updates it (21)."""
+        late = state.t - NUM_FIRST_CALLS
+        return late <= 0 or late % self.config.update_period == 0
+
+    def learn(self, state: FisherState, found: Statistics | None) -> None:
+        """End a call that used `state` and, if an update is due, found its input."""
+        self._state, self._pending = replace(state, t=state.t + 1), found
 
     def _finish(self) -> None:
         """End the update that is under way."""

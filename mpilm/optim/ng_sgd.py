@@ -20,168 +20,44 @@ Update      theta <- theta - lr g                                               
 Messages    none: the preconditioners' states are this rank's own.
 Invariants  alpha -> infinity or D = 1: plain SGD. (5) and (6): a step's norm is at most
             m N, and lr' m N.
-Departs     from Kaldi: the mean convention (3); (5) to (7) act on the gradient that the
-            strategies see, so under allreduce (5) and (6) are each rank's own and (7)
-            that of the average.
+Departs     from Kaldi: the mean convention (3); both biases of an LSTM get g_b, as in
+            plain torch, so that their sum moves twice as far as one bias would; the
+            rows of an embedding are the output derivatives of the minibatch's tokens
+            (Kaldi's rnnlm: the rows of the summed derivative, one per word), and its
+            one-hot inputs are not preconditioned. (5) to (7) act on the gradient that
+            the strategies see, so under allreduce (5) and (6) are each rank's own and
+            (7) that of the average.
 
 How torch gives x and dy. The map's forward is replaced by an autograd function whose
-backward returns dx as always and (2) as the gradient of W and b. So nothing is computed
-twice (hooks would leave torch's own weight gradient to be computed and thrown away),
-nothing is kept that torch would not keep (x), and what arrives in `learner.grad`, and
-what strategies average, *is* the preconditioned gradient. A map that is used twice in a
-minibatch is preconditioned at each use; a tied embedding adds its plain gradient.
+backward returns dx as always and (2) as the gradient of W and b (ng_layers.py). So
+nothing is computed twice (hooks would leave torch's own weight gradient to be computed
+and thrown away), nothing is kept that torch would not keep (x), and what arrives in
+`learner.grad`, and what strategies average, *is* the preconditioned gradient. A map
+that is used twice in a minibatch is preconditioned at each use; weights tied to an
+embedding get the sum of both preconditioned gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from mpilm.errors import CheckpointError, ConfigError
-from mpilm.models.softmax import PADDING, Softmax
-from mpilm.optim.natural_gradient import (
-    NaturalGradient,
-    NaturalGradientConfig,
-    effective_rank,
-)
-
-Positive = Annotated[float, Meta(gt=0.0)]
-MaxChange = Literal["none", "nnet2", "su_chen", "nnet3"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NgSgdConfig:
-    """SGD with natural gradient; ranks and rates as in Kaldi's recipes."""
-
-    lr: Positive = 0.1
-    """learning rate before the schedule"""
-    rank_in: Annotated[int, Meta(ge=1)] = 20
-    """rank for the inputs; at most half their number (rounded up)"""
-    rank_out: Annotated[int, Meta(ge=1)] = 80
-    """rank for the output derivatives; at most half their number (rounded up)"""
-    alpha: Annotated[float, Meta(ge=0.0)] = 4.0
-    """smoothing: how much of the mean eigenvalue is added to all"""
-    num_samples_history: Positive = 2000.0
-    """rows after which an old minibatch counts 1/e"""
-    update_period: Annotated[int, Meta(ge=1)] = 4
-    """minibatches per update of the estimates"""
-    summed: bool = False
-    """whether the gradient is the sum over the minibatch, as in Kaldi, or the mean"""
-    max_change: MaxChange = "nnet3"
-    """which published limit of a step holds"""
-    max_change_per_sample: Positive = 0.075
-    """limit per row of nnet2 and su_chen"""
-    max_change_map: Positive = 0.75
-    """nnet3: largest norm of a step of one affine map"""
-    max_change_all: Positive = 2.0
-    """nnet3: largest norm of a step of the whole model"""
-
-    def preconditioner(self, rank: int, D: int) -> NaturalGradient:
-        """Return one for rows of D values (for inputs: without the ones column)."""
-        config = NaturalGradientConfig(
-            rank=min(rank, (D + 1) // 2),
-            alpha=self.alpha,
-            num_samples_history=self.num_samples_history,
-            update_period=self.update_period,
-        )
-        return NaturalGradient(config)
-
-
-class AffineMap:
-    """One layer y = x W^T + b and its two preconditioners.
-
-    name     of the module in the model
-    module   has `weight` (O, I) and `bias` (O,) or None
-    sides    "in", "out" -> preconditioner and the dimension of its rows
-    rate     returns the learning rate; the optimiser sets it
-    """
-
-    def __init__(self, name: str, module: nn.Module, config: NgSgdConfig) -> None:
-        self.name, self.module, self.config = name, module, config
-        weight: Any = module.weight
-        O, I = weight.shape  # noqa: E741
-        self.sides = {
-            "in": (config.preconditioner(config.rank_in, I), I + self.has_bias),
-            "out": (config.preconditioner(config.rank_out, O), O),
-        }
-        self.rate: Callable[[], float] = lambda: config.lr
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the layer has a bias, thus a ones column."""
-        return self.module.bias is not None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return y, (..., O), for x of (..., I)."""
-        y: Tensor = _Affine.apply(x, self.module.weight, self.module.bias, self)
-        return y
-
-    def gradient(self, x_NI: Tensor, dy_NO: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return g_W (O, I) and g_b (O,) or None: (1) to (6).
-
-        Args:
-            x_NI: inputs.
-            dy_NO: derivatives of the mean loss.
-        """
-        N, I = x_NI.shape  # noqa: E741
-        if self.has_bias:
-            x_NI = torch.cat([x_NI, x_NI.new_ones(N, 1)], dim=1)
-        x_hat, s_in = self.sides["in"][0](x_NI)  # (1)
-        dy_hat, s_out = self.sides["out"][0](dy_NO * N)
-        scale = s_in * s_out * self._limit(x_hat, dy_hat, s_in * s_out)
-        if not self.config.summed:
-            scale = scale / N  # (3)
-        gradient = (dy_hat.t() @ x_hat).mul_(scale)  # (2)
-        return gradient[:, :I], gradient[:, I] if self.has_bias else None
-
-    def _limit(self, x_hat: Tensor, dy_hat: Tensor, scale: Tensor) -> Tensor | float:
-        """Return the factor of (5) or (6); 1 where another form holds."""
-        form, N = self.config.max_change, len(x_hat)
-        if form not in ("nnet2", "su_chen"):
-            return 1.0
-        norms = torch.linalg.vector_norm(x_hat, dim=1)
-        bound = scale * (norms @ torch.linalg.vector_norm(dy_hat, dim=1))  # (4)
-        if form == "nnet2":
-            bound = bound * self.rate() / (1 if self.config.summed else N)
-        limit = self.config.max_change_per_sample * N
-        return (limit / bound).clamp(max=1.0)  # a bound of 0 gives 1
-
-    def parameters(self) -> Iterator[Tensor]:
-        """Yield W, and b if there is one."""
-        return self.module.parameters(recurse=False)
-
-
-class _Affine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: AffineMap
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.layer = layer
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        rows = (x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
-        return dx, *ctx.layer.gradient(*rows), None
+from mpilm.optim.affine import AffineMap
+from mpilm.optim.configs import NgSgdConfig
+from mpilm.optim.natural_gradient import effective_rank
+from mpilm.optim.ng_layers import maps_of
 
 
 def precondition_(model: nn.Module, config: NgSgdConfig) -> list[AffineMap]:
-    """Let every nn.Linear and Softmax of `model` give preconditioned gradients.
+    """Let the affine maps of `model` give preconditioned gradients; return them.
 
-    Other layers, and maps with frozen parameters, keep their plain mean gradient.
+    Which layers that are: `ng_layers.maps_of`. Other layers, and those with frozen
+    parameters, keep their plain mean gradient.
 
     Raises:
         ConfigError: no affine map; or `summed` while other layers have parameters,
@@ -191,23 +67,15 @@ def precondition_(model: nn.Module, config: NgSgdConfig) -> list[AffineMap]:
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         trained = [parameter for parameter in own if parameter.requires_grad]
-        # exactly these types: subclasses of nn.Linear may not call forward
-        if type(module) in (nn.Linear, Softmax) and len(trained) == len(own):
-            layer = AffineMap(name, module, config)
-            forward = partial(_softmax, layer) if type(module) is Softmax else layer
-            module.forward = forward
-            maps.append(layer)
-        elif trained and config.summed:
+        found = []
+        if trained and len(trained) == len(own):
+            found = maps_of(name, module, config)
+        if trained and not found and config.summed:
             raise ConfigError(f"optim.summed: {name or 'model'} is no affine map")
+        maps += found
     if not maps:
         raise ConfigError("optim: the model has no affine maps to precondition")
     return maps
-
-
-def _softmax(layer: AffineMap, x_NH: Tensor, targets_N: Tensor) -> Tensor:
-    """Return the mean cross-entropy, as Softmax.forward does, through `layer`."""
-    nll = F.cross_entropy(layer(x_NH), targets_N, ignore_index=PADDING, reduction="sum")
-    return nll / (targets_N != PADDING).sum().clamp(min=1)
 
 
 class NgSgd(Optimizer):
@@ -242,26 +110,41 @@ class NgSgd(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step (8). There is no closure: it would learn twice."""
         pairs = [(p, p.grad) for p in self._parameters() if p.grad is not None]
-        if self.config.max_change == "nnet3":
-            self._limit_([gradient for _, gradient in pairs])
+        factor: float | None = 1.0
+        if self.config.max_change == "nnet3" and pairs:
+            factor = self._limit_([gradient for _, gradient in pairs])
+        if factor is None:  # not finite
+            return
         for parameter, gradient in pairs:
-            parameter.add_(gradient, alpha=-self._rate())
+            parameter.add_(gradient, alpha=-self._rate() * factor)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _limit_(self, gradients: list[Tensor]) -> None:
-        """Scale the gradient as (7) has it. Nothing waits for a GPU."""
-        lr = self._rate()
+    def _limit_(self, gradients: list[Tensor]) -> float | None:
+        """Limit every map by (7); return the factor of the whole, None for g = 0.
+
+        On a GPU, where nothing is to wait, the gradients are scaled here. On a CPU they
+        are read once, and written only where a map is over its limit.
+        """
+        lr, most = self._rate(), self.config.max_change_map
+        seen: set[int] = set()
         for layer in self.maps:
-            own = [p.grad for p in layer.parameters() if p.grad is not None]
-            if own:
-                factor = self.config.max_change_map / (lr * _joint_norm(own))
-                torch._foreach_mul_(own, factor.clamp(max=1.0))
+            own = [p.grad for p in layer.owned if p.grad is not None]
+            own = [g for g in own if g.data_ptr() not in seen]  # tied: with the first
+            seen.update(g.data_ptr() for g in own)
+            if not own:
+                continue
+            factor = (most / (lr * _joint_norm(own))).clamp(max=1.0)
+            if factor.is_cuda or factor < 1.0:
+                torch._foreach_mul_(own, factor)
         norm = _joint_norm(gradients)
         factor = (self.config.max_change_all / (lr * norm)).clamp(max=1.0)
+        if not factor.is_cuda:
+            return factor.item() if norm.isfinite() else None
         for gradient in gradients:
             gradient.mul_(factor).masked_fill_(~norm.isfinite(), 0.0)
+        return 1.0
 
     def _expose(self) -> None:
         """Show the preconditioners' states as the first parameter's."""
@@ -290,7 +173,7 @@ class NgSgd(Optimizer):
                         f"natural gradient of {prefix[:-1]}: the checkpoint has"
                         f" {tuple(own['W'].shape)}, this model {(R, D)}"
                     )
-                device = next(layer.parameters()).device
+                device = layer.owned[0].device
                 preconditioner.load_state(own, device)
 
 

@@ -17,8 +17,10 @@ from torch import nn
 from mpilm.errors import CheckpointError, ConfigError
 from mpilm.learner import Learner
 from mpilm.models.softmax import PADDING, Softmax
+from mpilm.optim.affine import preconditioner
+from mpilm.optim.configs import NgSgdConfig
 from mpilm.optim.natural_gradient import NaturalGradient
-from mpilm.optim.ng_sgd import NgSgd, NgSgdConfig, precondition_
+from mpilm.optim.ng_sgd import NgSgd, precondition_
 
 BESIDE = Path(__file__).parents[2] / "../shared/data"
 GOLDEN = Path(os.environ.get("MPILM_DATA", BESIDE)) / "kaldi_ng_golden.h5"
@@ -214,8 +216,8 @@ def test_max_change_per_sample(form, summed, lr):
     y = F.linear(h, net.second.weight, net.second.bias).detach().requires_grad_()
     dy = torch.autograd.grad(net.softmax(torch.tanh(y), batch.y), y)[0] * N
     config = NgSgdConfig()
-    h_hat, s_in = config.preconditioner(20, 8)(torch.cat([h, torch.ones(N, 1)], 1))
-    dy_hat, s_out = config.preconditioner(80, 5)(dy)
+    h_hat, s_in = preconditioner(config, 20, 8)(torch.cat([h, torch.ones(N, 1)], 1))
+    dy_hat, s_out = preconditioner(config, 80, 5)(dy)
     bound = sum(
         (h_hat[n].norm() * dy_hat[n].norm()).item() * float(s_in * s_out)
         for n in range(N)
@@ -236,7 +238,7 @@ def test_nnet3_limits_maps_and_the_whole():
     limits = {"max_change_map": 0.01, "max_change_all": 100.0}
     learner, maps = make(NgSgdConfig(lr=100.0, max_change="nnet3", **limits))
     for layer in maps:
-        own = list(layer.parameters())
+        own = list(layer.owned)
         assert step_norm(learner, own) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -309,11 +311,17 @@ def test_evaluating_and_predicting_teach_nothing():
 def test_which_layers_are_preconditioned():
     net = Net(embedding=True)
     net.second.bias.requires_grad_(False)
-    assert [m.name for m in precondition_(net, NgSgdConfig())] == ["first", "softmax"]
-    with pytest.raises(ConfigError, match="summed: embedding"):
-        precondition_(Net(embedding=True), NgSgdConfig(summed=True))
-    with pytest.raises(ConfigError, match="no affine maps"):
-        precondition_(nn.Embedding(2, 3), NgSgdConfig())
+    names = [layer.name for layer in precondition_(net, NgSgdConfig())]
+    assert names == ["first", "softmax", "embedding"]
+    lstm = nn.LSTM(3, 2, num_layers=2, bidirectional=True)
+    names = [layer.name for layer in precondition_(lstm, NgSgdConfig(summed=True))]
+    assert names == ["l0", "l0_reverse", "l1", "l1_reverse"]
+    normed = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
+    with pytest.raises(ConfigError, match="summed: 1 is no"):
+        precondition_(normed, NgSgdConfig(summed=True))
+    for plain in (nn.GRU(2, 3), nn.LSTM(2, 3, proj_size=1), nn.Embedding(2, 3, 0)):
+        with pytest.raises(ConfigError, match="no affine maps"):
+            precondition_(plain, NgSgdConfig())
 
 
 def test_ranks_are_at_most_half_the_dimension():
