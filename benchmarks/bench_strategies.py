@@ -98,8 +98,10 @@ def entries(ranks: int) -> list[Entry]:
     # its own gradient is not clipped, that of the learner's optimiser is
     clipped = {"local_optimizer": True}
     found.append(Entry("async_sgd", "async_sgd", gain=ranks, settings=clipped))
-    if "hierarchical" in STRATEGIES:
-        found.append(Entry("hierarchical", "hierarchical"))
+    if "hierarchical" in STRATEGIES and ranks % 2 == 0:
+        # this machine is one node: two ranks play one, adpsgd is between them
+        nodes = {"node_size": 2, "inner": "adpsgd"}
+        found.append(Entry("hierarchical, adpsgd", "hierarchical", settings=nodes))
     return found
 
 
