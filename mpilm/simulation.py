@@ -185,12 +185,17 @@ def model_layout(config: Config) -> Layout:
 def co_simulate(config: Config, out: Path, ranks: int) -> Outcome:
     """Train on `ranks` virtual ranks into the run folder `out`; return the outcome.
 
-    Neither the optimiser nor an evaluation takes virtual time; no checkpoint is kept.
+    Neither the optimiser nor an evaluation takes virtual time. No checkpoint is kept,
+    and no rank evaluates a model of its own: K evaluations would take most of the real
+    time.
 
     Raises:
         MpilmError: bad input, one line.
     """
     from mpilm.train import Trainer
+
+    train = dataclasses.replace(config.train, worst_rank=False)
+    config = dataclasses.replace(config, train=train)
 
     class Simulated(Trainer):
         """A trainer whose models end with it."""

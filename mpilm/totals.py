@@ -27,6 +27,7 @@ LOG_FIELDS = {  # a row of the log; docs/accounting.md defines each of them
     "idle": "f8",  # share of seconds that were blocked
     "mixes": "i8",  # times that this rank's model was mixed with others
     "staleness": f"{NUM_BINS}i8",  # updates by foreign mixes since their model was read
+    "valid_perplexity": "f8",  # as last measured
     # as last measured, with a mean model:
     "consensus_step": "i8",
     "consensus_distance": "f8",  # ||theta_i - m||

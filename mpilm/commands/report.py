@@ -1,0 +1,51 @@
+"""`mpilm report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from mpilm.errors import ConfigError, DataError
+from mpilm.files import reason, replace_file
+
+
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    *,
+    out: Path,
+    title: str = "",
+    trace: Path | None = None,
+) -> int:
+    """Draw runs side by side on one HTML page that needs no network.
+
+    Args:
+        runs: run folders, also of runs that are under way, and folders of simulate
+        out: HTML file to write
+        title: of the page; the names of the runs if not given
+        trace: write the events of one run for chrome://tracing or ui.perfetto.dev, too
+    """
+    from mpilm.progress import count
+    from mpilm.report.page import page
+    from mpilm.report.reader import read_all
+    from mpilm.runlog import chrome_trace
+
+    if not runs:
+        raise ConfigError("name one run folder or more")
+    found = read_all(list(runs))
+    if trace is not None and len(found) != 1:
+        raise ConfigError(f"--trace: is of one run, not of {len(found)}")
+    names = " and ".join(run.name for run in found[:3])
+    if len(found) > 3:
+        names = f"{found[0].name} and {len(found) - 1} more runs"
+    text = page(found, title or names)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, text.encode())
+    except OSError as error:
+        raise DataError(f"{out}: cannot write: {reason(error)}") from None
+    print(f"{out}: {count(len(found), 'run')}, {len(text) / 1e3:,.0f} kB")
+    if trace is not None:
+        print(f"{trace}: {chrome_trace(found[0].path, trace):,} events")
+    return 0

@@ -1,0 +1,1 @@
+"""Reports of runs: what they measured, drawn and put on one HTML page."""

@@ -1,0 +1,316 @@
+"""A run as a report sees it. What an older run did not log is simply not there.
+
+Notation    t_r(s) -> seconds that rank r computed, without waiting; n_r -> samples
+Score       relative    min_q t_q/n_q  /  t_r/n_r      against the fastest rank     (1)
+            individual  min_w t_rw/n_rw / t_r/n_r  of the last of some windows w    (2)
+
+1 is as fast as the fastest rank, or as this rank has ever been; 0.5 twice as slow.
+Waiting is not counted: in lockstep every rank is as slow as the slowest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpilm.config import tomllib
+from mpilm.errors import CheckpointError
+from mpilm.run import RunFolder
+from mpilm.runlog import RankLog, read_run
+
+Vector = NDArray[np.float64]
+
+POINTS = 400  # of a curve
+SMOOTHING = 25  # a point is the mean of so many neighbours, or fewer for few points
+WINDOWS = 10  # of a run, for the score against a rank's own best
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a run went, all ranks together: a value per moment.
+
+    seconds  of training
+    samples  of all ranks
+    loss     mean over ranks of the minibatches' losses, smoothed, nats
+    waiting  mean share of its time that a rank waited, around this moment
+    """
+
+    seconds: Vector
+    samples: Vector
+    loss: Vector
+    waiting: Vector
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """What one rank did; scores are (1) and (2)."""
+
+    rank: int
+    samples_per_s: float
+    waiting: float
+    sent_Bps: float
+    relative: float
+    individual: float
+
+
+@dataclass
+class Run:
+    """A run folder that has been read.
+
+    name       what it is called in the report
+    summary    summary.json; empty if the run has not ended
+    config     the resolved configuration, section -> key -> value
+    logs       rank -> its log
+    simulated  whether its seconds are virtual
+    """
+
+    name: str
+    path: Path
+    summary: dict[str, Any]
+    config: dict[str, dict[str, Any]]
+    toml: str
+    logs: dict[int, RankLog]
+    simulated: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.simulated = bool(self.summary.get("simulated"))
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy."""
+        return str(self.config.get("strategy", {}).get("name", "?"))
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self.logs)
+
+    def number(self, key: str) -> float:
+        """Return a number of the summary; NaN if it is not there."""
+        value = self.summary.get(key)
+        return float(value) if isinstance(value, (int, float)) else math.nan
+
+    def column(self, rank: int, name: str) -> Vector:
+        """Return a field of a rank's log; empty if it has none."""
+        found = self.logs[rank].rows.get(name)
+        return np.array([]) if found is None else np.asarray(found, np.float64)
+
+    def curve(self) -> Curve | None:
+        """Return how the run went; None if nothing was logged."""
+        filled = [r for r in self.logs if len(self.column(r, "seconds")) > 1]
+        if not filled:
+            return None
+        first = min(self.column(r, "seconds")[0] for r in filled)
+        last = max(self.column(r, "seconds")[-1] for r in filled)
+        if not last > first:
+            return None
+        rows = max(len(self.column(r, "seconds")) for r in filled)
+        seconds = np.linspace(first, last, min(POINTS, rows))
+        losses = np.full((len(filled), len(seconds)), np.nan)
+        blocked = np.zeros_like(seconds)
+        for place, rank in enumerate(filled):
+            at = self.column(rank, "seconds")
+            during = (seconds >= at[0]) & (seconds <= at[-1])
+            loss = np.interp(seconds, at, smooth(self.column(rank, "loss")))
+            losses[place, during] = loss[during]
+            blocked += np.interp(seconds, at, self.column(rank, "blocked_s"))
+        # while half of the ranks are under way: the loss of a few is another one
+        most = np.isfinite(losses).sum(axis=0) >= len(filled) / 2
+        seconds, losses, blocked = seconds[most], losses[:, most], blocked[most]
+        if len(seconds) < 2:
+            return None
+        waiting = np.gradient(blocked / len(filled), seconds)
+        return Curve(
+            seconds,
+            self.samples_at(seconds),
+            np.nanmean(losses, axis=0),
+            np.clip(smooth(waiting), 0.0, 1.0),
+        )
+
+    def samples_at(self, seconds: Vector) -> Vector:
+        """Return the samples of all ranks together at some moments."""
+        samples = np.zeros_like(seconds)
+        for rank in self.logs:
+            at = self.column(rank, "seconds")
+            if len(at):
+                of_rank = self.column(rank, "samples")
+                start = np.concatenate([[0.0], at]), np.concatenate([[0.0], of_rank])
+                samples += np.interp(seconds, *start)
+        return samples
+
+    def measured(self, name: str, by: str = "") -> tuple[Vector, Vector, Vector]:
+        """Return samples of all ranks, seconds and values of a now-and-then measure.
+
+        A row holds the value measured last: here is one point for each new one, the
+        root mean square over ranks; the last point is from the summary.
+
+        Args:
+            by: field that changes with each measurement; `name` itself if not given.
+        """
+        found: list[tuple[float, list[float]]] = []
+        for rank in self.logs:
+            values, marks = self.column(rank, name), self.column(rank, by or name)
+            if len(values) != len(marks):
+                continue
+            known = np.isfinite(values)
+            values, marks = values[known], marks[known]
+            seconds = self.column(rank, "seconds")[known]
+            new = np.flatnonzero(np.diff(marks, prepend=np.nan) != 0.0)
+            for number, row in enumerate(new):
+                if number == len(found):
+                    found.append((seconds[row], []))
+                found[number][1].append(values[row])
+        means = [math.sqrt(np.mean(np.square(values))) for _, values in found]
+        at = np.array([seconds for seconds, _ in found])
+        last, end = self.number(name), self.number("train_seconds")
+        if math.isfinite(last) and (not means or by or means[-1] != last):
+            means, at = [*means, last], np.append(at, end)
+        order = np.argsort(at)
+        samples = np.minimum(self.samples_at(at), _or_inf(self.number("samples")))
+        if math.isfinite(last) and len(samples):
+            samples[at == end] = self.number("samples")
+        return samples[order], at[order], np.array(means)[order]
+
+    def valid(self) -> tuple[Vector, Vector, Vector]:
+        """Return samples, seconds and perplexity of each evaluation on valid."""
+        return self.measured("valid_perplexity")
+
+    def consensus(self) -> tuple[Vector, Vector, Vector]:
+        """Return samples, seconds and distance to the mean model, where measured."""
+        return self.measured("consensus_distance", by="consensus_step")
+
+    def staleness(self) -> Vector | None:
+        """Return how many updates came how late, all ranks; None: not logged."""
+        total = None
+        for log in self.logs.values():
+            found = log.rows.get("staleness")
+            if found is None or found.ndim != 2 or not len(found) or found[-1, 0] < 0:
+                continue
+            total = found[-1] if total is None else total + found[-1]
+        return None if total is None or not total.sum() else total.astype(np.float64)
+
+    def rank_rows(self) -> list[RankRow]:
+        """Return what each rank did, with its straggler scores."""
+        totals = {r: self._totals(r) for r in self.logs if self._windows(r).size}
+        cost = {r: (s - b) / n for r, (s, b, n, _) in totals.items()}
+        best = min(cost.values(), default=math.nan)
+        rows = []
+        for rank, (seconds, blocked_s, samples, sent) in totals.items():
+            windows = self._windows(rank)
+            rows.append(
+                RankRow(
+                    rank=rank,
+                    samples_per_s=samples / seconds,
+                    waiting=min(1.0, blocked_s / seconds),
+                    sent_Bps=sent / seconds,
+                    relative=best / cost[rank],
+                    individual=float(windows.min() / windows[-1]),
+                )
+            )
+        return rows
+
+    def _totals(self, rank: int) -> tuple[float, float, float, float]:
+        """Return seconds, seconds of waiting, samples, bytes sent of a rank.
+
+        The summary knows more than the last row of the log: a rank that is done may
+        wait for others.
+        """
+        found = []
+        for key, name in (
+            ("train_seconds", "seconds"),
+            ("blocked_s", "blocked_s"),
+            ("samples", "samples"),
+            ("bytes_sent", "bytes_sent"),
+        ):
+            each = self.summary.get("per_rank", {}).get(key)
+            if each is not None and len(each) == self.ranks:
+                found.append(float(each[rank]))
+            else:
+                found.append(float(self.column(rank, name)[-1]))
+        seconds, blocked_s, samples, sent = found
+        return seconds, blocked_s, samples, sent
+
+    def _windows(self, rank: int) -> Vector:
+        """Return seconds of computing per sample in each window of the run."""
+        seconds = self.column(rank, "seconds")
+        if len(seconds) < 2:
+            return np.array([])
+        cuts = np.unique(np.linspace(0, len(seconds) - 1, WINDOWS + 1).astype(int))
+        busy = (seconds - self.column(rank, "blocked_s"))[cuts]
+        samples = self.column(rank, "samples")[cuts]
+        costs: Vector = np.diff(busy) / np.maximum(np.diff(samples), 1.0)
+        return np.maximum(costs, 1e-12)
+
+
+def _or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def smooth(values: Vector) -> Vector:
+    """Return running means, shorter at both ends.
+
+    >>> smooth(np.array([1.0, 2.0, 3.0]))
+    array([1., 2., 3.])
+    """
+    half = min(SMOOTHING, len(values) // 8) // 2
+    if half == 0:
+        return values
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    begin = np.maximum(index - half, 0)
+    end = np.minimum(index + half + 1, len(values))
+    means: Vector = (sums[end] - sums[begin]) / (end - begin)
+    return means
+
+
+def read(path: Path, name: str) -> Run:
+    """Return the run in a folder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    folder = RunFolder(path).require()
+    try:
+        toml = folder.config.read_text(encoding="utf-8")
+        config = tomllib.loads(toml)
+        summary = {}
+        if folder.summary.exists():
+            summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return Run(name, path, summary, config, toml, read_run(path))
+
+
+def read_all(paths: list[Path]) -> list[Run]:
+    """Return the runs of folders; one made by `mpilm simulate` holds several.
+
+    Raises:
+        CheckpointError: no run there, or it cannot be read.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.glob("ranks-*/config.toml"))
+        if (path / "simulate.json").exists() and inside:
+            found += [config.parent for config in inside]
+        else:
+            found.append(path)
+    return [read(p, n) for p, n in zip(found, short_names(found), strict=True)]
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """Return the shortest ends of paths that tell them apart.
+
+    >>> short_names([Path("runs/a/x"), Path("runs/b/x")]), short_names([Path("r/a")])
+    (['a/x', 'b/x'], ['a'])
+    """
+    for length in range(1, 9):
+        names = ["/".join(path.resolve().parts[-length:]) for path in paths]
+        if len(set(names)) == len({path.resolve() for path in paths}):
+            break
+    return names
