@@ -93,6 +93,7 @@ class Vote:
         every: steps from the start of a vote to its outcome, in lockstep.
         request: what this rank wishes.
         lockstep: whether all ranks take the same steps.
+        agree: `Strategy.agree`: ranks that agree see the outcome at the same step.
 
     traffic  what the votes have taken of the world's bytes and messages
 
@@ -100,10 +101,17 @@ class Vote:
     """
 
     def __init__(
-        self, world: World, *, every: int, request: StopRequest, lockstep: bool = True
+        self,
+        world: World,
+        *,
+        every: int,
+        request: StopRequest,
+        lockstep: bool = True,
+        agree: Callable[[int], int] = int,
     ) -> None:
         self.world, self.comm = world, world.comm.Dup()
-        self.every, self.request, self.lockstep = every, request, lockstep
+        self.every, self.request = every, request
+        self.lockstep, self.agree = lockstep, agree
         self.mine = np.zeros(1, np.int64)
         self.outcome = np.zeros(1, np.int64)
         self.vote: Request | None = None
@@ -163,7 +171,10 @@ class Vote:
     def _is_over(self, vote: Request, step: int) -> bool:
         """Return whether to look at the outcome; in lockstep the same on all ranks."""
         if not self.lockstep:
-            return vote.Test()
+            if not self.agree(vote.Test()):
+                return False
+            vote.Wait()  # another rank has seen the end of it
+            return True
         if step - self.started_at < self.every:
             return False
         vote.Wait()
@@ -171,7 +182,9 @@ class Vote:
 
     def _is_due(self) -> bool:
         """Return whether to start the next vote; in lockstep the same on all ranks."""
-        return self.lockstep or self.world.now_s() - self.started_at_s >= PAUSE_S
+        if self.lockstep:
+            return True
+        return bool(self.agree(self.world.now_s() - self.started_at_s >= PAUSE_S))
 
     def _start(self, choice: int) -> None:
         self.mine[0] = choice

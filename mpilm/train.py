@@ -56,15 +56,16 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.folder = config, world, RunFolder(out)
         kind = STRATEGIES[config.strategy.name]
+        self.strategy = kind(world, config.strategy.settings)
+        lockstep = self.strategy.lockstep
         with world.together():
             self.task = open_task(config.data.corpus, config.model)
-            self.batches = self.task.batches(config, world, lockstep=kind.lockstep)
+            self.batches = self.task.batches(config, world, lockstep=lockstep)
             self.schedule = make_schedule(config)
             self.folder.claim(resume=resume)
         keep = config.checkpoint.keep
         self.checkpoints = Checkpoints(self.folder.checkpoints, world, keep=keep)
         saved = self.find() if resume else None
-        self.strategy = kind(world, config.strategy.settings)
         with world.together():
             self.learner = make_learner(
                 config,
@@ -146,14 +147,15 @@ class Trainer:
                 every=max(config.checkpoint.vote_every, strategy.stride),
                 request=stop,
                 lockstep=strategy.lockstep,
+                agree=strategy.agree,
             )
             self.meter.begin(vote.traffic)
-            samples = self.samples
+            samples = strategy.agree(self.samples)
             while samples < config.train.samples and not self.schedule.finished:
                 learner.lr = self.schedule.lr(samples)
                 loss = strategy.step(learner)
                 totals.step += 1
-                samples = self.samples
+                samples = strategy.agree(self.samples)
                 self.is_validated = False
                 if totals.step % config.train.log_every == 0:
                     self.record(samples, float(loss))

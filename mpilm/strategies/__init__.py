@@ -5,31 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from mpilm.errors import ConfigError
-from mpilm.strategies.adpsgd import Adpsgd
-from mpilm.strategies.allreduce import Allreduce
-from mpilm.strategies.async_sgd import AsyncSgd
 from mpilm.strategies.base import Strategy
-from mpilm.strategies.bmuf import Bmuf
-from mpilm.strategies.delay_by_one import DelayByOne
-from mpilm.strategies.dpsgd import Dpsgd
-from mpilm.strategies.gossip_bmuf import GossipBmuf
+from mpilm.strategies.hierarchical import INNER, Hierarchical
 from mpilm.strategies.local import Local
-from mpilm.strategies.model_averaging import ModelAveraging
 from mpilm.world.base import World
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy
-    for strategy in (
-        Local,
-        Allreduce,
-        ModelAveraging,
-        Bmuf,
-        GossipBmuf,
-        Dpsgd,
-        DelayByOne,
-        Adpsgd,
-        AsyncSgd,
-    )
+    Local.name: Local,
+    **INNER,
+    Hierarchical.name: Hierarchical,
 }
 
 

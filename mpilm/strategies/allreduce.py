@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from mpilm.strategies.base import Learner, Strategy
-from mpilm.world.base import IN_PLACE, Request, World
+from mpilm.world.base import IN_PLACE, Comm, Request, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Allreduce(Strategy):
         if self.comm.size == 1:
             loss = learner.gradient()
         else:
-            reduction = OverlappedSum(self, learner)
+            reduction = OverlappedSum(self.comm, learner, self.config.bucket_bytes)
             share = 1.0 / self.comm.size
             loss = learner.gradient(ready=reduction.segment_is_ready, scale=share)
             reduction.finish()  # (1)
@@ -77,11 +77,9 @@ class OverlappedSum:
     their segments complete in: collectives match by order.
     """
 
-    def __init__(self, strategy: Allreduce, learner: Learner) -> None:
-        num_elements = max(1, strategy.config.bucket_bytes // 4)
-        self.comm = strategy.comm
-        self.grad = learner.grad
-        self.buckets = learner.layout.buckets(num_elements)
+    def __init__(self, comm: Comm, learner: Learner, bucket_bytes: int) -> None:
+        self.comm, self.grad = comm, learner.grad
+        self.buckets = learner.layout.buckets(max(1, bucket_bytes // 4))
         self.pending = [len(bucket) for bucket in self.buckets]
         self.bucket_of = {
             segment.start: index

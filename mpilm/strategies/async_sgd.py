@@ -54,6 +54,7 @@ class AsyncSgd(Strategy):
     name = "async_sgd"
     Config = AsyncSgdConfig
     lockstep = False
+    moves_first = True
 
     def __init__(self, world: World, config: AsyncSgdConfig) -> None:
         super().__init__(world, config)

@@ -60,6 +60,7 @@ class Strategy(ABC):
     Config    its section [strategy] of the configuration
     lockstep  every rank takes the same number of steps, at one common pace
     synchronises  it calls `synchronised`; `ema` needs that
+    moves_first   a step changes theta before it takes the gradient there
 
     on_synchronised  called with (where, model): the place of a part in the flat vector
                      and its synchronised values, in the order in which it happens. The
@@ -68,8 +69,9 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type]
-    lockstep: ClassVar[bool] = True
-    synchronises: ClassVar[bool] = False
+    lockstep: bool = True
+    synchronises: bool = False
+    moves_first: bool = False
     on_synchronised: Observer | None = None
 
     def __init__(self, world: World, config: Any) -> None:
@@ -119,6 +121,14 @@ class Strategy(ABC):
     def stride(self) -> int:
         """Steps from one point where all ranks wait for each other to the next."""
         return 1
+
+    def agree(self, number: int) -> int:
+        """Return the number of the rank that decides for this one: mostly itself.
+
+        Out of lockstep, whatever decides if a step is taken must be asked here: some
+        ranks may be in lockstep with each other all the same (`hierarchical`).
+        """
+        return number
 
     def global_samples(self, learner: Learner) -> int:
         """Return the samples that all ranks together have processed, as known here."""

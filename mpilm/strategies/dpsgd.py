@@ -66,6 +66,7 @@ class Dpsgd(Strategy):
 
     def __init__(self, world: World, config: DpsgdConfig) -> None:
         super().__init__(world, config)
+        self.moves_first = not config.overlap
         self.round = 0
         self.received: list[Any] = []
         self.partners = np.zeros(self.comm.size, np.int64)

@@ -265,6 +265,15 @@ class World(ABC):
                 this world (on a straggler: late). May start non-blocking calls.
         """
 
+    def within(self, comm: Comm) -> World:
+        """Return this world as the ranks of `comm` see it, for something that runs
+        among them only.
+
+        Clock, locks, activities and computing are this world's. To close it does
+        nothing: that is left to this world.
+        """
+        return Within(self, comm)
+
     @abstractmethod
     def close(self) -> None:
         """End background work. Collective."""
@@ -296,6 +305,38 @@ class World(ABC):
             rank, text = failed[0]
             prefix = "" if len(failed) == self.size else f"rank {rank}: "
             raise MpilmError(prefix + text, everywhere=True)
+
+
+class Within(World):
+    """A world of some ranks of another, `outer`; see `World.within`."""
+
+    def __init__(self, outer: World, comm: Comm) -> None:
+        self.outer, self.comm = outer, comm
+        self.background = outer.background
+
+    def now_s(self) -> float:
+        return self.outer.now_s()
+
+    def sleep(self, seconds: float) -> None:
+        self.outer.sleep(seconds)
+
+    def wait(self, ready: Callable[[], T | None], what: str) -> T:
+        return self.outer.wait(ready, what)
+
+    def device(self, kind: str = "auto") -> str:
+        return self.outer.device(kind)
+
+    def lock(self, name: str) -> AbstractContextManager[Any]:
+        return self.outer.lock(name)
+
+    def start(self, work: Callable[[], None], name: str) -> Activity:
+        return self.outer.start(work, name)
+
+    def compute(self, work: Callable[[Notify], T], ready: Notify | None = None) -> T:
+        return self.outer.compute(work, ready)
+
+    def close(self) -> None:
+        """Do nothing: the outer world ends background work."""
 
 
 def require_background(world: World, name: str) -> None:
