@@ -241,7 +241,7 @@ def compare(world: MpiWorld, args: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parser(__doc__, warmup=0, loops=1)
-    arguments.add_argument("--samples", type=int, default=1_500_000, help="per row")
+    arguments.add_argument("--samples", type=int, default=1_200_000, help="per row")
     arguments.add_argument("--lr", type=float, default=5.0, help="of one rank alone")
     arguments.add_argument("--final-ratio", type=float, default=0.05)
     arguments.add_argument("--vocab", type=int, default=5_000)
