@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -184,3 +185,29 @@ def test_binding(cluster: Cluster, project: Project, tasks: int) -> None:
     assert ("--bind-to none" in log_of(project)) != alone
     bound = f"--map-by slot:PE={CORES}:HWTCPUS --bind-to hwthread"
     assert (bound in log_of(project)) == alone
+
+
+def test_submitted_by_mpilm(cluster: Cluster, project: Project) -> None:
+    """`mpilm submit` prints the job's number; the script gets what it was told."""
+    launch = project.tool("launch", 'echo "launched:" "$@"')
+    size = ("--nodes=2", "--ranks-per-node=2", "--time=0:10:00")
+    more = ("--set=train.seed=3", "--env=environment.sh", "--option=--output=job.log")
+    done = subprocess.run(
+        [BIN / "mpilm", "submit", "train.toml", "--run=runs/y", *size, *more],
+        cwd=project.folder,
+        env={**cluster.environment, "LAUNCH": str(launch)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    ended = cluster.wait_for(job, *END, timeout_s=60)
+    log = log_of(project)
+    assert ended["JobState"] == "COMPLETED", log
+    assert ended["JobName"] == "y"
+    assert ended["TimeLimit"] == "00:10:00"
+    assert "4 ranks on n[1-2]: train.toml -> runs/y" in log
+    trained = f"-n 4 {BIN}/mpilm train train.toml --out runs/y --resume"
+    assert f"launched: {trained} --set=train.seed=3" in log
