@@ -100,6 +100,12 @@ class StringConfig:
                 raise DataError(f"--strings: {option} {value} is negative")
         return cls(least, most, num_train, num, seed)
 
+    def count(self, split: str) -> int:
+        """Return how many strings the recordings of a split make."""
+        if not self.most:
+            return 0
+        return self.num_train if split == "train" else self.num
+
 
 @dataclass(frozen=True)
 class Take:
@@ -160,21 +166,15 @@ def _once(split: str, folders: Iterable[list[Recording]]) -> Iterable[Recording]
             yield recording
 
 
-def make_takes(splits: dict[str, list[Recording]], strings: StringConfig) -> list[Take]:
-    """Return all utterances, split by split."""
-    takes = []
-    for split, recordings in splits.items():
-        takes += [Take(r.name, split, r.speaker, (r,)) for r in recordings]
-        num = strings.num_train if split == "train" else strings.num
-        if strings.most and recordings:
-            takes += make_strings(recordings, split, num, strings)
-    return sorted(takes, key=lambda take: (*SPLITS, take.split).index(take.split))
+def single(split: str, recording: Recording) -> Take:
+    """Return a recording as an utterance."""
+    return Take(recording.name, split, recording.speaker, (recording,))
 
 
 def make_strings(
-    recordings: Sequence[Recording], split: str, num: int, config: StringConfig
+    recordings: Sequence[Recording], split: str, config: StringConfig
 ) -> list[Take]:
-    """Return `num` strings of sound recordings of a split, one speaker each.
+    """Return strings of the recordings of a split, one speaker each.
 
     Speaker, length and recordings are drawn evenly; no recording is twice in a string
     unless the speaker has too few.
@@ -182,11 +182,10 @@ def make_strings(
     rng = np.random.default_rng([config.seed, SPLITS.index(split)])
     by_speaker: dict[str, list[Recording]] = {}
     for recording in recordings:
-        if not recording.problem:
-            by_speaker.setdefault(recording.speaker, []).append(recording)
+        by_speaker.setdefault(recording.speaker, []).append(recording)
     speakers = sorted(by_speaker)
     takes = []
-    for number in range(num if speakers else 0):
+    for number in range(config.count(split) if speakers else 0):
         speaker = speakers[rng.integers(len(speakers))]
         length = int(rng.integers(config.least, config.most + 1))
         own = by_speaker[speaker]

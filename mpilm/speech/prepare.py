@@ -21,7 +21,7 @@ import numpy as np
 
 from mpilm.data.frames import FrameCorpus, FrameSummary, FrameWriter, Utterance
 from mpilm.data.hdf5 import new_hdf5
-from mpilm.data.wav import WavReader
+from mpilm.data.wav import Recording, WavReader
 from mpilm.errors import DataError
 from mpilm.files import create_hdf5, reason
 from mpilm.speech.align import Aligner, flat_start, require_frames
@@ -33,8 +33,9 @@ from mpilm.speech.plan import (
     StringConfig,
     Take,
     choose_words,
-    make_takes,
+    make_strings,
     plan_splits,
+    single,
 )
 
 Progress = Callable[[int, int], None]
@@ -108,24 +109,24 @@ def prepare_wav(
         raise DataError("HMMs: one state or more; silence and rounds 0 or more")
     features = features or FeatureConfig()
     recordings = plan_splits(splits)
-    takes = make_takes(recordings, strings or StringConfig())
+    strings = strings or StringConfig()
     hmms = WordHmms.new(
         words or choose_words(recordings),
         num_states=num_states,
         silence_states=silence_states,
     )
     making = _Making(hmms, features, WavReader(rate), Skipped(skip_bad), progress)
-    num_train = sum(take.split == "train" for take in takes)
-    making.total = 2 * len(takes) + (rounds + 1) * num_train
+    sizes = {s: len(found) + strings.count(s) for s, found in recordings.items()}
+    making.total = 2 * sum(sizes.values()) + (rounds + 1) * sizes["train"]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-            making.extract(takes, Path(folder) / "features.h5")
+            making.extract(recordings, strings, Path(folder) / "features.h5")
             with FrameCorpus.open(Path(folder) / "features.h5") as raw:
                 making.train(raw, rounds)
                 options = {
                     "splits": asdict(splits),
-                    "strings": asdict(strings or StringConfig()),
+                    "strings": asdict(strings),
                     "features": features.to_dict(),
                     "rate": making.reader.rate,
                     "rounds": rounds,
@@ -160,18 +161,29 @@ class _Making:
         if self.progress:
             self.progress(self.done, self.total)
 
-    def extract(self, takes: Sequence[Take], path: Path) -> None:
-        """Write features as they are, with the flat start as labels."""
+    def extract(
+        self, splits: dict[str, list[Recording]], strings: StringConfig, path: Path
+    ) -> None:
+        """Write features as they are, with the flat start as labels.
+
+        Strings are of recordings that are good.
+        """
         with create_hdf5(path) as file:
             writer = FrameWriter(
                 file,
                 num_features=self.features.num_features,
                 num_classes=self.hmms.num_classes,
             )
-            for take in takes:
-                with self.skipped.each():
+            for split, recordings in splits.items():
+                good = []
+                for recording in recordings:
+                    with self.skipped.each():
+                        self.extract_one(single(split, recording), writer)
+                        good.append(recording)
+                    self.count()
+                for take in make_strings(good, split, strings):
                     self.extract_one(take, writer)
-                self.count()
+                    self.count()
             if not any(writer.counts):
                 raise DataError("no utterance of train is left")
             writer.finish(path, {})
