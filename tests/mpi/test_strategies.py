@@ -41,7 +41,7 @@ def train(
     learner = kind(
         SIZE, compute=world.compute, seed=world.rank, momentum=0.5, noise=0.1
     )
-    method = strategy(case.name, world, **case.settings)
+    method = strategy(case.name, world, **case.of(world.size))
     method.require(learner)
     method.start(learner)
     learner.first = learner.theta.copy()  # type: ignore[attr-defined]

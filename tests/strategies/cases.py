@@ -1,13 +1,14 @@
 """The table of all strategies: settings, and what the battery holds against them.
 
-A new strategy needs one line in CASES and, if it mixes at random, one in
-schedules.SETTINGS; tests/mpi/test_strategies.py runs the same table between real ranks.
+A new strategy needs one line in CASES and one in schedules.SETTINGS.
+tests/mpi/test_strategies.py runs the same table between real ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Case:
     """A strategy with settings.
 
     name       of the strategy
-    settings   of its Config
+    settings   of its Config; a function of the number of ranks, if they depend on it
     reference  (theta, target, steps, size) -> models and final model, float64;
                None: it depends on the timing
     moved      (rank result, size, steps) -> bytes sent and received, as its page says
@@ -36,12 +37,16 @@ class Case:
     """
 
     name: str
-    settings: dict[str, Any]
+    settings: dict[str, Any] | Callable[[int], dict[str, Any]]
     reference: Callable[..., Any] | None
     moved: Bytes
     minimum: tuple[float, int, float] = (0.125, 480, 1e-4)
     exact: bool = True
     mixes: bool = False
+
+    def of(self, size: int) -> dict[str, Any]:
+        """Return the settings for `size` ranks."""
+        return self.settings(size) if callable(self.settings) else self.settings
 
     @property
     def follows(self) -> bool:
@@ -154,6 +159,39 @@ def gossip(vectors: int, **settings: Any) -> Case:
     )  # fmt: skip
 
 
+def nodes(size: int) -> dict[str, Any]:
+    """Return the settings of `hierarchical`: nodes of two, if that is possible."""
+    settings = {"topology": "fixed_ring", "seed": 11}
+    members = 1 if size % 2 else 2
+    return {"inner": "dpsgd", "node_size": members, "settings": settings}
+
+
+def nodes_reference(theta: Any, target: Any, steps: int, size: int) -> Any:
+    """Nodes are the ranks of the inner strategy, at the mean gradient of theirs."""
+    members, settings = nodes(size)["node_size"], nodes(size)["settings"]
+    means = target.reshape(-1, members, target.shape[1]).mean(axis=1)
+    models, final = references.dpsgd(theta[::members], means, steps, **settings)
+    return np.repeat(models, members, axis=0), final
+
+
+def nodes_moved(rank: Any, size: int, steps: int) -> tuple[int, int]:
+    """A gradient's Allreduce and a Bcast in the node: docs/hierarchical.md.
+
+    Between leaders: the bytes of the inner strategy. `finish` is one Bcast more.
+    """
+    members, sent, received = nodes(size)["node_size"], 0, 0
+    if rank.strategy.inner is not None:
+        leader = SimpleNamespace(world=rank.strategy.inner.world)
+        sent, received = neighbours("fixed_ring")(leader, size // members, steps)
+    if members > 1:
+        reduced_bytes, _ = reduced(1)(rank, members, steps)
+        shared = (steps + 1) * MODEL_BYTES
+        is_leader = rank.strategy.inner is not None
+        sent += reduced_bytes + shared * is_leader
+        received += reduced_bytes + shared * (not is_leader)
+    return sent, received
+
+
 CASES = {
     "local": Case("local", {}, lambda *of: references.local(*of[:3]), nothing),
     "allreduce": Case(
@@ -196,4 +234,5 @@ CASES = {
         lambda *of: references.async_sgd(*of[:3]),
         pulls_and_pushes, (0.05, 150, 1e-4), exact=False,
     ),
+    "hierarchical": Case("hierarchical", nodes, nodes_reference, nodes_moved),
 }  # fmt: skip

@@ -41,6 +41,7 @@ class Witness(ProtocolLearner):
 
     def watch(self, chosen):
         """Count pushes to a parameter server as well, if there is one."""
+        chosen = getattr(chosen, "inner", chosen)  # of `hierarchical`
         if not hasattr(chosen, "pushed"):
             return
         pushed = chosen.pushed

@@ -9,9 +9,13 @@ them moved must be found in the models again, all of it and nothing else:
               (4) of `bmuf` over all blocks; mixing inside groups preserves the means.
     served    x(T) = x(0) + (D + m v(T)) / (1 - m), D: the sum of all pushes   (3)
               The sum of (3) of `async_sgd` over all pushes, in any order.
+
+`hierarchical` keeps the law of its inner strategy, between the leaders of the nodes.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -68,7 +72,23 @@ def expect(found, wanted, *, still=False):
     assert worst <= limit, f"mass is not conserved: {worst:.2e} are lost or gained"
 
 
-LAWS = {"bmuf": filtered, "gossip_bmuf": filtered, "async_sgd": served}
+def nodes(ranks):
+    """All ranks of a node are equal; the leaders keep the law of the inner strategy."""
+    leaders = {}
+    for rank in ranks:
+        number = rank.strategy.node_of[rank.world.rank]
+        leader = leaders.setdefault(number, rank)
+        assert np.array_equal(rank.learner.theta, leader.learner.theta), "node apart"
+    inner = [replace(rank, strategy=rank.strategy.inner) for rank in leaders.values()]
+    check_mass(inner[0].strategy.name, inner)
+
+
+LAWS = {
+    "bmuf": filtered,
+    "gossip_bmuf": filtered,
+    "async_sgd": served,
+    "hierarchical": nodes,
+}
 
 
 def check_mass(name, ranks):

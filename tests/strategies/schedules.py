@@ -25,6 +25,7 @@ import numpy as np
 from mpilm.protocol import layers
 from mpilm.strategies import STRATEGIES
 from mpilm.strategies.ema import Ema, EmaConfig
+from mpilm.strategies.hierarchical import INNER
 from mpilm.topology import TOPOLOGIES
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
@@ -81,6 +82,13 @@ SETTINGS = {
         "staleness_bound": draw.choice([-1, 0, 1, 3]),
         "momentum": draw.choice([0.0, 0.5]),
         "local_optimizer": draw.random() < 0.3,
+    },
+    "hierarchical": lambda draw, size: {
+        "node_size": (
+            members := draw.choice([n for n in range(1, size + 1) if size % n == 0])
+        ),
+        "inner": (inner := draw.choice(list(INNER))),
+        "settings": SETTINGS[inner](draw, size // members),
     },
 }
 
@@ -147,8 +155,10 @@ def schedule(kind, seed):
     }
     settings = SETTINGS[name](draw, size) if name in SETTINGS else {}
     steps = draw.randint(0, 12)  # of every rank, in lockstep
-    if not strategy.lockstep:
-        steps = [draw.randint(0, 8) for _ in range(size)]
+    if not STRATEGIES[settings.get("inner", name)].lockstep:
+        members = settings.get("node_size", 1)  # in lockstep with each other
+        steps = [draw.randint(0, 8) for _ in range(size // members)]
+        steps = [num for num in steps for _ in range(members)]
     plan = {
         "steps": steps,
         "parts": draw.choice([1, 1, 2, 3]),
@@ -173,7 +183,8 @@ def run(kind, seed):
     ranks = chosen.run()
     check(chosen, ranks)
     if seed % TWICE == 0:
-        again = chosen.run(observer if ranks[0].strategy.synchronises else None)
+        watched = ranks[0].strategy.synchronises and chosen.name != "hierarchical"
+        again = chosen.run(observer if watched else None)  # inside nodes it costs time
         for one, other in zip(ranks, again, strict=True):
             assert np.array_equal(one.learner.theta, other.learner.theta), "other bits"
             assert np.array_equal(one.final, other.final), "another final model"

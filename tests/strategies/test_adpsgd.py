@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mpilm.errors import WorldError
 from mpilm.protocol import ProtocolLearner, layers
@@ -13,6 +15,7 @@ from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import run_virtual
 from tests.strategies.fleets import fleet, targets, thetas
+from tests.strategies.schedules import schedule
 
 MIXINGS = ("fixed_ring", "random_ring", "random_pairs")
 STEP_S = 0.1
@@ -60,6 +63,19 @@ def test_a_ring_in_step_mixes_by_the_thirds_of_the_papers(size):
 def test_mixing_brings_all_models_together(mixing, size):
     ranks = train(size, 150, lr=0.0, settings={"mixing": mixing})
     assert consensus(thetas(ranks)) < 1e-3 * consensus(firsts(ranks))
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_mean_model_stays_under_any_delays(seed):
+    """Stragglers, jitter, slow links, uneven steps, meetings; learning rate 0."""
+    chosen = schedule("adpsgd", seed)
+    learner = {**chosen.plan["learner"], "lr": 0.0}
+    chosen.plan.update(learner=learner, scatter=True)
+    ranks = chosen.run()
+    mean = firsts(ranks).mean(axis=0)
+    np.testing.assert_allclose(thetas(ranks).mean(axis=0), mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ranks[0].final, mean, rtol=0, atol=1e-6)
 
 
 def test_two_ranks_in_step_only_swap_with_a_half():

@@ -40,7 +40,7 @@ def test_every_strategy_has_a_case():
 
 @every_case
 def test_one_rank_is_local_to_the_bit(case):
-    settings = {k: v for k, v in case.settings.items() if k not in ("eta", "zeta")}
+    settings = {k: v for k, v in case.of(1).items() if k not in ("eta", "zeta")}
     (one,) = fleet(case.name, 1, learner=NOISY, **settings)
     (alone,) = fleet("local", 1, learner=NOISY)
     assert np.array_equal(one.learner.theta, alone.learner.theta)
@@ -50,8 +50,8 @@ def test_one_rank_is_local_to_the_bit(case):
 @pytest.mark.parametrize("size", SIZES)
 @those(follows=True)
 def test_ten_rounds_are_the_matrix_reference(case, size):
-    steps = 10 * case.settings.get("period", 1)
-    ranks = fleet(case.name, size, steps=steps, **case.settings)
+    steps = 10 * case.of(size).get("period", 1)
+    ranks = fleet(case.name, size, steps=steps, **case.of(size))
     first = np.stack([rank.first for rank in ranks]).astype(np.float64)
     models, final = case.reference(first, targets(ranks), steps, size)
     np.testing.assert_allclose(thetas(ranks), models, rtol=0, atol=ROUNDING)
@@ -65,7 +65,7 @@ def test_mixing_is_a_doubly_stochastic_matrix(case, size):
     """From the unit vectors without gradients: the models are the matrix."""
     still = {"learner": {"lr": 0.0}, "scatter": np.eye(size, P, dtype=np.float32)}
     pace = {"machine": Machine(jitter=0.9), "faults": Faults(slow={"0": 7.0})}
-    ranks = fleet(case.name, size, steps=7, **still, **pace, **case.settings)
+    ranks = fleet(case.name, size, steps=7, **still, **pace, **case.of(size))
     realised = thetas(ranks).astype(np.float64)
     np.testing.assert_allclose(realised[:, :size].sum(axis=0), 1.0, atol=1e-6)
     np.testing.assert_allclose(realised[:, :size].sum(axis=1), 1.0, atol=1e-6)
@@ -77,8 +77,8 @@ def test_mixing_is_a_doubly_stochastic_matrix(case, size):
 @pytest.mark.parametrize("size", SIZES)
 @every_case
 def test_bytes_are_as_declared(case, size):
-    steps = 4 * case.settings.get("period", 1)
-    for rank in fleet(case.name, size, steps=steps, **case.settings):
+    steps = 4 * case.of(size).get("period", 1)
+    for rank in fleet(case.name, size, steps=steps, **case.of(size)):
         found = (rank.bytes_sent, rank.bytes_received)
         assert found == case.moved(rank, size, steps)
 
@@ -86,7 +86,7 @@ def test_bytes_are_as_declared(case, size):
 @every_case
 def test_the_mean_model_reaches_the_mean_minimum(case):
     lr, steps, near = case.minimum
-    ranks = fleet(case.name, 5, steps=steps, learner={"lr": lr}, **case.settings)
+    ranks = fleet(case.name, 6, steps=steps, learner={"lr": lr}, **case.of(6))
     minimum = targets(ranks).mean(axis=0)
     for rank in ranks:
         np.testing.assert_allclose(rank.final, minimum, rtol=0, atol=near)
@@ -97,7 +97,7 @@ def test_the_mean_model_reaches_the_mean_minimum(case):
 def test_resumed_is_uninterrupted_to_the_bit(case, save_at):
     """Out of lockstep where time is exact: there all keep in step after a meeting."""
     settings = {"steps": 20, "learner": NOISY, "machine": EXACT_TIMES}
-    settings |= case.settings
+    settings |= case.of(4)
     whole = fleet(case.name, 4, save_at=save_at, **settings)
     resumed = fleet(case.name, 4, resume=whole, **settings)
     assert np.array_equal(thetas(resumed), thetas(whole))
@@ -114,7 +114,7 @@ def test_resumed_is_uninterrupted_to_the_bit(case, save_at):
 
 @those(exact=True)
 def test_saving_and_meeting_change_nothing(case):
-    settings = {"steps": 20, "learner": NOISY, **case.settings}
+    settings = {"steps": 20, "learner": NOISY, **case.of(4)}
     plain = fleet(case.name, 4, **settings)
     met = fleet(case.name, 4, parts=3, save_at=7, **settings)
     assert np.array_equal(thetas(plain), thetas(met))
@@ -125,7 +125,7 @@ def test_saving_and_meeting_change_nothing(case):
 @those(exact=False)
 def test_ranks_that_met_go_on_and_reach_the_minimum(case, retire):
     lr, steps, _ = case.minimum
-    settings = {"learner": {"lr": lr}, "steps": steps, **case.settings}
+    settings = {"learner": {"lr": lr}, "steps": steps, **case.of(4)}
     ranks = fleet(case.name, 4, parts=3, retire=retire, **settings)
     minimum = targets(ranks).mean(axis=0)
     for rank in ranks:
@@ -135,9 +135,9 @@ def test_ranks_that_met_go_on_and_reach_the_minimum(case, retire):
 
 @those(exact=True)
 def test_time_changes_no_bit(case):
-    settings = {"steps": 12, "learner": NOISY, **case.settings}
-    even = fleet(case.name, 5, **settings)
+    settings = {"steps": 12, "learner": NOISY, **case.of(6)}
+    even = fleet(case.name, 6, **settings)
     machine = Machine(jitter=1.0, latency_s=0.1, eager_bytes=0, bandwidth_Bps=1e3)
     faults = Faults(slow={"0": 30.0, "3": 4.0})
-    odd = fleet(case.name, 5, machine=machine, faults=faults, **settings)
+    odd = fleet(case.name, 6, machine=machine, faults=faults, **settings)
     assert np.array_equal(thetas(even), thetas(odd))

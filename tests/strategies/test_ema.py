@@ -102,6 +102,7 @@ def test_a_long_window_loses_no_updates_in_float32():
         ("bmuf", {"period": 4, "stagger": True}),
         ("gossip_bmuf", {"period": 4}),
         ("gossip_bmuf", {"period": 4, "delay": 2}),
+        ("delay_by_one", {}),
     ],
 )
 def test_training_is_the_same_to_the_bit_with_it_and_without(name, settings):
