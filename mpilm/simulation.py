@@ -18,6 +18,7 @@ Scale       A protocol of P parameters runs on P/s of them. In machine.py a mess
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -213,6 +214,7 @@ def co_simulate(config: Config, out: Path, ranks: int) -> Outcome:
         ranks, machine=config.machine, faults=config.faults, seed=config.train.seed
     )
     took = simulation.run(main)
+    gc.collect()  # the models, before there are twice as many
     folder = RunFolder(out)
     summary = json.loads(folder.summary.read_text())
     summary["simulated"] = True

@@ -83,14 +83,17 @@ def export_model(run: Path, out: Path, *, ema: bool = False) -> None:
         segment.name: model.theta_P[segment.slice].reshape(segment.shape)
         for segment in learner.layout
     }
-    choice = model.config.model
     about = {
-        "model": {"name": choice.name, **model.config.to_dict()["model"]},
+        "model": model.config.to_dict()["model"],
         "made_by": f"mpilm {__version__}",
         "fingerprint": model.fingerprint,
         **model.description,
     }
-    kept = {"format": "pt", "made_by": about["made_by"], "model": choice.name}
+    kept = {
+        "format": "pt",
+        "made_by": about["made_by"],
+        "model": model.config.model.name,
+    }
     beside = out.with_suffix(".json")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
