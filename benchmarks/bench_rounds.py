@@ -3,6 +3,8 @@
     python benchmarks/bench_rounds.py
     python benchmarks/bench_rounds.py --out benchmarks/results/rounds.json \\
         --plots docs/images
+    OMPI_MCA_pml=ob1 OMPI_MCA_btl=self,tcp python benchmarks/bench_rounds.py \\
+        --parts overlap round        through the kernel, more like a network
 
 overlap  steps of `delay_by_one` and `adpsgd` against steps of `local`, with learners
          that sleep; goal: 1.05 where communication takes no longer than computing
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +35,7 @@ from mpilm.strategies import strategy
 from mpilm.world.base import World
 
 PARTS = ("overlap", "round", "memory")
+BTL = "OMPI_MCA_btl"  # how Open MPI moves messages; stands in the title if set
 HIDING = [name for name in VARIANTS if name.startswith(("delay_by", "adpsgd"))]
 GOAL_OVERLAP, GOAL_ROUND = 1.05, 1.15
 COPIES = {"bmuf": 3, "gossip_bmuf": 3}  # goals; 2 for all others
@@ -264,6 +268,7 @@ def main() -> None:
     if args.child:
         under_mpi(args)
         return
+    over = os.environ.get(BTL)
     titles = {
         "overlap": "Overlap: steps with communication behind them, measured",
         "round": f"A round of averaging, {args.model_bytes / 1e6:g} MB, measured",
@@ -279,8 +284,9 @@ def main() -> None:
         for ranks in [args.memory_ranks] if part == "memory" else args.ranks:
             child = ["--child", part, *settings]
             rows += mpirun(ranks, __file__, child, limit_s=args.limit_s)
-        report("rounds", titles[part], rows, args)
-        plot(part, rows, args.plots)
+        title = titles[part] + (f", btl {over}" if over else "")
+        report("rounds", title, rows, args)
+        plot(part, rows, None if over else args.plots)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,7 +45,14 @@ from mpilm.world.machine import Machine
 PARTS = ("learners", "sleeping", "simulated")
 # In an all-to-all every step of every rank is K messages there, K back and K to push:
 # 128 processes on 2 cores would measure the cores, 1,024 virtual ranks take an hour.
-MOST_SLEEPING, MOST_SIMULATED = 16, 128  # ranks of async_sgd
+MOST_SLEEPING, MOST_SIMULATED = 16, 64  # ranks of async_sgd
+# Declared, not measured: a good network and a slow one.
+MACHINES = {
+    "5 GB/s, 10 us": Machine(step_s=0.1, jitter=0.1),
+    "1 GB/s, 50 us": Machine(
+        step_s=0.1, jitter=0.1, latency_s=50e-6, bandwidth_Bps=1e9
+    ),
+}
 ALIKE = ("adpsgd, fixed_ring", "adpsgd, random_pairs")  # cost what random_ring costs
 CHOSEN = [name for name in VARIANTS if name not in ALIKE]
 VOCAB, EMBED, HIDDEN, BATCH, UNROLL = 1000, 64, 64, 8, 20  # of the learners
@@ -142,9 +150,8 @@ def measured(part: str, sizes: list[int], args: argparse.Namespace) -> list[dict
 
 def simulated(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of the virtual world."""
-    machine = Machine(step_s=0.1, jitter=0.1)
     rows = []
-    for ranks in args.virtual_ranks:
+    for (network, machine), ranks in product(MACHINES.items(), args.virtual_ranks):
         for name in CHOSEN:
             if name == "async_sgd" and ranks > MOST_SIMULATED:
                 continue
@@ -159,6 +166,7 @@ def simulated(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "strategy": name,
+                    "network": network,
                     "ranks": ranks,
                     "simulated samples/s": speed(runs) * args.samples,
                     "simulated efficiency": speed(runs) * machine.step_s / ranks,
@@ -176,16 +184,22 @@ def plot(name: str, rows: list[dict[str, Any]], folder: Path | None) -> None:
     """Draw rate, efficiency and waiting over ranks."""
     word = "simulated " if "simulated waiting" in rows[0] else ""
     rate = next(key for key in rows[0] if key.endswith("/s"))
-    with figure(folder, f"scaling-{name}", 3) as axes:
+    title = "simulated, " + rows[0]["network"] if word else f"measured, {name}"
+    with figure(folder, name, 3) as axes:
         for place, column in zip(
             axes, (rate, f"{word}efficiency", f"{word}waiting"), strict=True
         ):
             lines(place, rows, "ranks", column)
-            place.set_xscale("log", base=2)
-            place.set_ylim(bottom=0)
-        axes[0].set_yscale("log")
+            sizes = sorted({row["ranks"] for row in rows})
+            place.set_xscale("log")
+            place.set_xticks(sizes, sizes)
+            place.minorticks_off()
+            if column == rate:
+                place.set_yscale("log")
+            else:
+                place.set_ylim(bottom=0)
         axes[0].legend(fontsize=6)
-        axes[1].set_title(word.strip() or "measured", fontsize=9)
+        axes[1].set_title(title, fontsize=9)
 
 
 def main() -> None:
@@ -233,7 +247,12 @@ def main() -> None:
             args.loops = args.loops if part == "learners" else 1
             rows, title = measured(part, sizes, args), f"Measured: {part}"
         report("scaling", title, rows, args)
-        plot(part, rows, args.plots)
+        if part == "simulated":
+            for index, network in enumerate(MACHINES):
+                some = [row for row in rows if row["network"] == network]
+                plot(f"scaling-{part}-{index + 1}", some, args.plots)
+        else:
+            plot(f"scaling-{part}", rows, args.plots)
 
 
 if __name__ == "__main__":

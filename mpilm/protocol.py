@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.flat import Layout
+from mpilm.flat import Layout, in_cache
 
 
 def layers(num_parameters: int, num_layers: int = 4) -> Layout:
@@ -113,7 +113,8 @@ class ProtocolLearner:
             self.velocity *= self.momentum
             self.velocity += self.grad
             direction = self.velocity
-        self.theta -= np.float32(self.lr) * direction
+        for theta, step in in_cache(self.theta, direction):
+            theta -= np.float32(self.lr) * step
 
     def moments(self) -> dict[str, Any]:
         """Return the velocity, if there is one."""
