@@ -15,7 +15,9 @@ from mpilm.errors import MpilmError
 from mpilm.models.build import build_model
 from mpilm.models.weights import save_weights
 from mpilm.pretrain import Pretrainer, write_layers
+from mpilm.run import TrainedModel
 from mpilm.state_file import read_state
+from mpilm.train import Trainer
 from mpilm.world.virtual import run_virtual
 from tests.unit.kaldi_files import NUM_FEATURES, make_folder
 
@@ -101,6 +103,26 @@ def test_a_dnn_begins_with_the_weights(corpus, tmp_path):
         assert torch.equal(layer.weight, weight)
         assert torch.equal(layer.bias, bias)
     assert torch.equal(model.softmax.weight, plain.softmax.weight)
+
+
+def test_a_run_needs_the_file_of_first_weights_no_more(corpus, tmp_path):
+    path = tmp_path / "init.h5"
+    write_layers(path, layers_of(corpus))
+    document = configure(corpus, init=str(path)).to_dict()
+    document["train"] |= {"batch": 16, "samples": 16}
+    config = resolve(document)
+
+    def main(world):
+        trainer = Trainer(config, world, tmp_path / "run")
+        before = trainer.learner.model.hidden[0].weight.clone()
+        trainer.train()
+        return before
+
+    (before,) = run_virtual(main, 1)
+    assert torch.equal(before, torch.from_numpy(read_state(path)["hidden.0.weight"]))
+    path.unlink()
+    trained = TrainedModel.read(tmp_path / "run")
+    assert np.array_equal(trained.learner().theta.numpy(), trained.theta_P)
 
 
 def test_the_momentum_rises_to_its_end(corpus):

@@ -1,0 +1,65 @@
+"""The configurations in jobs/configs: each loads; the arithmetic in comments holds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mpilm.config import Config, read_config
+from mpilm.models.build import build_model
+from mpilm.optim.schedules import build_schedule
+
+FOLDER = Path(__file__).parents[2] / "jobs" / "configs"
+
+
+def load(name: str) -> Config:
+    return read_config(FOLDER / f"{name}.toml")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda p: p.stem)
+def test_it_loads_and_round_trips(path, tmp_path) -> None:
+    config = read_config(path)
+    (tmp_path / "resolved.toml").write_text(config.to_toml())
+    assert read_config(tmp_path / "resolved.toml") == config
+
+
+def num_parameters(config: Config, num_inputs: int, num_outputs: int) -> int:
+    import torch
+
+    with torch.device("meta"):
+        model = build_model(config.model, num_inputs, num_outputs, seed=1)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_su_and_chen() -> None:
+    config = load("su_chen_dnn")
+    assert num_parameters(config, 440, 8806) == 39_928_422
+    epoch = 0.9 * 300 * 3600 * 100
+    assert config.train.valid_every == epoch
+    assert config.train.samples == 15 * epoch
+    assert config.strategy.settings.period_samples == 10 * config.train.batch
+    assert epoch // 8 // config.strategy.settings.period_samples == 1186
+    optim = config.optim.settings
+    assert 8 * optim.lr == pytest.approx(2.56)
+    limit = optim.lr * optim.max_change_per_sample * config.train.batch
+    assert limit == pytest.approx(24.6, abs=0.05)
+    rate = build_schedule(config.schedule, lr=0.32, samples=config.train.samples)
+    for e in range(1, 16):
+        expected = 0.32 * math.exp((e - 1) * math.log(0.01) / 14)
+        assert rate.lr(int((e - 0.5) * epoch)) == pytest.approx(expected)
+
+
+def test_the_blstm_of_the_adpsgd_papers() -> None:
+    config = load("adpsgd_blstm")
+    assert num_parameters(config, 260, 32_000) == 43_154_944
+    epoch = 2000 * 3600 * 100
+    assert config.train.samples == 16 * epoch
+    frames = config.data.chunk_windows * config.train.batch * config.train.unroll
+    assert frames == 67_200
+    rate = build_schedule(config.schedule, lr=1.0, samples=config.train.samples)
+    assert rate.lr(5 * epoch) == pytest.approx(0.5, rel=1e-6)
+    for e in range(11, 17):
+        expected = math.sqrt(0.5) ** (e - 11)
+        assert rate.lr(int((e - 0.5) * epoch)) == pytest.approx(expected, rel=2e-3)
