@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from fleets import VARIANTS, Run, answer, figure, mpirun, run, sleeper
+from fleets import VARIANTS, Run, answer, figure, legend, mpirun, run, sleeper
 from harness import measure, parser, report
 
 from mpilm.protocol import ProtocolLearner, layers
@@ -239,7 +239,7 @@ def plot(part: str, rows: list[dict[str, Any]], folder: Path | None) -> None:
         axes.set_yticks(places, names, fontsize=6)
         axes.invert_yaxis()
         axes.set_xlabel(column)
-        axes.legend(fontsize=7)
+        legend(axes)
 
 
 def main() -> None:

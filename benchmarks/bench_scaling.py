@@ -30,6 +30,7 @@ from fleets import (
     Run,
     answer,
     figure,
+    legend,
     lines,
     mpirun,
     pss_bytes,
@@ -198,7 +199,7 @@ def plot(name: str, rows: list[dict[str, Any]], folder: Path | None) -> None:
                 place.set_yscale("log")
             else:
                 place.set_ylim(bottom=0)
-        axes[0].legend(fontsize=6)
+        legend(axes[1], columns=5)
         axes[1].set_title(title, fontsize=9)
 
 

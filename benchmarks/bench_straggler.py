@@ -24,6 +24,7 @@ from fleets import (
     Run,
     answer,
     figure,
+    legend,
     lines,
     mpirun,
     run,
@@ -188,7 +189,12 @@ def bars(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
     axes.set_xlim(0, 1.05)
     axes.set_xlabel("throughput, share of the ideal")
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7)
+    legend(axes)
+
+
+def rows_of(rows: list[dict[str, Any]], profile: str) -> list[dict[str, Any]]:
+    """Return the rows of a profile."""
+    return [line for line in rows if line["profile"] == profile]
 
 
 def plot_loss(rows: list[dict[str, Any]], folder: Path | None) -> None:
@@ -196,10 +202,11 @@ def plot_loss(rows: list[dict[str, Any]], folder: Path | None) -> None:
     profiles = list(dict.fromkeys(line["profile"] for line in rows))
     with figure(folder, "straggler-loss", len(profiles)) as axes:
         for place, profile in zip(axes, profiles, strict=True):
-            chosen = [line for line in rows if line["profile"] == profile]
+            chosen = rows_of(rows, profile)
             lines(place, chosen, "time (s)", "held-out loss (nats)")
-            place.set_title(f"slow: {profile} (simulated)", fontsize=9)
-            place.legend(fontsize=7)
+            place.set_title(f"simulated, slow: {profile}", fontsize=9)
+            place.set_xlim(0, max(line["time (s)"] for line in rows_of(rows, "none")))
+            legend(place)
 
 
 def main() -> None:

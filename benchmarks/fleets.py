@@ -260,8 +260,14 @@ def figure(folder: Path | None, name: str, columns: int = 1) -> Iterator[Any]:
     yield axes[0]
     drawing.tight_layout()
     target: Any = io.BytesIO() if folder is None else folder / f"{name}.png"
-    drawing.savefig(target, dpi=110, metadata={"Software": None})
+    drawing.savefig(target, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(drawing)
+
+
+def legend(axes: Any, columns: int = 3) -> None:
+    """Put the legend below the axes, where it hides nothing."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+    axes.legend(fontsize=7, ncols=columns, frameon=False, **place)
 
 
 def lines(
