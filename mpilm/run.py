@@ -25,7 +25,7 @@ from mpilm import __version__
 from mpilm.checkpoint import load_shared
 from mpilm.config import Config, read_config, tomllib
 from mpilm.data.frame_items import View
-from mpilm.errors import CheckpointError
+from mpilm.errors import CheckpointError, ConfigError
 from mpilm.files import reason, replace_file
 from mpilm.optim.schedules import Schedule, build_schedule
 from mpilm.task import Task, frame_view
@@ -280,11 +280,33 @@ def without_init(config: Config) -> Config:
     return replace(config, model=model)
 
 
-def make_schedule(config: Config) -> Schedule:
-    """Return the learning rate as a function of global samples."""
-    return build_schedule(
-        config.schedule, lr=config.optim.settings.lr, samples=config.train.samples
+REJECTING = ("local", "allreduce", "model_averaging")  # theta is all of their model
+
+
+def make_schedule(config: Config, ranks: int = 1) -> Schedule:
+    """Return the learning rate as a function of global samples.
+
+    Raises:
+        ConfigError: one that this model or strategy cannot follow.
+    """
+    reads = config.model.settings.reads
+    if config.schedule.name == "newbob_accuracy" and reads != "frames":
+        raise ConfigError(
+            f"schedule.name = newbob_accuracy: model {config.model.name} has no frame"
+            " accuracy; newbob goes by the loss"
+        )
+    schedule = build_schedule(
+        config.schedule,
+        lr=config.optim.settings.lr,
+        samples=config.train.samples,
+        ranks=ranks,
     )
+    if schedule.rejects and config.strategy.name not in REJECTING:
+        raise ConfigError(
+            f"schedule.reject: strategy {config.strategy.name} keeps more than theta;"
+            f" it works with {', '.join(REJECTING)}"
+        )
+    return schedule
 
 
 def versions() -> dict[str, str]:

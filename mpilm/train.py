@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mpilm.best_model import BestModel
 from mpilm.checkpoint import Checkpoints
 from mpilm.config import Config
 from mpilm.consensus import measure_consensus
@@ -61,7 +62,7 @@ class Trainer:
         with world.together():
             self.task = open_task(config.data.corpus, config.model)
             self.batches = self.task.batches(config, world, lockstep=lockstep)
-            self.schedule = make_schedule(config)
+            self.schedule = make_schedule(config, world.size)
             self.folder.claim(resume=resume)
         keep = config.checkpoint.keep
         self.checkpoints = Checkpoints(self.folder.checkpoints, world, keep=keep)
@@ -85,6 +86,7 @@ class Trainer:
             self.ema: Ema | None = None
             if config.ema.on:
                 self.ema = Ema(config.ema, self.strategy, self.learner)
+            self.best = BestModel(self.learner) if self.schedule.rejects else None
             if saved:
                 self.restore(saved)
             if world.rank == 0:
@@ -176,6 +178,7 @@ class Trainer:
                 if self.failure:
                     raise self.failure
             if not vote.stopped:
+                self.progress.done()
                 self.validate()
             self.save()
             self.batches.close()
@@ -269,10 +272,14 @@ class Trainer:
             totals.spectral_gap = found.gap
         if not math.isfinite(quality.perplexity):
             raise self.diverged(f"the valid perplexity is {quality.perplexity}")
-        totals.valid_perplexity = quality.perplexity
-        totals.valid_error = quality.error
-        self.schedule.observe(quality.loss)
-        self.progress.line(f"valid {quality}")
+        is_kept = self.schedule.observe(quality.loss, 1.0 - quality.error)
+        if is_kept:
+            totals.valid_perplexity = quality.perplexity
+            totals.valid_error = quality.error
+        if self.best:
+            self.best.judge(is_kept)
+        note = "" if is_kept else ": worse, back to the best model"
+        self.progress.line(f"valid {quality}{note}")
 
     def quality(self, split: str, source: Strategy | Ema) -> Quality:
         """Measure the final model of `source` on a split. Collective."""
@@ -315,6 +322,8 @@ class Trainer:
                 **prefixed("schedule", self.schedule.state()),
                 **prefixed("totals", asdict(self.totals)),
             }
+            if self.best:
+                own |= prefixed("best", self.best.state())
             if self.ema:
                 shared["theta_ema"] = self.final_theta(self.ema)
                 own |= prefixed("ema", self.ema.state())
@@ -347,6 +356,8 @@ class Trainer:
         self.strategy.load_state(part("strategy", saved))
         self.schedule.load_state(part("schedule", saved))
         self.totals = Totals(**part("totals", saved))
+        if self.best:
+            self.best.load_state(part("best", saved))
         if self.ema and "ema/model" in saved:  # else it begins now
             self.ema.load_state(part("ema", saved))
 

@@ -84,6 +84,8 @@ class ConstantConfig:
 
     warmup_samples: Samples = 0
     """samples of all ranks over which the rate rises linearly from 0"""
+    times_ranks: bool = False
+    """whether the rate is multiplied by the number of ranks (linear scaling)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,8 @@ class ExponentialConfig:
     """equal stretches of constant rate, such as epochs; 0: falls in every step"""
     warmup_samples: Samples = 0
     """samples of all ranks over which the rate rises linearly from 0"""
+    times_ranks: bool = False
+    """whether the rate is multiplied by the number of ranks (linear scaling)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +112,30 @@ class NewbobConfig:
     """relative gain below which training ends, once halving has begun"""
     factor: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.5
     """what the rate is multiplied by when it is halved"""
+    reject: bool = False
+    """whether training goes back to the best model when a validation is worse"""
     warmup_samples: Samples = 0
     """samples of all ranks over which the rate rises linearly from 0"""
+    times_ranks: bool = False
+    """whether the rate is multiplied by the number of ranks (linear scaling)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewbobAccuracyConfig:
+    """Section [schedule] of `newbob_accuracy`: of models that classify frames."""
+
+    start_halving: Annotated[float, Meta(ge=0.0)] = 0.005
+    """gain of the validation frame accuracy (a share) below which halving begins"""
+    stop_halving: Annotated[float, Meta(ge=0.0)] = 0.001
+    """gain below which training ends, once halving has begun"""
+    factor: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.5
+    """what the rate is multiplied by when it is halved"""
+    reject: bool = False
+    """whether training goes back to the best model when a validation is worse"""
+    warmup_samples: Samples = 0
+    """samples of all ranks over which the rate rises linearly from 0"""
+    times_ranks: bool = False
+    """whether the rate is multiplied by the number of ranks (linear scaling)"""
 
 
 OPTIMIZERS: dict[str, type] = {
@@ -121,4 +147,5 @@ SCHEDULES: dict[str, type] = {
     "constant": ConstantConfig,
     "exponential": ExponentialConfig,
     "newbob": NewbobConfig,
+    "newbob_accuracy": NewbobAccuracyConfig,
 }

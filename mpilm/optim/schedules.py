@@ -6,21 +6,30 @@ Source      exponential and Newbob: H. Su and H. Chen, arXiv 1507.01239, 2015, s
             "Accurate, Large Minibatch SGD", arXiv 1706.02677, 2017.
 Notation    s -> samples that all ranks together have processed
             W -> warmup_samples      S -> samples of the whole training
+            K -> ranks where `times_ranks` is set, else 1
             f -> final_ratio         E -> stages
-Rate        lr(s) = lr * warmup(s) * main(max(0, s - W), S - W)                (1)
+Rate        lr(s) = K * lr * warmup(s) * main(max(0, s - W), S - W)                (1)
             warmup(s) = min(1, (s + 1) / W)                                    (2)
             constant      1                                                    (3)
             exponential   f^(s / S), or with E stages f^(floor(E s/S) / (E-1)) (4)
-            newbob        a factor that validation losses decide, see `Newbob`
-Departs     the warm-up begins near 0 (Goyal et al.: at lr / K); global samples make the
-            rate independent of the number of ranks.
+            newbob, newbob_accuracy: a factor that validations decide, see `Newbob`
+Gain        newbob: (best - loss) / best; newbob_accuracy: accuracy - best       (5)
+Departs     rejecting a validation is an option (their script always rejects a worse
+            loss under Newbob); newbob_accuracy rejects a worse accuracy. The warm-up
+            begins near 0 (Goyal et al.: at lr / K). Global samples make main() and
+            warmup() independent of the number of ranks.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from mpilm.optim.configs import ConstantConfig, ExponentialConfig, NewbobConfig
+from mpilm.optim.configs import (
+    ConstantConfig,
+    ExponentialConfig,
+    NewbobAccuracyConfig,
+    NewbobConfig,
+)
 
 
 class Choice(Protocol):
@@ -61,44 +70,54 @@ def exponential(
 
 
 class Newbob:
-    """Halve the rate once the validation loss gains little; then stop.
+    """Halve the rate once validations gain little; then stop.
 
-        gain = (best - loss) / best              best: lowest loss before this one
+        gain as in (5)                  best: lowest loss (highest accuracy) before
         if halving has begun and gain < stop_halving: finished
         if gain < start_halving: halving begins, and goes on to the end
         if halving has begun: factor <- factor * config.factor
 
     factor     what the rate is multiplied by
-    best       lowest loss so far (None: none seen)
+    best       lowest loss, or highest accuracy, so far (None: none seen)
     halving    whether halving has begun
     finished   whether training is to end
 
     >>> newbob = Newbob(NewbobConfig())
-    >>> for loss in (5.0, 4.0, 3.99, 3.5, 3.5): newbob.observe(loss)
+    >>> [newbob.observe(loss) for loss in (5.0, 4.0, 3.99, 3.5, 3.6)]
+    [True, True, True, True, False]
     >>> newbob.factor, newbob.finished
     (0.25, True)
     """
 
-    def __init__(self, config: NewbobConfig) -> None:
+    def __init__(self, config: NewbobConfig | NewbobAccuracyConfig) -> None:
         self.config = config
         self.factor = 1.0
         self.best: float | None = None
         self.halving = False
         self.finished = False
 
-    def observe(self, loss: float) -> None:
-        """Take note of a validation loss (mean NLL > 0)."""
+    def observe(self, loss: float, accuracy: float = 0.0) -> bool:
+        """Take note of a validation; return whether it is not worse than the best.
+
+        Args:
+            loss: mean NLL > 0.
+            accuracy: share of frames classified correctly.
+        """
+        is_loss = isinstance(self.config, NewbobConfig)
+        found = loss if is_loss else accuracy
         if self.best is None:
-            self.best = loss
-            return
-        gain = (self.best - loss) / self.best
-        self.best = min(self.best, loss)
+            self.best = found
+            return True
+        gain = (self.best - found) / self.best if is_loss else found - self.best
+        if gain > 0.0:
+            self.best = found
         if self.halving and gain < self.config.stop_halving:
             self.finished = True
-            return
+            return gain >= 0.0
         self.halving = self.halving or gain < self.config.start_halving
         if self.halving:
             self.factor *= self.config.factor
+        return gain >= 0.0
 
 
 class Schedule:
@@ -108,17 +127,25 @@ class Schedule:
         config: a config of this module's schedules.
         lr: the rate before the schedule, > 0.
         samples: samples of the whole training, all ranks together.
+        ranks: how many there are.
     """
 
     def __init__(
         self,
-        config: ConstantConfig | ExponentialConfig | NewbobConfig,
+        config: ConstantConfig
+        | ExponentialConfig
+        | NewbobConfig
+        | NewbobAccuracyConfig,
         *,
         lr: float,
         samples: int,
+        ranks: int = 1,
     ) -> None:
-        self.config, self.full_lr, self.samples = config, lr, samples
-        self.newbob = Newbob(config) if isinstance(config, NewbobConfig) else None
+        self.config, self.samples = config, samples
+        self.full_lr = lr * ranks if config.times_ranks else lr
+        self.newbob: Newbob | None = None
+        if isinstance(config, NewbobConfig | NewbobAccuracyConfig):
+            self.newbob = Newbob(config)
 
     def lr(self, samples: int) -> float:
         """Return the rate to use after `samples` samples of all ranks."""
@@ -133,10 +160,22 @@ class Schedule:
             )
         return rate * self.newbob.factor if self.newbob else rate
 
-    def observe(self, loss: float) -> None:
-        """Take note of a validation loss; only Newbob listens."""
-        if self.newbob:
-            self.newbob.observe(loss)
+    @property
+    def rejects(self) -> bool:
+        """Whether `observe` may ask for the best model to be put back."""
+        return bool(getattr(self.config, "reject", False))
+
+    def observe(self, loss: float, accuracy: float = 0.0) -> bool:
+        """Take note of a validation; return whether its model is to be kept.
+
+        Only Newbob listens. False: go back to the one of the last True.
+
+        Args:
+            loss: mean NLL, > 0.
+            accuracy: share of samples classified correctly, where it was measured.
+        """
+        is_kept = self.newbob is None or self.newbob.observe(loss, accuracy)
+        return is_kept or not self.rejects
 
     @property
     def finished(self) -> bool:
@@ -167,6 +206,8 @@ class Schedule:
         newbob.best = float(state["best"]) if "best" in state else None
 
 
-def build_schedule(choice: Choice, *, lr: float, samples: int) -> Schedule:
+def build_schedule(
+    choice: Choice, *, lr: float, samples: int, ranks: int = 1
+) -> Schedule:
     """Return the schedule of section [schedule]."""
-    return Schedule(choice.settings, lr=lr, samples=samples)
+    return Schedule(choice.settings, lr=lr, samples=samples, ranks=ranks)

@@ -22,7 +22,10 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(corpus, tmp_path):
-    """Return a function that trains in the virtual world and returns the learners."""
+    """Return a function that trains in the virtual world and returns the learners.
+
+    A setting of None takes the one of this fixture away.
+    """
 
     number = itertools.count()
 
@@ -40,7 +43,8 @@ def run(corpus, tmp_path):
             "strategy": {"name": name},
         }
         for section, settings in sections.items():
-            document[section] = {**document.get(section, {}), **settings}
+            merged = {**document.get(section, {}), **settings}
+            document[section] = {k: v for k, v in merged.items() if v is not None}
         config = resolve(document)
         folder = tmp_path / (out or f"run-{next(number)}")
 

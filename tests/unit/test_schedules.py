@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import msgspec
@@ -11,6 +12,7 @@ from mpilm.optim.configs import (
     SCHEDULES,
     ConstantConfig,
     ExponentialConfig,
+    NewbobAccuracyConfig,
     NewbobConfig,
 )
 from mpilm.optim.schedules import Newbob, build_schedule
@@ -51,7 +53,7 @@ def test_rate_after_samples(config, rates):
     schedule = make_schedule(config)
     for samples, rate in rates.items():
         assert schedule.lr(samples) == pytest.approx(rate, rel=1e-12), samples
-    schedule.observe(3.0)
+    assert schedule.observe(3.0)
     assert not schedule.finished
     assert schedule.state() == {}
 
@@ -118,3 +120,47 @@ def test_newbob_goes_on_from_its_state():
 def test_settings_out_of_range_are_refused(name, settings):
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(settings, SCHEDULES[name])
+
+
+@pytest.mark.parametrize("config", [ConstantConfig, ExponentialConfig, NewbobConfig])
+def test_rate_times_the_number_of_ranks(config):
+    """Su and Chen: 0.32 on one GPU, 2.56 on eight."""
+    choice = Choice("", config(times_ranks=True))
+    schedule = build_schedule(choice, lr=0.32, samples=100, ranks=8)
+    assert schedule.lr(0) == pytest.approx(2.56)
+    one = build_schedule(Choice("", config()), lr=0.32, samples=100, ranks=8)
+    assert one.lr(0) == pytest.approx(0.32)
+
+
+def test_su_and_chens_15_epochs():
+    """lr_e = lr_1 exp((e - 1) ln(f / lr_1) / (E - 1)), f = 0.01 lr_1, E = 15."""
+    schedule = make_schedule(ExponentialConfig(stages=15), lr=2.56, samples=1500)
+    for epoch in range(1, 16):
+        rate = 2.56 * math.exp((epoch - 1) * math.log(0.01) / 14)
+        for samples in (100 * epoch - 100, 100 * epoch - 1):
+            assert schedule.lr(samples) == pytest.approx(rate, rel=1e-12)
+
+
+def test_newbob_by_accuracy_goes_by_differences():
+    """Halving begins below half a point of gain, training ends below a tenth."""
+    newbob = Newbob(NewbobAccuracyConfig())
+    seen = []
+    # gains: -, 6, 0.4, 0.6, 0.05 points; the loss does not matter
+    for accuracy in (0.50, 0.56, 0.564, 0.570, 0.5705):
+        assert newbob.observe(9.0, accuracy)
+        seen.append((newbob.factor, newbob.finished))
+    assert seen[:3] == [(1.0, False), (1.0, False), (0.5, False)]
+    assert seen[3:] == [(0.25, False), (0.25, True)]
+    assert not newbob.observe(1.0, 0.5)
+    assert newbob.best == 0.5705
+
+
+def test_only_newbob_with_reject_rejects():
+    losses = (5.0, 4.0, 4.5, 4.0, 3.9)
+    for config, verdicts in (
+        (NewbobConfig(reject=True), [True, True, False, True, True]),
+        (NewbobConfig(), [True] * 5),
+        (ExponentialConfig(), [True] * 5),
+    ):
+        schedule = make_schedule(config)
+        assert [schedule.observe(loss) for loss in losses] == verdicts
