@@ -104,6 +104,11 @@ class Progress:
             self.shown_s = now_s
             self.line(f"{min(1.0, samples / self.total):4.0%}  {status}")
 
+    def done(self) -> None:
+        """Show that training has come to its end, whatever was shown last."""
+        if self.bar:
+            self.bar.update(self.task, completed=self.total)
+
 
 def count(number: int, what: str) -> str:
     """Return a number of things.
