@@ -29,6 +29,7 @@ class Task(ABC):
     """A corpus, as a model and the trainer see it.
 
     sample       what is counted: "token" or "frame"
+    meaning      what the fingerprint is of
     path         the corpus file
     splits       the names of its splits
     fingerprint  hash of what a model's inputs and outputs mean
@@ -39,6 +40,7 @@ class Task(ABC):
     """
 
     sample: ClassVar[str]
+    meaning: ClassVar[str]
     path: Path
     splits: tuple[str, ...]
     fingerprint: str
@@ -86,6 +88,7 @@ class LanguageTask(Task):
     """Predict the next word (or character) of running text."""
 
     sample = "token"
+    meaning = "vocabulary"
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
@@ -131,6 +134,7 @@ class FrameTask(Task):
     """
 
     sample = "frame"
+    meaning = "set of features and classes"
 
     def __init__(self, corpus: FrameCorpus, settings: Any) -> None:
         self.corpus, self._settings = corpus, settings

@@ -344,8 +344,8 @@ class Trainer:
         with self.world.together():
             if shared["fingerprint"] != self.task.fingerprint:
                 raise CheckpointError(
-                    f"{self.config.data.corpus}: its vocabulary is not the one that"
-                    f" {newest.path} was trained with"
+                    f"{self.config.data.corpus}: its {self.task.meaning} is not the"
+                    f" one that {newest.path} was trained with"
                 )
             require_same(self.config, shared["config"], newest.path)
         return own

@@ -40,7 +40,7 @@ def eval_(
             task.require_split(split)
             if task.fingerprint != model.fingerprint:
                 raise DataError(
-                    f"{task.path}: its vocabulary is not the one that {run} was"
+                    f"{task.path}: its {task.meaning} is not the one that {run} was"
                     " trained with"
                 )
             learner = model.learner(world.device())

@@ -331,8 +331,10 @@ def as_labels(array: NDArray[Any]) -> NDArray[np.int32]:
     (array([1, 0], dtype=int32), array([3], dtype=int32))
 
     Raises:
-        DataError: they are no whole numbers.
+        DataError: they are no whole numbers, or not finite.
     """
+    if not np.isfinite(array).all():
+        raise DataError("labels are not finite")
     if array.ndim == 2 and array.shape[1] > 1:
         return array.argmax(axis=1).astype(np.int32)
     flat = array.reshape(-1)

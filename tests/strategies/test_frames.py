@@ -57,7 +57,8 @@ def train(frames, out, model=DNN, strategy=AVERAGING, *, size=2, steps=80, **sec
         "train": {"unroll": 7, "samples": steps * size * in_step, **sizes},
     }
     for section, settings in sections.items():
-        document[section] = {**document.get(section, {}), **settings}
+        kept = {} if "name" in settings else document.get(section, {})
+        document[section] = {**kept, **settings}
     config = resolve(document)
 
     def main(world):
@@ -85,6 +86,21 @@ def test_frame_error_falls_on_two_ranks(frames, tmp_path, model, strategy, sourc
     assert summary["test_frame_error"] < 0.35
     left_out = {trainer.batches.num_dropped for trainer in trainers}
     assert left_out == {summary["frames_left_out"]}
+
+
+@pytest.mark.parametrize(
+    ("model", "optim"),
+    [
+        (DNN, {"lr": 0.1, "summed": True, "max_change": "su_chen"}),
+        (LSTM, {"lr": 1.0, "max_change": "none"}),
+        (BLSTM, {"lr": 1.0}),
+    ],
+    ids=["dnn", "lstm_am", "blstm_am"],
+)
+def test_natural_gradient_trains_it(frames, tmp_path, model, optim):
+    train(frames, tmp_path, model, steps=60, optim={"name": "ng_sgd", **optim})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["valid_frame_error"] < 0.35  # by chance: 5 of 6
 
 
 @pytest.mark.parametrize("model", [DNN, BLSTM], ids=["dnn", "blstm_am"])
@@ -177,6 +193,10 @@ def test_features_of_another_dimension_do_not_fit_the_model(frames, tmp_path):
     scp = (other / "feats.scp").read_text().replace("\n", "[:,0:2]\n")
     (other / "feats.scp").write_text(scp)
     prepare_kaldi({"test": other}, tmp_path / "other.h5", num_classes=6)
+    folders, ali = {"train": frames.parent / "train"}, frames.parent / "train/pdf.txt"
+    shares = {"valid": 0.3}
+    nine = {"num_classes": 9, "shares": shares, "context": 2}
+    prepare_kaldi(folders, tmp_path / "nine.h5", alignments=[ali], **nine)
     out = tmp_path / "post.ark"
     line = refused(export, tmp_path / "run", corpus=tmp_path / "other.h5", out=out)
     assert f"3 features in a frame, {tmp_path / 'run'} was trained with" in line
@@ -184,3 +204,5 @@ def test_features_of_another_dimension_do_not_fit_the_model(frames, tmp_path):
     with pytest.raises(DataError, match=f"trained with {NUM_FEATURES}"):
         score(np.zeros((4, 3), np.float32))
     assert not out.exists()
+    line = refused(train, tmp_path / "nine.h5", tmp_path / "run", size=1)
+    assert "its set of features and classes is not the one that" in line

@@ -229,6 +229,12 @@ def fractional_alignment(folder: Path) -> None:
     kaldiio.save_ark(str(folder / "pdf.ark"), pdfs)
 
 
+def infinite_targets(folder: Path) -> None:
+    targets = {n: np.eye(NUM_PDFS, dtype=np.float32)[p] for n, _, p in utterances()}
+    targets["s1-u01"][3] = np.nan
+    kaldiio.save_ark(str(folder / "pdf.ark"), targets)
+
+
 def missing_speaker(folder: Path) -> None:
     lines = (folder / "utt2spk").read_text().splitlines(keepends=True)
     (folder / "utt2spk").write_text("".join(s for s in lines if "s1-u01" not in s))
@@ -303,6 +309,7 @@ def bad_range(folder: Path) -> None:
         (long_alignment, "alignment of 14 frames is longer than the features (12)"),
         (missing_alignment, "has no alignment"),
         (fractional_alignment, "no whole numbers"),
+        (infinite_targets, "labels are not finite"),
         (missing_speaker, "is not in"),
         (outside, "ends before byte 9999999"),
         (nonsense, "byte 3 begins no matrix"),
