@@ -263,13 +263,6 @@ class Trainer:
             if self.ema:
                 average = self.quality("valid", self.ema)
                 totals.ema_valid_perplexity = average.perplexity
-            found = measure_consensus(
-                self.learner, self.world, self.strategy.accounts()
-            )
-            totals.consensus_step = totals.step
-            totals.consensus_distance = found.distance
-            totals.consensus_norm = found.norm
-            totals.spectral_gap = found.gap
         if not math.isfinite(quality.perplexity):
             raise self.diverged(f"the valid perplexity is {quality.perplexity}")
         is_kept = self.schedule.observe(quality.loss, 1.0 - quality.error)
@@ -280,6 +273,13 @@ class Trainer:
             self.best.judge(is_kept)
         note = "" if is_kept else ": worse, back to the best model"
         self.progress.line(f"valid {quality}{note}")
+        with self.meter.aside():
+            accounts = self.strategy.accounts()
+            found = measure_consensus(self.learner, self.world, accounts)
+        totals.consensus_step = totals.step
+        totals.consensus_distance = found.distance
+        totals.consensus_norm = found.norm
+        totals.spectral_gap = found.gap
 
     def quality(self, split: str, source: Strategy | Ema) -> Quality:
         """Measure the final model of `source` on a split. Collective."""
