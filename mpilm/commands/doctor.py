@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,25 @@ def doctor(*, folder: Path = Path("runs"), limit: float = 90.0) -> int:
         limit: seconds after which a check is given up
     """
     report = Report(limit_s=limit)
-    if any(name in os.environ for name in RANK_VARIABLES):
+    if is_launched(os.environ):
         check_ranks(report, folder)
     else:
         check_alone(report, folder)
     return report.end()
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Return whether a launcher made this process a rank.
+
+    SLURM numbers the shell of a batch script too; srun alone tells of its tasks.
+
+    >>> is_launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"})
+    False
+    >>> is_launched({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"})
+    True
+    """
+    names = {*RANK_VARIABLES, "SLURM_STEP_NUM_TASKS"} - {"SLURM_PROCID"}
+    return any(name in environment for name in names)
 
 
 class Report:
