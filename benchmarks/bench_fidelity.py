@@ -40,7 +40,7 @@ GOALS = {"median": 0.10, "worst": 0.25}
 # bmuf does what model_averaging does, and the mixings of adpsgd send alike.
 ALIKE = ("local", "bmuf", "adpsgd, fixed_ring", "adpsgd, random_pairs")
 COMPARED = [name for name in VARIANTS if name not in ALIKE]
-CALIBRATED_BYTES = (200_000, 2_000_000)
+CALIBRATED_BYTES = (200_000, 1_000_000)
 SMALL_BYTES = 8
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     arguments = parser(__doc__, warmup=2, loops=2)
     arguments.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 8])
     arguments.add_argument(
-        "--bytes", type=int, nargs="+", default=[40_000, 400_000, 4_000_000]
+        "--bytes", type=int, nargs="+", default=[40_000, 400_000, 2_000_000]
     )
     arguments.add_argument("--steps", type=int, default=10, help="of a run")
     arguments.add_argument("--step-s", type=float, default=0.05, help="sleep of a step")
