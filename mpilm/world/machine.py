@@ -31,6 +31,17 @@ class Link(NamedTuple):
     latency_s: float
     bandwidth_Bps: float
 
+    def after(self, fault: Link) -> Link:
+        """Return the link with a fault: its latency more, at most its bandwidth.
+
+        >>> Link(1.0, 10.0).after(Link(0.5, 4.0))
+        Link(latency_s=1.5, bandwidth_Bps=4.0)
+        """
+        return Link(
+            self.latency_s + fault.latency_s,
+            min(self.bandwidth_Bps, fault.bandwidth_Bps),
+        )
+
 
 class Cost(NamedTuple):
     """Time of an operation; ports are busy for its second part only."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from mpilm.world.abort import abort_on_error, check_launch
 from mpilm.world.base import Activity, Notify, World
 from mpilm.world.parts import completion_shares
 from mpilm.world.progress import Meter, Progress, Stopped, clock, pause_s
+from mpilm.world.slow_links import SlowLinks
 from mpilm.world.staging import Staging
 from mpilm.world.stall import StallInspector, Waiting, say
 
@@ -55,7 +57,7 @@ class MpiWorld(World):
     Args:
         comm: mpi4py communicator of its ranks; all of MPI_COMM_WORLD if None. It is
             duplicated: the world's messages never meet anybody else's.
-        faults: declared delays (`mpilm.world.faults.Faults`).
+        faults: what is wrong with the ranks (`mpilm.world.faults.Faults`).
         step_s: computing takes at least so long, seconds; for learners that sleep.
         stall_s: a wait of so many seconds is reported on stderr; 0: never.
         stall_abort_s: a wait of so many seconds ends all ranks; 0: never.
@@ -87,6 +89,7 @@ class MpiWorld(World):
         self.handles: list[MPI.Comm] = []
         self.control: MPI.Comm = comm.Dup()
         self.staging, self.meter = Staging(), Meter()
+        self.slow_links = SlowLinks()
         self.progress = Progress(self.meter, background=self.background)
         self.inspector = self.progress.inspector = StallInspector(
             self.control,
@@ -110,7 +113,7 @@ class MpiWorld(World):
         return self
 
     def configure(self, *, faults: Faults) -> None:
-        """Declare the delays of this run.
+        """Declare what is wrong with the ranks in this run.
 
         Raises:
             ConfigError: they speak of a rank that does not exist.
@@ -173,6 +176,8 @@ class MpiWorld(World):
         start_s = self.now_s()
         factor = 1.0
         if self.faults is not None:
+            if self.faults.fails(self.rank, step):
+                self._die(step)
             factor = self.faults.slowdown(self.rank, start_s, step)
         if factor <= 1.0 and self.step_s <= 0.0:
             return self._work(work, ready or _ignore)
@@ -216,6 +221,12 @@ class MpiWorld(World):
         for handle in (*reversed(self.handles), self.control):
             handle.Free()
 
+    def _die(self, step: int) -> None:
+        """End this process as an accident would. Does not return."""
+        say(f"rank {self.rank}: dies before step {step}, as [faults] declares")
+        time.sleep(FORWARD_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def abort(self, code: int) -> None:
         """End all ranks at once. Does not return."""
         sys.stdout.flush()
@@ -243,6 +254,22 @@ class MpiWorld(World):
                     self.abort(1)
                 time.sleep(pause_s(waited_s))
         self.progress.stop(JOIN_S)
+
+
+def run_mpi(main: Callable[[MpiWorld], T], *, faults: Faults | None = None) -> T:
+    """Return what `main(world)` returned on this rank; the world is closed after it.
+
+    The same as `run_virtual` in the real world: an error on one rank ends all of them.
+
+    Args:
+        main: runs once on each rank that mpirun started.
+        faults: what is wrong with which ranks.
+
+    Raises:
+        SystemExit: an error, which has been reported.
+    """
+    with MpiWorld(faults=faults) as world, abort_on_error(world):
+        return main(world)
 
 
 class ThreadActivity(Activity):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +23,9 @@ from mpilm.world.base import (
     Request,
 )
 from mpilm.world.operations import Collective, Lane, Transfer, perform
+from mpilm.world.profiles import NO_FAULT
 from mpilm.world.progress import Progress
+from mpilm.world.slow_links import delay_collective
 from mpilm.world.staging import Stage, Staging
 from mpilm.world.stall import Waiting
 
@@ -89,12 +92,21 @@ class MpiComm(Comm):
         self._check(dest, "dest")
         stage = self.staging.stage(buf, fetch=True)
         stage.arrived()
-        nbytes = stage.host.nbytes
+        nbytes, peer = stage.host.nbytes, self.members[dest]
         self.meter.count(sent=nbytes, messages=1)
+        what = f"rank {peer} to receive a message (tag {tag})"
+        faults = self.world.faults
+        if faults is not None and faults.profile:
+            link = faults.link(self.members[self.rank], peer)
+            if link is not NO_FAULT:
+                start = partial(self.handle.Isend, stage.host, dest, tag)
+                return self.world.slow_links.send(
+                    self, start, peer, link, what, stage=stage, waited_for=waited_for
+                )
         return Transfer(
             self.progress,
             self.handle.Isend(stage.host, dest, tag),
-            f"rank {self.members[dest]} to receive a message (tag {tag})",
+            what,
             nbytes=nbytes,
             stages=(stage,),
             waited_for=waited_for,
@@ -222,6 +234,10 @@ class MpiComm(Comm):
             return
         request = self.handle.Ibarrier()
         self.progress.wait(request.Test, Waiting(name, self, self.entered))
+
+    def delay(self, name: str, msg_bytes: int) -> None:
+        """Let the time pass that a declared slow link takes."""
+        delay_collective(self, name, msg_bytes)
 
     def _do(
         self,

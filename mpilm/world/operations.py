@@ -144,6 +144,7 @@ def perform(
         for stage in stages:
             stage.arrived()
         comm.meet(name)
+        comm.delay(name, stages[-1].host.nbytes if stages else 0)
         result = call()
         if target is not None:
             target.deliver()

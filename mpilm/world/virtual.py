@@ -43,7 +43,7 @@ def run_virtual(
         main: runs once per rank; the world is closed after it.
         size: number of ranks.
         machine: what messages and computing cost.
-        faults: which ranks are slow.
+        faults: what is wrong with which ranks.
         seed: of the machine's jitter.
 
     Raises:
@@ -73,7 +73,7 @@ class Simulation:
         self.engine = Engine()
         states = [RankState(r, self.machine.node(r), seed) for r in range(size)]
         self.engine.ranks = states
-        self.network = Network(self.engine, self.machine)
+        self.network = Network(self.engine, self.machine, self.faults)
         comms = Group(self.network, states, "world").comms
         self.worlds = [VirtualWorld(self, comm) for comm in comms]
 
@@ -162,6 +162,11 @@ class VirtualWorld(World):
     def compute(self, work: Callable[[Notify], T], ready: Notify | None = None) -> T:
         activity, state, simulation = self._me(), self.state, self.simulation
         activity.may_block()
+        if simulation.faults.fails(state.rank, state.num_steps):
+            raise WorldError(
+                f"dies before step {state.num_steps}, as [faults] declares, at"
+                f" {self.engine.now_s:.6g} s of virtual time"
+            )
         parts: list[Any] = []
         result = activity.not_blocking("the work of compute", work, parts.append)
         start_s = self.engine.now_s

@@ -27,7 +27,9 @@ from mpilm.world.base import (
     Request,
 )
 from mpilm.world.buffers import described, snapshot, write_
+from mpilm.world.faults import Faults
 from mpilm.world.machine import Link, Machine
+from mpilm.world.profiles import NO_FAULT
 from mpilm.world.virtual_collectives import (
     Broadcast,
     Call,
@@ -53,8 +55,8 @@ class Envelope(NamedTuple):
 class Network:
     """The groups of one simulation and the machine they run on."""
 
-    def __init__(self, engine: Engine, machine: Machine) -> None:
-        self.engine, self.machine = engine, machine
+    def __init__(self, engine: Engine, machine: Machine, faults: Faults) -> None:
+        self.engine, self.machine, self.faults = engine, machine, faults
         self.groups: list[Group] = []
 
     def undelivered(self) -> list[Envelope]:
@@ -76,8 +78,10 @@ class Group:
         self.network, self.states = network, states
         self.engine, self.machine = network.engine, network.machine
         self.name = f"{kind} (communicator {len(network.groups)})"
+        self.faults = network.faults
         same_node = len({state.node for state in states}) == 1
-        self.link = self.machine.link(same_node=same_node)
+        fault = self.faults.link_within([state.rank for state in states])
+        self.link = self.machine.link(same_node=same_node).after(fault)
         self.comms = [VirtualComm(self, rank) for rank in range(len(states))]
         self.open: dict[int, Collective] = {}  # by number: not all ranks have come
         network.groups.append(self)
@@ -201,6 +205,9 @@ class VirtualComm(Comm):
         state, engine, machine = self.state, self.engine, self.machine
         peer = self.group.comms[dest]
         link = machine.link(same_node=state.node == peer.state.node)
+        fault = self.group.faults.link(state.rank, peer.state.rank)
+        if fault is not NO_FAULT:
+            link = link.after(fault)
         message = VirtualMessage(peer, self.rank, tag, buf, link)
         request = SendRequest(self, message)
         start_s = max(engine.now_s, state.send_free_s)

@@ -177,3 +177,20 @@ def test_launchers(environment: dict[str, str], launcher: str) -> None:
     with pytest.raises(WorldError, match=launcher):
         check_launch(1, environment)
     check_launch(2, environment)
+
+
+def test_a_rank_that_dies_as_declared_ends_all(launch: Launch) -> None:
+    run = launch(
+        3,
+        """
+        from mpilm.world.faults import Faults
+
+        faults = Faults(profile=({"kind": "fail_at", "rank": 2, "step": 3},))
+        with MpiWorld(faults=faults) as world, abort_on_error(world):
+            for _ in range(9):
+                world.compute(lambda notify: None)
+                world.comm.Allreduce(IN_PLACE, x)
+        """,
+    )
+    assert run.returncode != 0
+    assert run.said[0] == "rank 2: dies before step 3, as [faults] declares"
