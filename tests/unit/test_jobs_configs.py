@@ -42,12 +42,12 @@ def test_su_and_chen() -> None:
     assert config.strategy.settings.period_samples == 10 * config.train.batch
     assert epoch // 8 // config.strategy.settings.period_samples == 1186
     optim = config.optim.settings
-    assert 8 * optim.lr == pytest.approx(2.56)
     limit = optim.lr * optim.max_change_per_sample * config.train.batch
     assert limit == pytest.approx(24.6, abs=0.05)
-    rate = build_schedule(config.schedule, lr=0.32, samples=config.train.samples)
+    samples = config.train.samples
+    rate = build_schedule(config.schedule, lr=optim.lr, samples=samples, ranks=8)
     for e in range(1, 16):
-        expected = 0.32 * math.exp((e - 1) * math.log(0.01) / 14)
+        expected = 2.56 * math.exp((e - 1) * math.log(0.01) / 14)
         assert rate.lr(int((e - 0.5) * epoch)) == pytest.approx(expected)
 
 
