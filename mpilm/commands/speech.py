@@ -193,10 +193,12 @@ def decode(
         out: text file to write, a line for each utterance: its name and the words
     """
     from mpilm.speech import decode as decoding
+    from mpilm.speech import require
 
     splits = split or ("test",)
     with opened(run, corpus, prior_scale, ema) as (world, frames, scores, hmms):
         with world.together():
+            require("jiwer", "jiwer")
             chosen = [frames.split(name) for name in splits]
             tuning = frames.split(tune) if tune else None
         results = []

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.errors import DataError
+from mpilm.speech import require
 
 Kind = Literal["fbank", "mfcc"]
 Scope = Literal["speaker", "utterance", "none"]
@@ -60,8 +61,7 @@ class FeatureConfig:
         Raises:
             DataError: fewer samples than one frame has.
         """
-        import kaldi_native_fbank as knf
-
+        knf = require("kaldi_native_fbank", "kaldi-native-fbank")
         options = knf.MfccOptions() if self.kind == "mfcc" else knf.FbankOptions()
         options.frame_opts.samp_freq = float(rate)
         options.frame_opts.frame_length_ms = 1e3 * FRAME_S

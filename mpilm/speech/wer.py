@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpilm.speech import require
+
 
 @dataclass(frozen=True)
 class WordErrors:
@@ -51,8 +53,7 @@ def count_errors(
     >>> count_errors([["a", "b", "c"]], [["a", "c", "d"]]).rate
     0.6666666666666666
     """
-    import jiwer
-
+    jiwer = require("jiwer", "jiwer")
     pairs = list(zip(said, recognised, strict=True))
     found = jiwer.process_words(
         [" ".join(reference) for reference, _ in pairs],

@@ -11,7 +11,8 @@ import pytest
 
 from mpilm.data.frames import FrameCorpus
 from mpilm.data.wav import WavReader, list_recordings
-from mpilm.errors import DataError
+from mpilm.errors import DataError, MpilmError
+from mpilm.speech import require
 from mpilm.speech.features import FeatureConfig, Moments
 from mpilm.speech.gaussians import Gaussians
 from mpilm.speech.hmm import WordHmms
@@ -322,3 +323,8 @@ def test_some_spoken_digits(tmp_path):
     with FrameCorpus.open(out) as corpus:
         hmms = WordHmms.from_json(corpus.hmm)
         assert recognise(corpus, hmms, "strings") < 0.2  # was 0.09, 2026-11
+
+
+def test_what_is_not_installed_is_named():
+    with pytest.raises(MpilmError, match=r"jiwer is missing .*pip install 'mpilm"):
+        require("no_such_module", "jiwer")
