@@ -53,6 +53,20 @@ def times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(a, b, bias)
 
 
+def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return total + a b, in the memory of `total`; None: 0.
+
+    Where torch's own product is in use it adds as it goes, which saves a pass over
+    `total`: 6.0 ms for 7.8 of a chunk at V = 10,000, H = 256 (CPU time, the machine of
+    docs/natural_gradient.md).
+    """
+    if total is None:
+        return times_transposed(a, b.t())
+    if a.is_cuda or PRODUCT is None:
+        return total.addmm_(a, b)
+    return total.add_(times_transposed(a, b.t()))
+
+
 def _onednn_linear() -> Any:
     if not torch.backends.mkldnn.is_available():
         return None
@@ -120,8 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, s = x_NH[rows], s_N1[rows]
             nll_chunks.append(nll)
             dx_chunks.append(times_transposed(e, weight_VH.t()).mul_(s))  # (5)
-            part_HV = times_transposed((x * s).t().contiguous(), e.t())  # (6)
-            dW_HV = part_HV if dW_HV is None else dW_HV.add_(part_HV)
+            dW_HV = plus_product(dW_HV, (x * s).t().contiguous(), e)  # (6)
             db_V.addmv_(e.t(), s[:, 0])  # (7)
         ctx.save_for_backward(joined(dx_chunks), dW_HV, db_V)
         return (joined(nll_chunks) * s_N1).sum()  # (3)

@@ -77,7 +77,7 @@ def precondition(
         H = X_ND @ W.t()
         rows, ones_hat = torch.addmm(X_ND, H, W, alpha=-1.0), None
     L = H.t() @ H
-    left = squares_left(squares, L, W)
+    left = squares_left(squares, L, gram(ng, W))
     if left.is_cuda or not left > MIN_LEFT * squares:
         left = torch.linalg.vector_norm(rows).square()
         left = left if ones_hat is None else left + ones_hat.square().sum()
@@ -95,9 +95,15 @@ def with_ones(X_ND: Tensor) -> Tensor:
     return torch.cat([X_ND, X_ND.new_ones(len(X_ND), 1)], dim=1)
 
 
-def squares_left(squares: Tensor, L_RR: Tensor, W_RD: Tensor) -> Tensor:
+def gram(ng: NaturalGradient, W_RD: Tensor) -> Tensor:
+    """Return S = W W^T of `ng`'s state, computed once for each W."""
+    if ng.gram is None or ng.gram[0] is not W_RD:
+        ng.gram = (W_RD, W_RD @ W_RD.t())
+    return ng.gram[1]
+
+
+def squares_left(squares: Tensor, L_RR: Tensor, S_RR: Tensor) -> Tensor:
     """Return ||X_hat||^2 by (b), 0-d."""
-    S_RR = W_RD @ W_RD.t()
     taken = 2 * L_RR.diagonal().double().sum() - (L_RR * S_RR).double().sum()
     return (squares.double() - taken).to(squares.dtype)
 

@@ -312,6 +312,7 @@ class NaturalGradient:
         self.config = config
         self._state: FisherState | None = None
         self._pending: Statistics | None = None
+        self.gram: tuple[Tensor, Tensor] | None = None  # W and W W^T, see affine.py
 
     @property
     def fisher(self) -> FisherState | None:

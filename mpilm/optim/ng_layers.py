@@ -34,10 +34,11 @@ from mpilm.models.softmax import (
     Softmax,
     errors,
     joined,
+    plus_product,
     times_transposed,
     weights_of,
 )
-from mpilm.optim.affine import AffineMap, precondition, squares_left
+from mpilm.optim.affine import AffineMap, gram, precondition, squares_left
 from mpilm.optim.configs import NgSgdConfig
 from mpilm.optim.natural_gradient import norm_ratio, statistics
 
@@ -278,22 +279,21 @@ class _NaturalCrossEntropy(torch.autograd.Function):
         dx_chunks: list[Tensor] = []
         g_b = torch.zeros_like(bias_V)
         g_HV: Tensor | None = None
-        J = torch.zeros_like(W) if due else None
+        J: Tensor | None = None
         for rows, e, nll in errors(x_NH, weight_VH, bias_V, targets_N):
             s = s_N1[rows]
             nll_chunks.append(nll)
             dx_chunks.append(times_transposed(e, weight_VH.t()).mul_(s))
             H[rows] = times_transposed(e, W).mul_(s)
             norms_N[rows] = torch.linalg.vector_norm(e, dim=1).mul_(s[:, 0])
-            part_HV = times_transposed(xs_NH[rows].t().contiguous(), e.t())
-            g_HV = part_HV if g_HV is None else g_HV.add_(part_HV)
+            g_HV = plus_product(g_HV, xs_NH[rows].t().contiguous(), e)
             g_b.addmv_(e.t(), ones_N[rows])
-            if J is not None:
-                J += times_transposed((H[rows] * s).t().contiguous(), e.t())
+            if due:
+                J = plus_product(J, (H[rows] * s).t().contiguous(), e)
         assert g_HV is not None
         L, squares = H.t() @ H, norms_N.square().sum()
-        S = W @ W.t()
-        left = squares_left(squares, L, W).clamp(min=1e-4 * squares.item())
+        S = gram(ng, W)
+        left = squares_left(squares, L, S).clamp(min=1e-4 * squares.item())
         scale = hat.scale * norm_ratio(squares.sqrt(), left.sqrt())
 
         def dy_norms() -> Tensor:  # (b) of affine.py, row by row

@@ -98,6 +98,8 @@ class NgSgd(Optimizer):
         config: NgSgdConfig,
     ) -> None:
         super().__init__(parameters, {"lr": config.lr})
+        own = {id(p): p.numel() for layer in maps for p in layer.owned}
+        self._maps_are_all = sum(own.values()) == sum(p.numel() for p in parameters)
         self.maps, self.config = maps, config
         self._expose()
         for layer in maps:
@@ -129,16 +131,22 @@ class NgSgd(Optimizer):
         """
         lr, most = self._rate(), self.config.max_change_map
         seen: set[int] = set()
+        norms: list[Tensor] = []
         for layer in self.maps:
             own = [p.grad for p in layer.owned if p.grad is not None]
             own = [g for g in own if g.data_ptr() not in seen]  # tied: with the first
             seen.update(g.data_ptr() for g in own)
             if not own:
                 continue
-            factor = (most / (lr * _joint_norm(own))).clamp(max=1.0)
+            norm = _joint_norm(own)
+            factor = (most / (lr * norm)).clamp(max=1.0)
+            norms.append(norm * factor)
             if factor.is_cuda or factor < 1.0:
                 torch._foreach_mul_(own, factor)
-        norm = _joint_norm(gradients)
+        if self._maps_are_all:
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+        else:
+            norm = _joint_norm(gradients)
         factor = (self.config.max_change_all / (lr * norm)).clamp(max=1.0)
         if not factor.is_cuda:
             return factor.item() if norm.isfinite() else None
