@@ -147,17 +147,17 @@ def learned(args: argparse.Namespace) -> list[dict[str, Any]]:
             compute=world.compute,
             seed=world.rank,
         )
-        evaluated = 0
+        next_s = 0.0
 
         def evaluate() -> None:
-            nonlocal evaluated
-            if world.rank == 0 and world.now_s() >= evaluated * args.every_s:
+            nonlocal next_s
+            if world.rank == 0 and world.now_s() >= next_s:
                 found = learner.evaluate(EvaluationStreams(held_out, 10, UNROLL))
                 loss = found.nll / found.num_targets
                 line = {"strategy": variant, "profile": profile, "ranks": ranks}
                 line |= {"time (s)": world.now_s(), "held-out loss (nats)": loss}
                 rows.append(line)
-                evaluated += 1
+                next_s = (world.now_s() // args.every_s + 1) * args.every_s
 
         return run(
             world,
