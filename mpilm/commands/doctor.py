@@ -123,6 +123,7 @@ def check_alone(report: Report, folder: Path) -> None:
     report.check("world", lambda: facts.check_world(1))
     if gpus:
         report.check("CUDA-aware MPI", children.check_cuda_aware)
+        report.check("GPU to GPU", children.check_gpu_pair)
     report.check("run folder", lambda: check_folder(folder))
 
 

@@ -148,6 +148,12 @@ def submit(
     check(settings, [size.ranks for size in sizes])
     for note in settings.notes:
         say(f"note: {note}")
+    threads = settings.train.threads
+    if threads < cpus_per_rank and not gpus_per_node:
+        say(
+            f"note: a rank computes with {threads} of its {cpus_per_rank} cores: --set"
+            f" train.threads={cpus_per_rank}"
+        )
     folder = run or Path("runs") / config.stem
     previous = after
     for size in sizes:

@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 
 MODULES = [
+    "mpilm.checks.children",
     "mpilm.checks.facts",
     "mpilm.checks.findings",
     "mpilm.commands.doctor",

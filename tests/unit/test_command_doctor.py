@@ -109,6 +109,26 @@ def test_a_child_that_crashes_or_hangs_is_an_answer():
     assert children.python("import os; os.abort()")[0] == -6
     assert children.python("import time; time.sleep(60)", limit_s=0.2)[0] == 124
     assert children.child(["/no/such/program"])[0] == 127
+    # what it has started holds its output open
+    assert children.child(["sh", "-c", "sleep 60 & sleep 60"], limit_s=0.2)[0] == 124
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "said"),
+    [
+        ("echo size 2; echo size 2", ("ok", "warning"), "starts 2 ranks"),
+        ("echo size 1; echo size 1", ("problem",), "belongs to another MPI"),
+        ("echo 'no slots: error'; exit 3", ("problem",), "exit code 3: no slots"),
+    ],
+)
+def test_the_mpirun_on_path_is_tried(tmp_path, monkeypatch, script, status, said):
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(f"#!/bin/sh\n{script}\n")
+    mpirun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = children.check_launcher()
+    assert found.status in status
+    assert said in found.text
 
 
 def test_a_child_is_no_rank(monkeypatch):
