@@ -132,11 +132,10 @@ class Hierarchical(Strategy):
         Raises:
             ConfigError, WorldError: one line with the remedy.
         """
-        size = len(self.node_of)
-        sizes = np.bincount(self.node_of)
-        if sizes.min() != sizes.max():
+        size, sizes = len(self.node_of), np.bincount(self.node_of)
+        wish = self.config.node_size
+        if sizes.min() != sizes.max() or (wish > size > 1):
             whole = " or ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-            wish = self.config.node_size
             problem = f"{size} ranks make no whole nodes of {wish}"
             if not wish:
                 found = ", ".join(map(str, sizes))

@@ -192,5 +192,5 @@ def test_a_rank_that_dies_as_declared_ends_all(launch: Launch) -> None:
                 world.comm.Allreduce(IN_PLACE, x)
         """,
     )
-    assert run.returncode != 0
+    assert run.returncode == 4
     assert run.said[0] == "rank 2: dies before step 3, as [faults] declares"

@@ -1,0 +1,157 @@
+"""What cannot work is refused before training, in one line that says what would.
+
+Each case goes through the trainer in the virtual world, as `mpilm train` would.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from mpilm.errors import MpilmError
+from mpilm.strategies import STRATEGIES
+from mpilm.topology import TOPOLOGIES
+from mpilm.world.virtual import VirtualWorld
+
+NODES = {"node_size": 2, "inner": "adpsgd"}
+
+# name of the strategy, ranks, sections -> words of the line, in order
+REFUSED = {
+    "k > ranks": (
+        "gossip_bmuf", 2, {"strategy": {"group_size": 3}},
+        ["strategy.group_size", "groups of 3", "2 ranks", "at most 2"],
+    ),
+    "components that do not exist": (
+        "gossip_bmuf", 2, {"strategy": {"components": 1_000_000}},
+        ["strategy.components", "1000000 slices", "at most", '"layers" or "whole"'],
+    ),
+    "components by a wrong name": (
+        "gossip_bmuf", 2, {"strategy": {"components": "layer"}},
+        ["strategy.components", "layer"],
+    ),
+    "a delay as long as the block": (
+        "gossip_bmuf", 2, {"strategy": {"period": 3, "delay": 3}},
+        ["delay: 3 steps are not less than period = 3"],
+    ),
+    "an unknown mixing": (
+        "adpsgd", 2, {"strategy": {"mixing": "ring"}},
+        ["strategy.mixing", "ring"],
+    ),
+    "ema of local": (
+        "local", 2, {"ema": {"syncs": 10}},
+        ["ema: local has no synchronised model", "take a strategy that synchronises"],
+    ),
+    "ema of adpsgd": (
+        "adpsgd", 2, {"ema": {"samples": 10}},
+        ["ema: adpsgd has no synchronised model", "(model_averaging, bmuf)"],
+    ),
+    "ema of nodes with adpsgd": (
+        "hierarchical", 2, {"ema": {"samples": 10}, "strategy": NODES},
+        ["ema: hierarchical has no synchronised model"],
+    ),
+    "uneven nodes": (
+        "hierarchical", 3, {"strategy": NODES},
+        ["strategy.node_size: 3 ranks make no whole nodes of 2", "nodes of 1 or 3"],
+    ),
+    "a node larger than the world": (
+        "hierarchical", 2, {"strategy": {**NODES, "node_size": 4}},
+        ["strategy.node_size: 2 ranks make no whole nodes of 4", "nodes of 1 or 2"],
+    ),
+    "machines with different numbers of ranks": (
+        "hierarchical", 3, {"machine": {"ranks_per_node": 2}},
+        ["strategy.node_size: the machines have different numbers", "(2, 1)",
+         "as many ranks on each machine"],
+    ),
+    "more in a group than there are nodes": (
+        "hierarchical", 4,
+        {"strategy": {"node_size": 2, "inner": "gossip_bmuf",
+                      "settings": {"group_size": 3}}},
+        ["gossip_bmuf between 2 nodes: strategy.group_size", "at most 2"],
+    ),
+    "an unknown strategy between nodes": (
+        "hierarchical", 2, {"strategy": {"inner": "adspgd"}},
+        ["strategy.inner: unknown name 'adspgd'; did you mean 'adpsgd'?"],
+    ),
+    "nodes of nodes": (
+        "hierarchical", 2, {"strategy": {"inner": "hierarchical"}},
+        ["strategy.inner: unknown name 'hierarchical' (known: allreduce"],
+    ),
+    "an unknown key between nodes": (
+        "hierarchical", 2, {"strategy": {"settings": {"mixng": "fixed_ring"}}},
+        ["[strategy.settings] unknown key 'mixng'; did you mean 'mixing'?"],
+    ),
+    "a wrong value between nodes": (
+        "hierarchical", 2, {"strategy": {"settings": {"weight": 0.9}}},
+        ["strategy.settings.weight: Expected"],
+    ),
+    "a fault of a rank that does not exist": (
+        "allreduce", 2,
+        {"faults": {"profile": [{"kind": "constant", "ranks": [2], "factor": 2.0}]}},
+        ["faults.profile 1 (constant): no rank 2, there are only 2 ranks"],
+    ),
+}  # fmt: skip
+
+
+def line_of(refused):
+    """Return the message of an error, which must be one line."""
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
+
+
+def assert_words(line, words):
+    """Assert that the words stand in the line, in this order."""
+    rest = line
+    for word in words:
+        assert word in rest, line
+        rest = rest.partition(word)[2]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(run, case):
+    name, size, sections, words = REFUSED[case]
+    with pytest.raises(MpilmError) as refused:
+        run(size, name, **sections)
+    assert_words(line_of(refused), words)
+
+
+@pytest.mark.parametrize("name", ["adpsgd", "async_sgd", "hierarchical"])
+def test_without_thread_multiple(run, monkeypatch, name):
+    monkeypatch.setattr(VirtualWorld, "background", False)
+    with pytest.raises(MpilmError) as refused:
+        run(2, name)
+    words = ["MPI_THREAD_MULTIPLE", "a synchronous strategy (allreduce", "MPI build"]
+    assert_words(line_of(refused), words)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, kind in STRATEGIES.items() if kind.lockstep]
+)
+def test_synchronous_strategies_need_no_thread_multiple(run, monkeypatch, name):
+    monkeypatch.setattr(VirtualWorld, "background", False)
+    sections = {"strategy": {"inner": "dpsgd"}} if name == "hierarchical" else {}
+    (trainer, _) = run(2, name, steps=2, **sections)
+    assert trainer.totals.step == 2
+
+
+def test_nodes_resumed_with_other_nodes(run):
+    strategy = {"inner": "dpsgd", "node_size": 2}
+    sections = {"steps": 2, "out": "nodes", "strategy": strategy}
+    run(4, "hierarchical", **sections)
+    for change, words in (
+        ({"node_size": 1}, ["2 nodes of 2 ranks", "set strategy.node_size = 2"]),
+        ({"inner": "bmuf"}, ["strategy.inner = dpsgd", "resume with dpsgd"]),
+    ):
+        with pytest.raises(MpilmError) as refused:
+            run(
+                4, "hierarchical", resume=True, out="nodes",
+                strategy={**strategy, **change},
+            )  # fmt: skip
+        assert_words(line_of(refused), words)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_no_mixing_needs_more_than_two_ranks(run, topology):
+    """A ring of two is a pair, and so is every other graph: nothing to refuse."""
+    (trainer, _) = run(2, "dpsgd", steps=4, strategy={"topology": topology})
+    accounts = trainer.strategy.accounts()
+    assert accounts["partners"].tolist() == [0, 4]
