@@ -149,10 +149,6 @@ def schedule(kind, seed):
         jitter=draw.choice([0.0, 0.3, 1.0]),
         eager_bytes=draw.choice([0, 64, 65_536]),
     )
-    slow = {
-        str(draw.randrange(size)): draw.choice([1.0, 5.0, 100.0])
-        for _ in range(draw.randint(0, 2))
-    }
     settings = SETTINGS[name](draw, size) if name in SETTINGS else {}
     steps = draw.randint(0, 12)  # of every rank, in lockstep
     if not STRATEGIES[settings.get("inner", name)].lockstep:
@@ -165,7 +161,7 @@ def schedule(kind, seed):
         "retire": draw.random() < 0.5,
         "scatter": name not in LAWS and draw.random() < 0.7,
         "machine": machine,
-        "faults": Faults(slow=slow),
+        "faults": faults(draw, size),
         "world_seed": seed,
         "learner": {
             "layout": layers(draw.choice([5, 11, 23])),
@@ -175,6 +171,23 @@ def schedule(kind, seed):
         },
     }
     return Schedule(kind, name, size, settings, plan)
+
+
+def faults(draw, size):
+    """Return up to two slow ranks; some are slow now and then, or have a slow link."""
+    slow = {
+        str(draw.randrange(size)): draw.choice([1.0, 5.0, 100.0])
+        for _ in range(draw.randint(0, 2))
+    }
+    ranks = [draw.randrange(size)]
+    profiles = (
+        {"kind": "spikes", "probability": 0.3, "factor": 50.0},
+        {"kind": "periodic", "every_steps": 3, "for_steps": 1, "factor": 10.0},
+        {"kind": "slow_start", "steps": 2, "factor": 20.0},
+        {"kind": "slow_link", "latency_s": 0.3, "bandwidth_Bps": 100.0},
+    )
+    chosen = draw.sample(profiles, draw.choice([0, 0, 1, 2]))
+    return Faults(slow=slow, profile=tuple({**p, "ranks": ranks} for p in chosen))
 
 
 def run(kind, seed):

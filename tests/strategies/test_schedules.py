@@ -39,7 +39,10 @@ def test_seeds_reach_what_they_should(name):
     found = [schedule(name, seed) for seed in range(NUM_SCHEDULES)]
     assert {chosen.size for chosen in found} == set(range(2, 17))
     assert {chosen.plan["parts"] for chosen in found} == {1, 2, 3}
-    assert any(100.0 in chosen.plan["faults"].slow.values() for chosen in found)
+    faults = [chosen.plan["faults"] for chosen in found]
+    assert any(100.0 in own.slow.values() for own in faults)
+    kinds = {profile.kind for own in faults for profile in own.profile}
+    assert kinds == {"spikes", "periodic", "slow_start", "slow_link"}
     for key in SETTINGS[name](random.Random(0), 4):
         assert len({str(chosen.settings[key]) for chosen in found}) > 1
     if not STRATEGIES[name].lockstep:
