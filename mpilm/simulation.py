@@ -128,7 +128,10 @@ def simulate_protocol(
         return seconds, blocked_s, sent
 
     simulation = Simulation(
-        ranks, machine=machine, faults=config.faults, seed=config.train.seed
+        ranks,
+        machine=machine,
+        faults=config.faults.scaled(scale),
+        seed=config.train.seed,
     )
     took = simulation.run(main)
     # out of lockstep every rank has its own pace; the speeds of ranks add up
@@ -162,12 +165,20 @@ def scaled(layout: Layout, num_parameters: int) -> tuple[Layout, float]:
 
 def scaled_settings(settings: Any, scale: float) -> Any:
     """Return a strategy's settings with sizes in bytes divided by `scale`."""
-    sizes = {
-        field.name: max(1, round(getattr(settings, field.name) / scale))
-        for field in dataclasses.fields(settings)
-        if field.name.endswith("_bytes") and getattr(settings, field.name)
-    }
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    sizes = _scaled_sizes(values, scale)
+    if "settings" in values:  # of the inner strategy of `hierarchical`
+        inner = values["settings"]
+        sizes["settings"] = inner | _scaled_sizes(inner, scale)
     return dataclasses.replace(settings, **sizes)
+
+
+def _scaled_sizes(values: dict[str, Any], scale: float) -> dict[str, Any]:
+    return {
+        name: max(1, round(value / scale))
+        for name, value in values.items()
+        if name.endswith("_bytes") and value
+    }
 
 
 def model_layout(config: Config) -> Layout:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -93,6 +93,16 @@ class Faults:
     def ends_link(self, rank: int, group: Collection[int]) -> bool:
         """Return whether a slow link inside `group` ends at `rank`."""
         return any(rank in profile.ends_in(group) for profile in self._links)
+
+    def scaled(self, scale: float) -> Faults:
+        """Return the faults where every message has `scale` times fewer bytes."""
+        profile = tuple(
+            replace(p, bandwidth_Bps=p.bandwidth_Bps / scale)
+            if isinstance(p, SlowLink)
+            else p
+            for p in self.profile
+        )
+        return replace(self, profile=profile)
 
     def check(self, num_ranks: int) -> None:
         """Raise unless the faults speak of ranks that exist.

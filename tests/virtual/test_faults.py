@@ -248,3 +248,11 @@ def test_the_same_seed_is_the_same_run():
     first = run_virtual(train, 4, machine=machine, faults=declared, seed=3)
     again = run_virtual(train, 4, machine=machine, faults=declared, seed=3)
     assert first == again
+
+
+def test_a_link_is_scaled_with_the_bytes():
+    link = SlowLink(ranks=(0,), latency_s=0.5, bandwidth_Bps=100.0)
+    both = faults(link, Spikes(probability=0.5, factor=2.0), seed=3).scaled(4.0)
+    assert both.link(0, 1) == Link(0.5, 25.0)
+    assert both.profile[1] == Spikes(probability=0.5, factor=2.0)
+    assert both.seed == 3
