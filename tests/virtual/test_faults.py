@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +106,17 @@ def test_profiles_come_from_toml_and_go_back(tmp_path):
     assert read_config(path) == config
     short = resolve({}, ['faults.profile=[{kind="fail_at", rank=1, step=9}]'])
     assert short.faults.profile == (FailAt(rank=1, step=9),)
+
+
+def test_the_examples_of_the_docs_are_understood(tmp_path):
+    page = Path(__file__).parents[2] / "docs/faults.md"
+    lines = page.read_text().splitlines()
+    path = tmp_path / "faults.toml"
+    path.write_text("\n".join(line for line in lines if line.startswith("    ")))
+    found = read_config(path).faults
+    assert found.slow == {"3": 10.0}
+    kinds = [profile.kind for profile in found.profile]
+    assert kinds == ["spikes", "periodic", "slow_start", "slow_link", "fail_at"]
 
 
 @pytest.mark.parametrize(
