@@ -67,7 +67,12 @@ def suites() -> list[Suite]:
     quick = sorted(folders - LAUNCHERS - {"mpi", "cluster", "__pycache__"})
     launchers = sorted(folders & LAUNCHERS)
     return [
-        plain("unit", "--doctest-modules", "mpilm", *(f"tests/{f}" for f in quick)),
+        plain(
+            "unit",
+            *("--doctest-modules", "mpilm"),
+            *(f"tests/{f}" for f in quick),
+            limit_s=1200,
+        ),
         *(under("openmpi", ranks) for ranks in (1, 2, 3, 4, 8)),
         *(under("mpich", ranks) for ranks in (1, 2, 3)),
         plain("launch", *(f"tests/{f}" for f in launchers), limit_s=1500),
