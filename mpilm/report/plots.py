@@ -192,7 +192,7 @@ def ranks(run: Run, index: int) -> str:
         one.grid(visible=False, axis="x")
         one.set_xlabel("rank")
         if len(rows) <= MANY:
-            one.set_xticks(numbers[:: 1 + len(rows) // 17])
+            one.set_xticks(numbers[:: 1 + len(rows) // 10])
     return as_svg(made)
 
 
@@ -251,7 +251,7 @@ def scaling(runs: list[Run]) -> str:
     speed_axes.set_yscale("log")
     speed_axes.set_title("samples/s (dotted: linear)")
     efficiency.set_title("samples/s of a rank, relative to the fewest ranks")
-    efficiency.set_ylim(0.0, 1.1)
+    efficiency.set_ylim(0.0, 1.05 * max(1.0, efficiency.get_ylim()[1]))
     efficiency.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     speed_axes.legend()
     return as_svg(made)

@@ -116,9 +116,9 @@ def test_a_child_that_crashes_or_hangs_is_an_answer():
 @pytest.mark.parametrize(
     ("script", "status", "said"),
     [
-        ("echo size 2; echo size 2", ("ok", "warning"), "starts 2 ranks"),
-        ("echo size 1; echo size 1", ("problem",), "belongs to another MPI"),
-        ("echo 'no slots: error'; exit 3", ("problem",), "exit code 3: no slots"),
+        ("echo size 2; echo size 2", "ok", "starts 2 ranks"),
+        ("echo size 1; echo size 1", "problem", "belongs to another MPI"),
+        ("echo 'no slots: error'; exit 3", "problem", "exit code 3: no slots"),
     ],
 )
 def test_the_mpirun_on_path_is_tried(tmp_path, monkeypatch, script, status, said):
@@ -126,8 +126,10 @@ def test_the_mpirun_on_path_is_tried(tmp_path, monkeypatch, script, status, said
     mpirun.write_text(f"#!/bin/sh\n{script}\n")
     mpirun.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name in children.AS_ROOT:
+        monkeypatch.setenv(name, "1")
     found = children.check_launcher()
-    assert found.status in status
+    assert found.status == status
     assert said in found.text
 
 
