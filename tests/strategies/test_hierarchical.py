@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 
 import numpy as np
 import pytest
 
+from mpilm.config import read_config, resolve
 from mpilm.errors import CheckpointError
+from mpilm.protocol import ProtocolLearner
 from mpilm.runlog import read_run
+from mpilm.signals import MEET, STOP, StopRequest, Vote
+from mpilm.strategies import strategy
+from mpilm.strategies.adpsgd import AdpsgdConfig
 from mpilm.strategies.ema import Ema, EmaConfig
 from mpilm.strategies.hierarchical import INNER
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
-from tests.strategies.fleets import fleet, targets, thetas
+from mpilm.world.virtual import Simulation
+from tests.strategies.fleets import assert_quiet, fleet, targets, thetas
 
 NOISY = {"noise": 0.5, "momentum": 0.5}
 NODES = [(2, 2), (2, 3), (4, 2)]  # nodes, ranks in each
@@ -216,3 +223,71 @@ def test_the_program_trains_nodes(run, inner):
         train={"samples": 2 * total}, **SECTIONS,
     )  # fmt: skip
     assert sum(trainer.learner.samples for trainer in resumed) >= 2 * total
+
+
+@pytest.mark.parametrize("inner", ["adpsgd", "async_sgd"])
+def test_nodes_vote_and_meet_and_never_hang(inner):
+    """The trainer's loop with random paces, ends, meetings and signals."""
+
+    def train(world):
+        draw = random.Random(f"{seed} {world.rank}")
+        chosen = strategy("hierarchical", world, inner=inner, node_size=size)
+        learner = ProtocolLearner(40, compute=world.compute, seed=world.rank, lr=0.1)
+        chosen.start(learner)
+        request = StopRequest()
+        vote = Vote(world, every=5, request=request, lockstep=False, agree=chosen.agree)
+        met = 0
+
+        def meet():
+            nonlocal met
+            chosen.retire(learner)
+            chosen.finish(learner)
+            world.comm.Barrier()
+            met += 1
+
+        def meet_retired():
+            meet()
+            chosen.retire(learner)
+
+        # as each rank sees the progress of a pool: something else
+        while chosen.agree(learner.samples + draw.randint(0, 2)) < goal:
+            chosen.step(learner)
+            if draw.random() < 0.002:
+                request.requested = "SIGTERM"
+            outcome = vote.poll(learner.samples, meet=draw.random() < 0.1)
+            if outcome == MEET:
+                meet()
+            if outcome == STOP:
+                break
+        chosen.retire(learner)
+        vote.finish(meet_retired)
+        chosen.finish(learner)
+        return learner.samples, met, vote.stopped
+
+    meetings = stops = 0
+    for seed in range(60):
+        plan = random.Random(seed)
+        nodes, size = plan.choice(NODES)
+        goal = plan.choice([1, 20, 60])
+        machine = Machine(step_s=0.2, jitter=0.5, latency_s=plan.choice([1e-5, 0.05]))
+        faults = Faults(slow={str(plan.randrange(nodes * size)): 5.0})
+        simulation = Simulation(nodes * size, machine=machine, faults=faults, seed=seed)
+        ended = simulation.run(train)
+        assert_quiet(simulation)
+        for rank, end in enumerate(ended):
+            assert end == ended[rank - rank % size]
+            assert end[1:] == ended[0][1:]
+        meetings, stops = meetings + ended[0][1], stops + ended[0][2]
+    assert meetings > 60
+    assert 0 < stops < 60
+
+
+def test_the_configuration_is_resolved_and_read_back(tmp_path):
+    overrides = ["strategy.name=hierarchical", "strategy.settings.mixing=fixed_ring"]
+    config = resolve({"strategy": {"settings": {"weight": 0.25}}}, overrides)
+    given = config.strategy.settings
+    assert given.inner_config == AdpsgdConfig(mixing="fixed_ring", weight=0.25)
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    assert "[strategy.settings]" in path.read_text()
+    assert read_config(path) == config

@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 
 MODULES = [
+    "mpilm.convert",
     "mpilm.protocol",
     "mpilm.world.faults",
     "mpilm.world.machine",
