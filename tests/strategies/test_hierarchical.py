@@ -118,7 +118,7 @@ def test_allreduce_inside_is_allreduce(nodes, node_size):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_mean_model_reaches_the_mean_minimum(case):
-    lr, steps, near = (0.05, 150, 0.1) if "async" in case else (0.125, 480, 1e-4)
+    lr, steps, near = (0.05, 150, 0.1) if "async" in case else (0.125, 240, 1e-4)
     ranks = train(case, 3, 2, steps=steps, learner={"lr": lr})
     minimum = targets(ranks).mean(axis=0)
     for rank in ranks:

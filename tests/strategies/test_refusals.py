@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 
 from mpilm.errors import MpilmError
-from mpilm.strategies import STRATEGIES
 from mpilm.topology import TOPOLOGIES
 from mpilm.world.virtual import VirtualWorld
+from tests.strategies.fleets import fleet
 
 NODES = {"node_size": 2, "inner": "adpsgd"}
 
@@ -123,13 +123,10 @@ def test_without_thread_multiple(run, monkeypatch, name):
     assert_words(line_of(refused), words)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, kind in STRATEGIES.items() if kind.lockstep]
-)
-def test_synchronous_strategies_need_no_thread_multiple(run, monkeypatch, name):
+@pytest.mark.parametrize("inner", ["allreduce", "dpsgd"])
+def test_synchronous_nodes_need_no_thread_multiple(run, monkeypatch, inner):
     monkeypatch.setattr(VirtualWorld, "background", False)
-    sections = {"strategy": {"inner": "dpsgd"}} if name == "hierarchical" else {}
-    (trainer, _) = run(2, name, steps=2, **sections)
+    (trainer, _) = run(2, "hierarchical", steps=2, strategy={"inner": inner})
     assert trainer.totals.step == 2
 
 
@@ -150,8 +147,7 @@ def test_nodes_resumed_with_other_nodes(run):
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_no_mixing_needs_more_than_two_ranks(run, topology):
+def test_no_mixing_needs_more_than_two_ranks(topology):
     """A ring of two is a pair, and so is every other graph: nothing to refuse."""
-    (trainer, _) = run(2, "dpsgd", steps=4, strategy={"topology": topology})
-    accounts = trainer.strategy.accounts()
-    assert accounts["partners"].tolist() == [0, 4]
+    for rank in fleet("dpsgd", 2, steps=4, topology=topology):
+        assert rank.strategy.accounts()["partners"].sum() == 4
