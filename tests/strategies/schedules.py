@@ -226,6 +226,21 @@ def check(chosen, ranks):
     lead = max((lead for rank in ranks for lead in rank.leads), default=0)
     assert limit is None or lead <= limit, f"{lead} steps ahead, more than {limit}"
     check_accounts(name, ranks, steps)
+    for rank in ranks:
+        assert not open_requests(rank.strategy), "a request that nobody waited for"
+
+
+def open_requests(strategy):
+    """Return what a strategy has started and not waited for."""
+    strategy = getattr(strategy, "inner", strategy)
+    if strategy is None:  # not a leader
+        return []
+    found = list(getattr(strategy, "exchanges", []))
+    if mixer := getattr(strategy, "mixer", None):
+        found += [request for request in (mixer.under_way, mixer.reply) if request]
+    if server := getattr(strategy, "server", None):
+        found += server.sends
+    return found
 
 
 def check_accounts(name, ranks, steps):
