@@ -118,6 +118,7 @@ def main() -> None:
             splits = ["--split", "test", "--split", "strings"]
             decode_s = run(size, "decode", out, *splits, *("--tune", "valid-strings"))
             rows.append(row(size, out, (prepare_s, train_s, decode_s)))
+    args.data = args.data.name  # not where it lies
     report("digits", "spoken digits, from wav to words", rows, args)
     for found in rows:
         if not args.smoke and found["WER strings"] > MOST_WER:
