@@ -7,7 +7,7 @@ test split (numbers 0 to 4), on 4 ranks and on one: `prepare wav`, `train` with
 jobs/configs/digits_lstm.toml, `decode`. The strings have 3 to 7 digits of one speaker,
 joined from recordings of the test split; the insertion penalty is found on strings of
 the valid split. The error rates do not depend on the load of the machine; the seconds
-do. --smoke, or no data: a few recordings, or tones as words.
+do. --smoke: a few recordings, or tones as words where the data are not there.
 """
 
 from __future__ import annotations
@@ -79,8 +79,6 @@ def tones(folder: Path) -> Path:
 def recordings(args: argparse.Namespace, folder: Path) -> Path:
     """Return the folder of recordings: all of them, a few, or tones."""
     if not args.data.is_dir():
-        if not args.smoke:
-            raise SystemExit(f"no {args.data}: set MPILM_DATA, or give --data")
         return tones(folder / "wav")
     if not args.smoke:
         return Path(args.data)
@@ -98,6 +96,9 @@ def main() -> None:
     arguments.add_argument("--ranks", type=int, nargs="+", default=[4, 1])
     arguments.add_argument("--set", nargs="*", default=[], help="section.key=value")
     args = arguments.parse_args()
+    if not args.smoke and not args.data.is_dir():
+        print(f"skipped: no {args.data} (set MPILM_DATA, or give --data)")
+        return
     ranks = args.ranks[:1] if args.smoke else args.ranks
     rows = []
     with tempfile.TemporaryDirectory(prefix="digits.") as name:

@@ -139,11 +139,13 @@ def plan_splits(config: SplitConfig) -> dict[str, list[Recording]]:
                 target = "valid"
             splits[target].append(recording)
     if not splits["valid"]:
+        places = [crc32(r.name.encode()) % SHARE_STEPS for r in splits["train"]]
         cut = config.valid_share * SHARE_STEPS
+        if cut and len(places) > 1:  # one at least
+            cut = max(cut, min(places) + 1)
         kept: list[Recording] = []
         held_out: list[Recording] = []
-        for recording in splits["train"]:
-            place = crc32(recording.name.encode()) % SHARE_STEPS
+        for recording, place in zip(splits["train"], places, strict=True):
             (held_out if place < cut else kept).append(recording)
         splits["train"], splits["valid"] = kept, held_out
     if not splits["train"]:

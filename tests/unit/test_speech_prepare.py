@@ -229,7 +229,8 @@ def test_bad_lists_are_one_line(tmp_path, file, text, words):
     else:
         (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError) as error:
-        prepare_wav(tmp_path / "c.h5", SplitConfig((folder,)), num_states=3)
+        splits = SplitConfig((folder,), valid_share=0.0)
+        prepare_wav(tmp_path / "c.h5", splits, num_states=3)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -323,6 +324,16 @@ def test_some_spoken_digits(tmp_path):
     with FrameCorpus.open(out) as corpus:
         hmms = WordHmms.from_json(corpus.hmm)
         assert recognise(corpus, hmms, "strings") < 0.2  # was 0.09, 2026-11
+
+
+def test_valid_is_a_share_of_train_and_not_empty(tmp_path):
+    folder = write_words(tmp_path / "wav", 40)  # 120 recordings
+    splits = plan_splits(SplitConfig((folder,), valid_share=0.3))
+    assert 20 <= len(splits["valid"]) <= 52  # 36, give or take 3 deviations
+    assert len(plan_splits(SplitConfig((folder,), valid_share=1e-9))["valid"]) == 1
+    assert plan_splits(SplitConfig((folder,), valid_share=0.0))["valid"] == []
+    given = plan_splits(SplitConfig((folder,), valid_names="_3$"))
+    assert [r.name for r in given["valid"]] == ["high_ann_3", "low_ann_3", "rise_ann_3"]
 
 
 def test_what_is_not_installed_is_named():
