@@ -136,7 +136,7 @@ def partition(lengths_U: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """Return the rank of each utterance, (U,): longest first, to the least loaded.
 
     >>> partition(np.array([2, 9, 4, 3, 7]), 2)
-    array([0, 0, 1, 0, 1])
+    array([1, 0, 1, 0, 1])
     """
     ranks_U = np.zeros(len(lengths_U), np.int64)
     loads = [(0, rank) for rank in range(size)]

@@ -19,6 +19,7 @@ Departs     nowhere.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -32,14 +33,14 @@ from mpilm.models.softmax import PADDING, Softmax, chunks, times_transposed
 Activation = Literal["sigmoid", "relu"]
 
 
-class AcousticModel(nn.Module):
+class AcousticModel(nn.Module, ABC):
     """Base: `hidden_features` makes of frames what goes into the softmax."""
 
     softmax: Softmax
 
+    @abstractmethod
     def hidden_features(self, batch: Any) -> Tensor:
         """Return the softmax layer's inputs, (T, B, H)."""
-        raise NotImplementedError
 
     def forward(self, batch: Any) -> Tensor:
         """Return the softmax layer's inputs, (T*B, H), contiguous."""
