@@ -25,13 +25,13 @@ def test_nodes_train_die_and_go_on(inputs: Path, tmp_path: Path) -> None:
     config.write_text(tiny + NODES)
     train = ["train", config, "--out", out]
     for setting in (
-        "train.samples=40_000", "train.valid_every=10_000", "checkpoint.every=8_000"
+        "train.samples=120_000", "train.valid_every=30_000", "checkpoint.every=16_000"
     ):  # fmt: skip
         train += ["--set", setting]
-    death = 'faults.profile=[{kind="fail_at", rank=3, step=150}]'
+    death = 'faults.profile=[{kind="fail_at", rank=3, step=600}]'
     died = mpirun(4, *train, "--set", death)
     assert died.code == 4
-    assert "rank 3: dies before step 150, as [faults] declares" in died.said
+    assert "rank 3: dies before step 600, as [faults] declares" in died.said
     assert newest(out)
 
     # checkpoints hold no fault: the same rank lives now
@@ -39,7 +39,7 @@ def test_nodes_train_die_and_go_on(inputs: Path, tmp_path: Path) -> None:
     assert whole.code == 0, whole
     whole.has_no_traceback()
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["samples"] >= 40_000
+    assert summary["samples"] >= 120_000
     logs = read_run(out)
     names = [log.events["name"].tolist() for log in logs.values()]
     counts = [(own.count("evaluate"), own.count("checkpoint")) for own in names]

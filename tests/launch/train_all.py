@@ -22,6 +22,9 @@ def train_all(world: World, config: Path, folder: Path) -> None:
     """Write the model of this rank after training by each of them."""
     for name in LOCKSTEP:
         settings = [f"strategy.name={name}", f"train.samples={STEPS * 40 * world.size}"]
+        if name == "hierarchical":  # one that is in lockstep
+            node_size = 2 if world.size == 4 else 1
+            settings += ["strategy.inner=bmuf", f"strategy.node_size={node_size}"]
         resolved = read_config(config, settings)
         trainer = Trainer(resolved, world, folder / name)
         trainer.train()
