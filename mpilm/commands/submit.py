@@ -91,7 +91,7 @@ def submit(
     gpus_per_node: Annotated[int, tyro.conf.arg(name="gpus-per-node")] = 0,
     cpus_per_rank: Annotated[int, tyro.conf.arg(name="cpus-per-rank")] = 1,
     ranks: str = "",
-    run: Path | None = None,
+    out: Path | None = None,
     set_: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")
     ] = (),
@@ -118,7 +118,7 @@ def submit(
         gpus_per_node: GPUs on each node; one rank per GPU is best
         cpus_per_rank: cores of each rank
         ranks: numbers of ranks in the place of --nodes, such as 4,8,16,32
-        run: run folder; runs/NAME of the configuration if not given; a sweep adds -r4
+        out: run folder; runs/NAME of the configuration if not given; a sweep adds -r4
         set_: override a setting: section.key=value
         env: file that the job sources first; the virtual environment of this mpilm if
             not given
@@ -154,7 +154,7 @@ def submit(
             f"note: a rank computes with {threads} of its {cpus_per_rank} cores: --set"
             f" train.threads={cpus_per_rank}"
         )
-    folder = run or Path("runs") / config.stem
+    folder = out or Path("runs") / config.stem
     previous = after
     for size in sizes:
         one = folder.with_name(f"{folder.name}-r{size.ranks}") if ranks else folder

@@ -193,7 +193,7 @@ def test_submitted_by_mpilm(cluster: Cluster, project: Project) -> None:
     size = ("--nodes=2", "--ranks-per-node=2", "--time=0:10:00")
     more = ("--set=train.seed=3", "--env=environment.sh", "--option=--output=job.log")
     done = subprocess.run(
-        [BIN / "mpilm", "submit", "train.toml", "--run=runs/y", *size, *more],
+        [BIN / "mpilm", "submit", "train.toml", "--out=runs/y", *size, *more],
         cwd=project.folder,
         env={**cluster.environment, "LAUNCH": str(launch)},
         capture_output=True,

@@ -46,7 +46,7 @@ def test_dry_run_of_a_sweep_prints_every_command(folder):
         *("train.toml", "--scheduler", "slurm", "--time", "8:00:00", "--dry-run"),
         *("--ranks", "2,8", "--ranks-per-node", "4", "--gpus-per-node", "4"),
         *("--set", "strategy.name=bmuf", "--set", "optim.lr=0.1", "--chain"),
-        *("--env", "env.sh", "--queue", "gpu", "--run", "runs/x", "--after", "7"),
+        *("--env", "env.sh", "--queue", "gpu", "--out", "runs/x", "--after", "7"),
         "--option=--exclusive",
     )
     assert done.returncode == 0, done.stderr
