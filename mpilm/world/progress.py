@@ -35,8 +35,7 @@ T = TypeVar("T")
 SPIN_S = 2e-4  # look without pausing for so long, if the learner has nothing to do
 FIRST_PAUSE_S = 20e-6
 LAST_PAUSE_S = 1e-3
-BESIDE_PAUSE_S = 3e-3  # while the learner keeps a core busy
-LOAD_WINDOW_S = 5e-3  # over which that is measured; chosen, not tuned
+BESIDE_PAUSE_S = 3e-3  # while the learner computes
 WAIT_SHARE, BESIDE_SHARE = 1 / 8, 1 / 2  # of the time waited; overshoots by as much
 TICK_S = 0.05  # between two looks at control messages
 
@@ -52,23 +51,6 @@ def pause_s(
     (2e-05, 0.0005, 0.001)
     """
     return min(longest_s, max(FIRST_PAUSE_S, waited_s * share))
-
-
-class Load:
-    """Whether this process keeps a core busy: a learner on a GPU does not."""
-
-    def __init__(self) -> None:
-        self._since_s, self._cpu_s = clock(), time.process_time()
-        self._is_busy = True
-
-    def is_busy(self) -> bool:
-        """Return whether it took half a core or more in the last window."""
-        passed_s = clock() - self._since_s
-        if passed_s >= LOAD_WINDOW_S:
-            cpu_s = time.process_time()
-            self._is_busy = cpu_s - self._cpu_s >= 0.5 * passed_s
-            self._since_s, self._cpu_s = self._since_s + passed_s, cpu_s
-        return self._is_busy
 
 
 class Stopped(BaseException):
@@ -152,7 +134,6 @@ class Progress:
         self._stopping = False
         self._failure: BaseException | None = None
         self._next_tick_s = 0.0
-        self._load = Load()
 
     def begin(self) -> None:
         """Start the progress thread, where threads are possible."""
@@ -253,8 +234,7 @@ class Progress:
             if spin and waited_s < SPIN_S and self.meter.is_blocked:
                 time.sleep(0.0)
                 continue
-            beside = self.computing and self._load.is_busy()
-            longest_s = BESIDE_PAUSE_S if beside else LAST_PAUSE_S
+            longest_s = BESIDE_PAUSE_S if self.computing else LAST_PAUSE_S
             pause = pause_s(waited_s, longest_s=longest_s) if spin else longest_s
             with self._changed:
                 self._changed.wait(pause)
