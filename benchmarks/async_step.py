@@ -2,8 +2,8 @@
 
     mpirun -n 4 python benchmarks/async_step.py
 
-Learners that sleep 40 ms, 100,000 parameters. Printed for rank 0: mean times of a step's
-parts; `waits` is the part of pull in which nothing is left but to wait.
+Learners that sleep 40 ms, 100,000 parameters. Printed for rank 0: mean times of the
+parts of a step; `waits` is that of pull in which nothing is left but to wait.
 """
 
 from __future__ import annotations
