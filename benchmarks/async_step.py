@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.protocol import ProtocolLearner
+from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import parameter_server, strategy
 from mpilm.world.mpi import MpiWorld
 

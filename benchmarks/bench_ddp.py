@@ -14,7 +14,7 @@ against the quickest of DDP's settings.
 
 Rounds are short and many. On a machine that others use, half of them are disturbed;
 the 5% quantile then tells of the program, the median of the machine. Ratios are given
-of both. All loops profit from `mpilm.memory`, which holds for the process.
+of both. All loops profit from `mpilm.learner.malloc`, which holds for the process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpilm.data.streams import Streams
-from mpilm.learner import Learner
+from mpilm.learner.learner import Learner
 from mpilm.models.lstm_lm import LstmLm
 from mpilm.optim.build import build_optimizer
 from mpilm.optim.configs import SgdConfig

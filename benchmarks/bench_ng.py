@@ -32,7 +32,7 @@ from harness import measure, parser, report
 from torch import Tensor, nn
 
 from mpilm.data.batch import Batch
-from mpilm.learner import Learner
+from mpilm.learner.learner import Learner
 from mpilm.models.lstm_lm import LstmLm
 from mpilm.optim.configs import NgSgdConfig
 from mpilm.optim.ng_sgd import NgSgd, precondition_

@@ -30,7 +30,7 @@ import numpy as np
 from fleets import VARIANTS, Run, answer, figure, legend, mpirun, run, sleeper
 from harness import measure, parser, report
 
-from mpilm.protocol import ProtocolLearner, layers
+from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies import strategy
 from mpilm.world.base import World
 

@@ -65,7 +65,7 @@ def network(world: World) -> Any:
     import torch
 
     from mpilm.data.streams import Streams
-    from mpilm.learner import Learner
+    from mpilm.learner.learner import Learner
     from mpilm.models.lstm_lm import LstmLm
 
     torch.set_num_threads(1)

@@ -29,7 +29,7 @@ from harness import Timing, measure, parser, report
 from torch import Tensor, nn
 
 from mpilm.data.streams import Streams
-from mpilm.learner import Learner
+from mpilm.learner.learner import Learner
 from mpilm.models import softmax
 from mpilm.models.lstm_lm import LstmLm
 from mpilm.optim.build import clip_before_step

@@ -132,7 +132,7 @@ def learned(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from mpilm.data.streams import EvaluationStreams, Streams
     from mpilm.data.synthetic import SyntheticLanguage
-    from mpilm.learner import Learner
+    from mpilm.learner.learner import Learner
     from mpilm.models.lstm_lm import LstmLm
 
     torch.set_num_threads(1)

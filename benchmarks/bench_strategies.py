@@ -47,9 +47,9 @@ from mpilm.config import resolve
 from mpilm.data.synthetic import prepare_synthetic
 from mpilm.data.text import prepare_text
 from mpilm.strategies import STRATEGIES
-from mpilm.train import Trainer
+from mpilm.train.loop import Trainer
 from mpilm.world.base import World
-from mpilm.world.mpi import MpiWorld, abort_on_error, start_mpi
+from mpilm.world.mpi.world import MpiWorld, abort_on_error, start_mpi
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MPILM_DATA", ROOT.parent / "shared/data"))

@@ -18,7 +18,7 @@ from typing import Any
 
 from harness import measure, parser, report
 
-from mpilm.protocol import ProtocolLearner, layers
+from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies import strategy
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, VirtualWorld

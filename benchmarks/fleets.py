@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpilm.protocol import ProtocolLearner
-from mpilm.signals import Vote
+from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import strategy
+from mpilm.train.signals import Vote
 from mpilm.world.base import World
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine

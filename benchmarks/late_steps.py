@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mpilm.protocol import ProtocolLearner
+from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies.adpsgd import Adpsgd, AdpsgdConfig
 from mpilm.world.faults import Faults
 from mpilm.world.mpi import MpiWorld, abort_on_error

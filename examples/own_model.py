@@ -10,10 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mpilm.learner import Learner
-from mpilm.strategies import strategy
-from mpilm.world.mpi import run_mpi
-from mpilm.world.virtual import run_virtual  # noqa: F401 - for the last line
+from mpilm import Learner, run_mpi, run_virtual, strategy
 
 
 class Batch(NamedTuple):

@@ -12,8 +12,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Learner": "mpilm.learner",
+    "Learner": "mpilm.learner.learner",
     "MpiWorld": "mpilm.world.mpi",
+    "run_mpi": "mpilm.world.mpi",
     "run_virtual": "mpilm.world.virtual",
     "Machine": "mpilm.world.machine",
     "Faults": "mpilm.world.faults",

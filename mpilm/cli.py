@@ -146,7 +146,7 @@ def run(command: tuple[str, ...], arguments: Sequence[str]) -> int:
     function = getattr(module, function_name)
     prog = " ".join(("mpilm", *command))
     if "OMPI_COMM_WORLD_RANK" in os.environ:
-        from mpilm.progress import terminal_width
+        from mpilm.train.screen import terminal_width
 
         if terminal_width() is None:  # a rank has a terminal, but nobody sees it
             os.environ["TERM"] = "dumb"

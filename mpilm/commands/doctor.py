@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpilm.checks import children, facts, measure
-from mpilm.checks.findings import Finding, amount, duration, ok
-from mpilm.checks.folder import check_folder, check_shared_memory
 from mpilm.cli import RANK_VARIABLES, launched_rank
-from mpilm.progress import count
+from mpilm.doctor import children, facts, measure
+from mpilm.doctor.findings import Finding, amount, duration, ok
+from mpilm.doctor.folder import check_folder, check_shared_memory
+from mpilm.train.screen import count
 
 ENOUGH_OVERLAP = 0.5  # chosen, not tuned
 SPEAK_FIRST_S = 2.0  # rank 0 tells of a hang before the others end the run
@@ -149,7 +149,7 @@ def check_facts(report: Report, everyone: list[facts.Facts], wrong: str) -> None
 
 def check_ranks(report: Report, folder: Path) -> None:
     """Check everything; every rank takes part."""
-    from mpilm.world.mpi import MpiWorld, start_mpi
+    from mpilm.world.mpi.world import MpiWorld, start_mpi
 
     mpi = None
     with report.guarded("MPI starts"):

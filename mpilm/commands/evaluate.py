@@ -28,9 +28,9 @@ def eval_(
         corpus: HDF5 corpus; the run's own if not given
         ema: measure the moving average of the models in the place of the last one
     """
-    from mpilm.evaluate import evaluate, unigram_perplexity
-    from mpilm.run import TrainedModel
-    from mpilm.task import LanguageTask, open_task
+    from mpilm.train.evaluate import evaluate, unigram_perplexity
+    from mpilm.train.run import TrainedModel
+    from mpilm.train.task import LanguageTask, open_task
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     with MpiWorld() as world, abort_on_error(world):
@@ -79,7 +79,7 @@ def generate(
     """
     from mpilm.data.hdf5 import UNK
     from mpilm.data.text import decode, encode_prompt
-    from mpilm.run import TrainedModel
+    from mpilm.train.run import TrainedModel
 
     options = {"--tokens": tokens, "--temperature": temperature, "--top-k": top_k}
     for option, value in options.items():

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from mpilm.errors import DataError
-from mpilm.files import reason, replace_file
+from mpilm.storage.files import reason, replace_file
 
 
 def export(
@@ -69,7 +69,7 @@ def export_model(run: Path, out: Path, *, ema: bool = False) -> None:
     import json
 
     from mpilm import __version__
-    from mpilm.run import TrainedModel
+    from mpilm.train.run import TrainedModel
 
     try:
         from safetensors.numpy import save

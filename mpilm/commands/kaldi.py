@@ -113,7 +113,7 @@ def export(
     """
     from mpilm.data.frame_corpus import FrameCorpus
     from mpilm.data.kaldi_export import write_scores
-    from mpilm.run import TrainedModel
+    from mpilm.train.run import TrainedModel
 
     if out.suffix == ".scp":
         raise DataError(f"{out}: name the archive; its .scp is written beside it")
@@ -126,7 +126,7 @@ def export(
                 f"{corpus}: {frames.num_features} features in a frame, {run} was"
                 f" trained with {expected}"
             )
-        from mpilm.scores import Scorer
+        from mpilm.speech.scores import Scorer
 
         scorer = Scorer(model, priors=not posteriors)
         with progress_bar() as progress:

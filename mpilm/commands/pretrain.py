@@ -35,7 +35,7 @@ def pretrain(
         set_: override a setting: section.key=value
     """
     from mpilm.config import read_config
-    from mpilm.pretrain import Pretrainer, write_layers
+    from mpilm.train.pretrain import Pretrainer, write_layers
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     settings: Config | None = None

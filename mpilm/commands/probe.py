@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mpilm.checks import measure
+from mpilm.doctor import measure
 from mpilm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ def probe(
         set_: override a setting: section.key=value
     """
     from mpilm.config import read_config
-    from mpilm.run import make_learner
-    from mpilm.task import open_task
-    from mpilm.world.mpi import MpiWorld, abort_on_error, start_mpi
+    from mpilm.train.run import make_learner
+    from mpilm.train.task import open_task
+    from mpilm.world.mpi.world import MpiWorld, abort_on_error, start_mpi
 
     settings: Config | None = None
     with MpiWorld() as world, abort_on_error(world):

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from mpilm.errors import ConfigError, DataError
-from mpilm.files import reason, replace_file
+from mpilm.storage.files import reason, replace_file
 
 
 def report(
@@ -26,10 +26,10 @@ def report(
         title: of the page; the names of the runs if not given
         trace: write the events of one run for chrome://tracing or ui.perfetto.dev, too
     """
-    from mpilm.progress import count
     from mpilm.report.page import page
     from mpilm.report.reader import read_all
-    from mpilm.runlog import chrome_trace
+    from mpilm.storage.runlog import chrome_trace
+    from mpilm.train.screen import count
 
     if not runs:
         raise ConfigError("name one run folder or more")

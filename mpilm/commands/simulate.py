@@ -39,10 +39,10 @@ def simulate(
         steps: minibatches of a rank; if not given, train.samples, or 100 of a protocol
         set_: override a setting: section.key=value
     """
-    from mpilm import simulation
     from mpilm.config import read_config
-    from mpilm.files import reason
-    from mpilm.runlog import write_summary
+    from mpilm.simulate import simulation
+    from mpilm.storage.files import reason
+    from mpilm.storage.runlog import write_summary
 
     numbers = rank_counts(ranks)
     settings = read_config(config, set_)

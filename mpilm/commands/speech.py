@@ -236,7 +236,7 @@ def write_results(
     Raises:
         CheckpointError: they cannot be written.
     """
-    from mpilm.files import reason, replace_file
+    from mpilm.storage.files import reason, replace_file
 
     figures = [result.to_json() for result in results]
     lines = [
@@ -260,9 +260,9 @@ def opened(
 ) -> Iterator[tuple[Any, Any, Any, Any]]:
     """Yield this rank's world, the corpus, the model's scores and the word HMMs."""
     from mpilm.data.frame_corpus import FrameCorpus
-    from mpilm.run import TrainedModel
     from mpilm.speech.hmm import WordHmms
     from mpilm.speech.scorer import ModelScores, require_fit
+    from mpilm.train.run import TrainedModel
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     with MpiWorld() as world, abort_on_error(world):

@@ -227,7 +227,7 @@ def check(config: Config, numbers: list[int]) -> None:
     Raises:
         ConfigError, DataError: one line; what the job would have said hours later.
     """
-    from mpilm.task import open_task
+    from mpilm.train.task import open_task
 
     task = open_task(config.data.corpus, config.model)
     for number in numbers:

@@ -34,8 +34,8 @@ def train(
     """
     from mpilm.cli import STOPPED_EARLY
     from mpilm.config import read_config
-    from mpilm.signals import StopRequest
-    from mpilm.train import Trainer
+    from mpilm.train.loop import Trainer
+    from mpilm.train.signals import StopRequest
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     settings: Config | None = None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpilm.data.hdf5 import SPLITS, open_corpus
 from mpilm.errors import DataError
-from mpilm.files import reason
+from mpilm.storage.files import reason
 
 TEXTS = ("names", "speakers", "texts")
 

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.errors import DataError
-from mpilm.files import create_hdf5, reason, sync_folder
+from mpilm.storage.files import create_hdf5, reason, sync_folder
 
 T = TypeVar("T")
 

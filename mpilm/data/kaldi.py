@@ -26,7 +26,7 @@ from kaldiio.matio import read_kaldi, read_token
 from numpy.typing import NDArray
 
 from mpilm.errors import DataError
-from mpilm.files import reason
+from mpilm.storage.files import reason
 
 # what an object in an archive may begin with, binary or text
 BEGINNING = re.compile(rb"\0B|[\s\[0-9+-]")

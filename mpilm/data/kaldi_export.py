@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpilm.data.frame_corpus import FrameSplit
 from mpilm.errors import DataError
-from mpilm.files import reason, sync_folder
+from mpilm.storage.files import reason, sync_folder
 
 Score = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from mpilm.data.sources import unreadable
 from mpilm.errors import DataError
-from mpilm.files import reason
+from mpilm.storage.files import reason
 
 NAMED = re.compile(r"([^_]+)_([^_]+)_.+")  # TEXT_SPEAKER_NUMBER
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.errors import CheckpointError, DataError
-from mpilm.files import reason, sync_folder
-from mpilm.state_file import read_state, write_state
+from mpilm.storage.files import reason, sync_folder
+from mpilm.storage.state_file import read_state, write_state
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:

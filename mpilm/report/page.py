@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpilm import __version__
-from mpilm.checks.findings import amount
+from mpilm.doctor.findings import amount
 from mpilm.report import plots
 from mpilm.report.reader import RankRow, Run
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from mpilm.config import tomllib
 from mpilm.errors import CheckpointError
-from mpilm.run import RunFolder
-from mpilm.runlog import RankLog, read_run
+from mpilm.storage.runlog import RankLog, read_run
+from mpilm.train.run import RunFolder
 
 Vector = NDArray[np.float64]
 

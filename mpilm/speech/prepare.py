@@ -23,7 +23,6 @@ from mpilm.data.frames import FrameCorpus, FrameSummary, FrameWriter, Utterance
 from mpilm.data.hdf5 import new_hdf5
 from mpilm.data.wav import Recording, WavReader
 from mpilm.errors import DataError
-from mpilm.files import create_hdf5, reason
 from mpilm.speech.align import Aligner, flat_start, require_frames
 from mpilm.speech.features import FeatureConfig, Normaliser
 from mpilm.speech.gaussians import Gaussians
@@ -37,6 +36,7 @@ from mpilm.speech.plan import (
     plan_splits,
     single,
 )
+from mpilm.storage.files import create_hdf5, reason
 
 Progress = Callable[[int, int], None]
 

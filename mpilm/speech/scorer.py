@@ -2,7 +2,7 @@
 
     b(c) = ln p(c | frame) - kappa ln p(c)
 
-kappa, the prior scale, is 1 by Bayes' rule (see mpilm/scores.py).
+kappa, the prior scale, is 1 by Bayes' rule (see mpilm/speech/scores.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from mpilm.data.frame_corpus import FrameCorpus
 from mpilm.errors import DataError
-from mpilm.scores import Scorer, log_priors
+from mpilm.speech.scores import Scorer, log_priors
 
 if TYPE_CHECKING:
-    from mpilm.run import TrainedModel
+    from mpilm.train.run import TrainedModel
 
 
 def require_fit(model: TrainedModel, corpus: FrameCorpus) -> None:

@@ -38,9 +38,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
-from mpilm.flat import copy_of
+from mpilm.learner.flat import copy_of
 from mpilm.strategies.base import NUM_BINS, Learner, Strategy
-from mpilm.topology import permutation
+from mpilm.strategies.topology import permutation
 from mpilm.world.base import (
     Activity,
     Comm,

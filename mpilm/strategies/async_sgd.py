@@ -30,7 +30,7 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
-from mpilm.flat import copy_of, fill_, to_array
+from mpilm.learner.flat import copy_of, fill_, to_array
 from mpilm.strategies.base import NUM_BINS, Learner, Strategy
 from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.world.base import World, require_background

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from mpilm.flat import Layout
+from mpilm.learner.flat import Layout
 from mpilm.world.base import IN_PLACE, Comm, World
 
 Observer = Callable[[slice, Any], None]
@@ -22,7 +22,7 @@ NUM_BINS = 17  # of the staleness: 0 to 15, and more
 
 
 class Learner(Protocol):
-    """What a strategy may ask of the learner (`mpilm.learner.Learner` offers it).
+    """What a strategy may ask of the learner (`mpilm.Learner` offers it).
 
     theta    the model, (P,) float32, contiguous; the torch parameters are views of it
     grad     the gradient, (P,) float32, contiguous

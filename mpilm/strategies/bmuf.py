@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from mpilm.flat import copy_of, fill_, in_cache, to_array
+from mpilm.learner.flat import copy_of, fill_, in_cache, to_array
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.world.base import World
 

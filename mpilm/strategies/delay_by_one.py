@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mpilm.flat import copy_of
+from mpilm.learner.flat import copy_of
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.world.base import IN_PLACE, Request, World
 

@@ -1,7 +1,7 @@
 """Synchronous decentralised SGD: every step, average with a few neighbours.
 
 Source      X. Lian et al., "Can Decentralized Algorithms Outperform Centralized
-            Algorithms?", NeurIPS 2017; topologies: mpilm/topology.py.
+            Algorithms?", NeurIPS 2017; topologies: mpilm/strategies/topology.py.
 Notation    T   mixing matrix of the round, (K, K), doubly stochastic
             g_i -> grad, gradient of rank i's minibatch, (P,)
 Update      theta_i <- sum_j T_ij theta_j                                      (1)
@@ -32,9 +32,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
-from mpilm.flat import copy_of
+from mpilm.learner.flat import copy_of
 from mpilm.strategies.base import Learner, Strategy
-from mpilm.topology import TOPOLOGIES, listeners, mixing_matrix
+from mpilm.strategies.topology import TOPOLOGIES, listeners, mixing_matrix
 from mpilm.world.base import World
 
 

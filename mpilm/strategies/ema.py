@@ -31,7 +31,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
-from mpilm.flat import copy_of, fill_, to_array
+from mpilm.learner.flat import copy_of, fill_, to_array
 from mpilm.strategies.base import Learner, Strategy
 
 CHUNK = 1 << 18  # elements of a temporary: 1 MB, stays in the cache; chosen, not tuned

@@ -46,10 +46,10 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
-from mpilm.flat import Layout, copy_of, fill_, in_cache, to_array
+from mpilm.learner.flat import Layout, copy_of, fill_, in_cache, to_array
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.strategies.bmuf import AUTOMATIC, check_eta
-from mpilm.topology import random_groups
+from mpilm.strategies.topology import random_groups
 from mpilm.world.base import Comm, Request, World
 
 VECTORS = {"models": 1, "starts": 2, "momenta": 3}

@@ -36,7 +36,7 @@ from msgspec import Meta
 
 from mpilm.convert import convert, unknown
 from mpilm.errors import CheckpointError, ConfigError, MpilmError
-from mpilm.flat import copy_of
+from mpilm.learner.flat import copy_of
 from mpilm.strategies.adpsgd import Adpsgd
 from mpilm.strategies.allreduce import Allreduce, OverlappedSum
 from mpilm.strategies.async_sgd import AsyncSgd

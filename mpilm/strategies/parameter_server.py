@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.flat import Layout, Segment, copy_of
+from mpilm.learner.flat import Layout, Segment, copy_of
 from mpilm.strategies.base import NUM_BINS
 from mpilm.world.base import Activity, Comm, Message, Request, World
 

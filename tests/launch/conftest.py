@@ -21,7 +21,7 @@ from typing import TypeVar
 import pytest
 
 from mpilm.data.synthetic import prepare_synthetic
-from mpilm.state_file import State, read_state
+from mpilm.storage.state_file import State, read_state
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ import math
 import sys
 
 from mpilm.cli import main
-from mpilm.train import Trainer
+from mpilm.train.loop import Trainer
 
 rank, failure, *arguments = sys.argv[1:]
 record = Trainer.record

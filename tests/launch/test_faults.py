@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mpilm.checkpoint import load_shared
+from mpilm.storage.checkpoint import load_shared
 
 from .conftest import Running, first_checkpoint, mpirun, newest, training_state
 

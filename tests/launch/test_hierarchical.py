@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mpilm.runlog import read_run
+from mpilm.storage.runlog import read_run
 
 from .conftest import mpirun, newest
 

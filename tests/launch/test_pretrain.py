@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpilm.data.kaldi_prepare import prepare_kaldi
-from mpilm.state_file import read_state
+from mpilm.storage.state_file import read_state
 from tests.launch.conftest import mpirun
 from tests.unit.kaldi_files import NUM_FEATURES, make_folder
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mpilm.config import read_config
 from mpilm.strategies import STRATEGIES
-from mpilm.train import Trainer
+from mpilm.train.loop import Trainer
 from mpilm.world.base import World
 from mpilm.world.mpi import MpiWorld
 

@@ -17,7 +17,7 @@ import pytest
 from _pytest.junitxml import LogXML
 
 from mpilm.world.base import Comm
-from mpilm.world.mpi import MpiWorld, start_mpi
+from mpilm.world.mpi.world import MpiWorld, start_mpi
 
 LOGS = Path(__file__).parents[2] / "build" / "mpi"
 RANK = start_mpi().COMM_WORLD.rank

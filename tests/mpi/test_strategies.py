@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpilm.protocol import ProtocolLearner, layers
+from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies import STRATEGIES, Strategy, strategy
 from mpilm.world.base import World
 from mpilm.world.mpi import MpiWorld

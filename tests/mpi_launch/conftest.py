@@ -26,7 +26,7 @@ import numpy as np
 from mpilm.errors import *
 from mpilm.world.base import *
 from mpilm.world.mpi import MpiWorld, abort_on_error
-import mpilm.world.mpi
+import mpilm.world.mpi.world
 x = np.ones(1000, np.float32)
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpilm.errors import WorldError
-from mpilm.world.abort import check_launch
+from mpilm.world.mpi.abort import check_launch
 
 from .conftest import Launch
 
@@ -126,7 +126,7 @@ def test_a_rank_that_leaves_while_others_work(launch: Launch, end: str) -> None:
     run = launch(
         2,
         f"""
-        mpilm.world.mpi.LEAVE_S = 0.5
+        mpilm.world.mpi.world.LEAVE_S = 0.5
         world = MpiWorld()
         if world.rank == 1:
             {end}

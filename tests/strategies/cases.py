@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.strategies.gossip_bmuf import cut
-from mpilm.topology import mixing_matrix, random_groups
+from mpilm.strategies.topology import mixing_matrix, random_groups
 from tests.strategies import references
 from tests.strategies.fleets import LAYOUT
 

@@ -9,7 +9,7 @@ import pytest
 
 from mpilm.config import resolve
 from mpilm.data.synthetic import prepare_synthetic
-from mpilm.train import Trainer
+from mpilm.train.loop import Trainer
 from mpilm.world.virtual import run_virtual
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.flat import Layout
-from mpilm.protocol import ProtocolLearner
+from mpilm.learner.flat import Layout
+from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import STRATEGIES, strategy
 from mpilm.world.virtual import Simulation
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpilm.strategies.bmuf import due
 from mpilm.strategies.gossip_bmuf import cut
-from mpilm.topology import mixing_matrix, random_groups
+from mpilm.strategies.topology import mixing_matrix, random_groups
 from tests.strategies.fleets import LAYOUT
 
 LR = 0.125

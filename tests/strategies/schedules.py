@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.protocol import layers
+from mpilm.learner.quadratic import layers
 from mpilm.strategies import STRATEGIES
 from mpilm.strategies.ema import Ema, EmaConfig
 from mpilm.strategies.hierarchical import INNER
-from mpilm.topology import TOPOLOGIES
+from mpilm.strategies.topology import TOPOLOGIES
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from tests.strategies.fleets import fleet, thetas

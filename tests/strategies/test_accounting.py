@@ -8,16 +8,16 @@ import math
 import numpy as np
 import pytest
 
-from mpilm.consensus import realised_gap
-from mpilm.evaluate import evaluate_alone
-from mpilm.runlog import read_run
-from mpilm.topology import (
+from mpilm.storage.runlog import read_run
+from mpilm.strategies.topology import (
     expected_contraction,
     mixing_matrix,
     realised,
     spectral_gap,
 )
-from mpilm.totals import LOG_FIELDS, Totals
+from mpilm.train.consensus import realised_gap
+from mpilm.train.evaluate import evaluate_alone
+from mpilm.train.metrics import LOG_FIELDS, Totals
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpilm.errors import WorldError
-from mpilm.protocol import ProtocolLearner, layers
+from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies.adpsgd import Adpsgd, AdpsgdConfig
-from mpilm.topology import mixing_matrix
+from mpilm.strategies.topology import mixing_matrix
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import run_virtual

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpilm.errors import WorldError
-from mpilm.flat import Layout
-from mpilm.protocol import ProtocolLearner, layers
+from mpilm.learner.flat import Layout
+from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies.async_sgd import AsyncSgd, AsyncSgdConfig
 from mpilm.strategies.parameter_server import ParameterServer, row_width, shards
 from mpilm.world.faults import Faults

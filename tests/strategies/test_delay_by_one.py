@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mpilm.protocol import ProtocolLearner
+from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import strategy
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from mpilm.protocol import ProtocolLearner
+from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import strategy
 from mpilm.strategies.dpsgd import Mixing
-from mpilm.topology import TOPOLOGIES, mixing_matrix
+from mpilm.strategies.topology import TOPOLOGIES, mixing_matrix
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mpilm.errors import CheckpointError, ConfigError
-from mpilm.run import TrainedModel
 from mpilm.strategies import STRATEGIES
 from mpilm.strategies.ema import CHUNK, Ema, EmaConfig, average_
+from mpilm.train.run import TrainedModel
 from tests.strategies.fleets import LAYOUT, P, fleet, thetas
 
 NOISY = {"noise": 0.5, "momentum": 0.5, "samples_per_step": 3}

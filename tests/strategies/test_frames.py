@@ -14,11 +14,11 @@ from mpilm.config import resolve
 from mpilm.data.frames import FrameCorpus
 from mpilm.data.kaldi_prepare import prepare_kaldi
 from mpilm.errors import DataError, MpilmError
-from mpilm.evaluate import evaluate
-from mpilm.run import TrainedModel
-from mpilm.scores import Scorer
-from mpilm.task import open_task
-from mpilm.train import Trainer
+from mpilm.speech.scores import Scorer
+from mpilm.train.evaluate import evaluate
+from mpilm.train.loop import Trainer
+from mpilm.train.run import TrainedModel
+from mpilm.train.task import open_task
 from mpilm.world.virtual import run_virtual
 from tests.reference import acoustic as reference
 from tests.unit.kaldi_files import NUM_FEATURES, make_folder

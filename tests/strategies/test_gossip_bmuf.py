@@ -7,7 +7,7 @@ import pytest
 
 from mpilm.errors import ConfigError
 from mpilm.strategies.gossip_bmuf import cut
-from mpilm.topology import random_groups
+from mpilm.strategies.topology import random_groups
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from tests.strategies.fleets import LAYOUT, P, fleet, targets, thetas

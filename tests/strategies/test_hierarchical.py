@@ -10,13 +10,13 @@ import pytest
 
 from mpilm.config import read_config, resolve
 from mpilm.errors import CheckpointError
-from mpilm.protocol import ProtocolLearner
-from mpilm.runlog import read_run
-from mpilm.signals import MEET, STOP, StopRequest, Vote
+from mpilm.learner.quadratic import ProtocolLearner
+from mpilm.storage.runlog import read_run
 from mpilm.strategies import strategy
 from mpilm.strategies.adpsgd import AdpsgdConfig
 from mpilm.strategies.ema import Ema, EmaConfig
 from mpilm.strategies.hierarchical import INNER
+from mpilm.train.signals import MEET, STOP, StopRequest, Vote
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation

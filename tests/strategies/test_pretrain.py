@@ -14,10 +14,10 @@ from mpilm.data.kaldi_prepare import prepare_kaldi
 from mpilm.errors import MpilmError
 from mpilm.models.build import build_model
 from mpilm.models.weights import save_weights
-from mpilm.pretrain import Pretrainer, write_layers
-from mpilm.run import TrainedModel
-from mpilm.state_file import read_state
-from mpilm.train import Trainer
+from mpilm.storage.state_file import read_state
+from mpilm.train.loop import Trainer
+from mpilm.train.pretrain import Pretrainer, write_layers
+from mpilm.train.run import TrainedModel
 from mpilm.world.virtual import run_virtual
 from tests.unit.kaldi_files import NUM_FEATURES, make_folder
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from mpilm.errors import MpilmError
-from mpilm.topology import TOPOLOGIES
+from mpilm.strategies.topology import TOPOLOGIES
 from mpilm.world.virtual import VirtualWorld
 from tests.strategies.fleets import fleet
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpilm.errors import MpilmError
-from mpilm.train import Trainer
+from mpilm.train.loop import Trainer
 
 EVERY = 2 * 4 * 10 * 5  # samples: 5 steps of 2 ranks
 SECTIONS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpilm.data.hdf5 import Corpus
-from mpilm.runlog import read_run
+from mpilm.storage.runlog import read_run
 
 ALL = ("local", "allreduce", "model_averaging", "dpsgd", "delay_by_one")
 

@@ -15,7 +15,6 @@ from mpilm.config import resolve
 from mpilm.data.frames import FrameCorpus, FrameWriter
 from mpilm.data.hdf5 import new_hdf5
 from mpilm.errors import DataError, MpilmError
-from mpilm.run import TrainedModel
 from mpilm.speech.decode import PENALTIES, decode, tune
 from mpilm.speech.hmm import WordHmms
 from mpilm.speech.plan import SplitConfig, StringConfig
@@ -24,7 +23,8 @@ from mpilm.speech.realign import realign
 from mpilm.speech.scorer import ModelScores, require_fit
 from mpilm.speech.viterbi import viterbi
 from mpilm.speech.wer import WordErrors, count_errors
-from mpilm.train import Trainer
+from mpilm.train.loop import Trainer
+from mpilm.train.run import TrainedModel
 from mpilm.world.virtual import run_virtual
 from tests.unit.tones import WORDS, write_words
 

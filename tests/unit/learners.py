@@ -8,7 +8,7 @@ from torch import nn
 
 from mpilm.data.batch import Batch
 from mpilm.data.streams import Streams
-from mpilm.learner import Learner
+from mpilm.learner.learner import Learner
 from mpilm.models.lstm_lm import LstmLm
 
 VOCAB = 19

@@ -11,10 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
-import mpilm.checkpoint as checkpoint_module
-from mpilm.checkpoint import Checkpoints, CheckpointWarning, load_shared
+import mpilm.storage.checkpoint as checkpoint_module
 from mpilm.errors import CheckpointError
-from mpilm.state_file import write_state
+from mpilm.storage.checkpoint import Checkpoints, CheckpointWarning, load_shared
+from mpilm.storage.state_file import write_state
 from mpilm.world.virtual import run_virtual
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpilm.checkpoint import Checkpoints
 from mpilm.errors import CheckpointError
+from mpilm.storage.checkpoint import Checkpoints
 from mpilm.world.virtual import run_virtual
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mpilm.errors import CheckpointError
-from mpilm.state_file import check_state, read_header, read_state, write_state
+from mpilm.storage.state_file import check_state, read_header, read_state, write_state
 
 SIGNALLING_NAN = struct.unpack("<d", b"\x01\x00\x00\x00\x00\x00\xf4\x7f")[0]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mpilm.checks import children, facts
-from mpilm.checks.facts import Facts
-from mpilm.checks.folder import check_folder, existing
+from mpilm.doctor import children, facts
+from mpilm.doctor.facts import Facts
+from mpilm.doctor.folder import check_folder, existing
 
 GOOD = dict.fromkeys((*facts.NEEDED, "mpilm"), "1.0")
 

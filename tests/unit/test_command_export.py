@@ -13,8 +13,8 @@ from mpilm.config import resolve
 from mpilm.data.hdf5 import Corpus
 from mpilm.data.text import prepare_text
 from mpilm.models.lstm_lm import LstmLm
-from mpilm.run import TrainedModel
-from mpilm.train import Trainer
+from mpilm.train.loop import Trainer
+from mpilm.train.run import TrainedModel
 from mpilm.world.virtual import run_virtual
 
 

@@ -11,8 +11,8 @@ import pytest
 from mpilm.cli import main
 from mpilm.config import resolve
 from mpilm.report.reader import read, read_all, short_names
-from mpilm.runlog import RunLog, write_summary
-from mpilm.totals import LOG_FIELDS
+from mpilm.storage.runlog import RunLog, write_summary
+from mpilm.train.metrics import LOG_FIELDS
 
 STEPS, EVERY, SAMPLES = 40, 2, 100
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from mpilm import simulation
 from mpilm.cli import main
 from mpilm.config import resolve
 from mpilm.data.synthetic import prepare_synthetic
-from mpilm.flat import Layout
+from mpilm.learner.flat import Layout
+from mpilm.simulate import simulation
 from mpilm.strategies import STRATEGIES
 from mpilm.world.machine import Link, allreduce
 

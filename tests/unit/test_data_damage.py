@@ -11,7 +11,7 @@ from mpilm.data.pool import PoolBatches
 from mpilm.data.streams import EvaluationStreams, Streams
 from mpilm.data.synthetic import prepare_synthetic
 from mpilm.errors import DataError
-from mpilm.evaluate import unigram_perplexity
+from mpilm.train.evaluate import unigram_perplexity
 
 
 @pytest.fixture(scope="module")

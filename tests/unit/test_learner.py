@@ -12,8 +12,8 @@ from torch import nn
 
 from mpilm.data.batch import Batch
 from mpilm.data.streams import Streams
-from mpilm.flat_torch import ModelError
-from mpilm.learner import Learner
+from mpilm.learner.learner import Learner
+from mpilm.learner.parameters import ModelError
 from tests.unit.learners import (
     TOKENS,
     VOCAB,

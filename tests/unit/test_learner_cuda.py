@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mpilm.data.streams import Streams
-from mpilm.flat_torch import ModelError, storage_at_start
-from mpilm.learner import Learner
+from mpilm.learner.learner import Learner
+from mpilm.learner.parameters import ModelError, storage_at_start
 from mpilm.models.lstm_lm import LstmLm
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

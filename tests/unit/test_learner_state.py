@@ -11,7 +11,7 @@ from torch import nn
 
 from mpilm.data.streams import EvaluationStreams
 from mpilm.errors import CheckpointError
-from mpilm.learner import Learner
+from mpilm.learner.learner import Learner
 from mpilm.models.lstm_lm import LstmLm
 from tests.unit.learners import (
     TOKENS,

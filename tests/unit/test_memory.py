@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from mpilm.memory import keep_freed_memory
+from mpilm.learner.malloc import keep_freed_memory
 
 # Three blocks that glibc would take from the kernel and give back, each time anew.
 FAULTS = """
 import ctypes, resource, sys
-from mpilm.memory import keep_freed_memory
+from mpilm.learner.malloc import keep_freed_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpilm.errors import CheckpointError, ConfigError
-from mpilm.learner import Learner
+from mpilm.learner.learner import Learner
 from mpilm.models.softmax import PADDING, Softmax
 from mpilm.optim.affine import preconditioner
 from mpilm.optim.configs import NgSgdConfig

@@ -15,9 +15,9 @@ import h5py
 import numpy as np
 import pytest
 
-from mpilm import runlog
 from mpilm.errors import CheckpointError
-from mpilm.runlog import RunLog, chrome_trace, read_log, read_run, write_summary
+from mpilm.storage import runlog
+from mpilm.storage.runlog import RunLog, chrome_trace, read_log, read_run, write_summary
 
 FIELDS = {"step": "i8", "loss": "f8", "bytes_sent": "i8", "staleness": "4i4"}
 

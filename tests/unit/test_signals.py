@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from mpilm import signals
-from mpilm.signals import MEET, RUNNING, STOP, StopRequest, Vote
+from mpilm.train import signals
+from mpilm.train.signals import MEET, RUNNING, STOP, StopRequest, Vote
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, run_virtual

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpilm import topology
-from mpilm.topology import (
+from mpilm.strategies import topology
+from mpilm.strategies.topology import (
     TOPOLOGIES,
     contraction,
     cycle_contraction,
@@ -174,6 +174,6 @@ def test_docs_show_the_table_that_the_command_prints():
     rows = re.findall(r"^\| \d+ \|.*\|$", page.read_text(), re.MULTILINE)
     assert [int(row.split("|")[1]) for row in rows] == list(PUBLISHED)
     assert rows == table(list(PUBLISHED)).splitlines()[2:]
-    command = [sys.executable, "-m", "mpilm.topology", "8", "16"]
+    command = [sys.executable, "-m", "mpilm.strategies.topology", "8", "16"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True)
     assert shown.stdout.splitlines()[2:] == rows[:2]

@@ -7,11 +7,11 @@ import pytest
 
 MODULES = [
     "mpilm.convert",
-    "mpilm.protocol",
+    "mpilm.learner.quadratic",
     "mpilm.world.faults",
     "mpilm.world.machine",
     "mpilm.world.parts",
-    "mpilm.world.virtual_collectives",
+    "mpilm.world.virtual.collectives",
 ]
 
 

@@ -244,7 +244,7 @@ def test_a_thousand_ranks():
 
 def test_worlds_strategies_and_the_protocol_learner_need_no_torch_and_no_mpi():
     code = (
-        "import sys, mpilm.world.virtual, mpilm.protocol, mpilm.strategies;"
+        "import sys, mpilm.world.virtual, mpilm.learner.quadratic, mpilm.strategies;"
         "sys.exit(int(bool({'torch', 'mpi4py.MPI'} & set(sys.modules))))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

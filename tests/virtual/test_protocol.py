@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mpilm.flat import Layout
-from mpilm.protocol import ProtocolLearner, layers
+from mpilm.learner.flat import Layout
+from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies import strategy
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine

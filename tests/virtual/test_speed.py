@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from mpilm.protocol import ProtocolLearner
+from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import strategy
 from mpilm.world.virtual import run_virtual
 

@@ -1,0 +1,1 @@
+"""Training on a machine that is only declared, in virtual time."""

@@ -1,0 +1,313 @@
+"""Checkpoints: the state of a whole run on the disk; whole or not there.
+
+    checkpoints/
+      step-000001234/      complete: it got this name by renaming
+        shared.h5          what all ranks have alike; written by rank 0
+        rank-0000.h5       a rank's own state; each rank writes its own, and no other
+        rank-0001.h5
+      step-000001300.partial/   being written, or left over from a killed run
+
+The files are state files (state_file.py) with the header step and size (ranks), and in
+a rank's own file rank. Writing:
+
+    rank 0:  make .partial | write, fsync | all well? | rename, fsync | all well? | ...
+    rank 1:                | write, fsync | all well? |               | all well? |
+
+Each "all well?" is an allgather of the first error. If there is one, the partial folder
+is removed and every rank raises it; older checkpoints are touched only at the very end.
+Loading runs no code, whatever the files hold.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpilm.errors import CheckpointError, MpilmError
+from mpilm.storage.files import reason, sync_folder
+from mpilm.storage.state_file import (
+    State,
+    check_state,
+    read_header,
+    read_state,
+    write_state,
+)
+from mpilm.world.base import World
+
+NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was passed over, or could not be removed."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    path  its folder
+    step  minibatches of rank 0 when it was written
+    size  number of ranks that wrote it
+    """
+
+    path: Path
+    step: int
+    size: int
+
+    @classmethod
+    def at(cls, path: Path) -> Checkpoint:
+        """Return the checkpoint in a folder.
+
+        Raises:
+            CheckpointError: what all ranks share cannot be read.
+        """
+        header = read_header(path / "shared.h5")
+        step, name = header.get("step", -1), NAME.fullmatch(path.name)
+        if name is None or int(name[1]) != step:
+            raise CheckpointError(f"{path}/shared.h5: belongs to another checkpoint")
+        return cls(path, step, header.get("size", -1))
+
+    @property
+    def shared(self) -> Path:
+        """Path of what all ranks have alike."""
+        return self.path / "shared.h5"
+
+    def own(self, rank: int) -> Path:
+        """Return the path of a rank's own state."""
+        return self.path / f"rank-{rank:04d}.h5"
+
+    def require(self, rank: int) -> None:
+        """Raise unless the rank's own file was written by that rank for this step.
+
+        Raises:
+            CheckpointError: it belongs to another checkpoint.
+        """
+        expected = {"step": self.step, "size": self.size, "rank": rank}
+        if read_header(self.own(rank)) != expected:
+            raise CheckpointError(f"{self.own(rank)}: belongs to another checkpoint")
+
+
+class Checkpoints:
+    """The checkpoints of a run; one such object on every rank.
+
+    Args:
+        folder: where they lie; made when the first one is saved.
+        world: this rank's world.
+        keep: how many are left after saving one, at least 1.
+    """
+
+    def __init__(self, folder: Path | str, world: World, *, keep: int = 2) -> None:
+        self.folder, self.world, self.keep = Path(folder), world, keep
+
+    def save(
+        self, step: int, shared: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> Checkpoint:
+        """Write a checkpoint; on return it is on the disk, on every rank.
+
+        Afterwards the newest `keep` are left. Checkpoints of later steps are removed:
+        they belong to a past that this run, gone on from an older one, has left.
+
+        Args:
+            step: minibatches of this rank; the folder is named after rank 0's.
+            shared: what all ranks have alike; rank 0's is written.
+            own: what only this rank has. Neither may change meanwhile.
+
+        Raises:
+            CheckpointError: on every rank the same line, which names rank and file;
+                the earlier checkpoints stand.
+
+        Communicates: collective, four small allgathers, blocking.
+        """
+        rank, size = self.world.rank, self.world.size
+        step = self.world.comm.allgather(step)[0]
+        final = self.folder / f"step-{step:09d}"
+        partial = Checkpoint(_partial(final), step, size)
+        try:
+            with self._together():
+                if rank == 0:
+                    self._clean()
+                    partial.path.mkdir(parents=True)
+            with self._together():
+                if rank == 0:
+                    write_state(partial.shared, shared, step=step, size=size)
+                write_state(partial.own(rank), own, step=step, size=size, rank=rank)
+            with self._together():
+                if rank == 0:
+                    self._put_in_place(partial.path, final)
+        except CheckpointError:
+            if rank == 0:
+                shutil.rmtree(partial.path, ignore_errors=True)
+            raise
+        return Checkpoint(final, step, size)
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest checkpoint that can be read; None if there is none at all.
+
+        Everything that this world could load of it is read and checked. A broken one is
+        passed over with a `CheckpointWarning` on rank 0. Partial ones do not count.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be read.
+
+        Communicates: collective, two small allgathers and one for each one tried.
+        """
+        rank, comm = self.world.rank, self.world.comm
+        paths: list[Path] = []
+        with self._together():
+            if rank == 0:
+                paths = _complete(self.folder)
+        first: CheckpointError | None = None
+        for path in comm.allgather(paths)[0]:
+            try:
+                with self._together():
+                    checkpoint = Checkpoint.at(path)
+                    if rank == 0:
+                        check_state(checkpoint.shared)
+                    if checkpoint.size == self.world.size:
+                        checkpoint.require(rank)
+                        check_state(checkpoint.own(rank))
+            except CheckpointError as error:
+                first = first or error
+                if rank == 0:
+                    _warn(f"passed over a checkpoint: {error}")
+                continue
+            return checkpoint
+        if first:
+            raise _none_readable(self.folder, first)
+        return None
+
+    def load(self, checkpoint: Checkpoint) -> tuple[State, State]:
+        """Return what all ranks share, and this rank's own state.
+
+        Raises:
+            CheckpointError: on every rank the same line: a file is missing, corrupt or
+                foreign, or the checkpoint is of another number of ranks.
+
+        Communicates: collective, one small allgather, blocking.
+        """
+        if checkpoint.size != self.world.size:
+            raise CheckpointError(
+                f"{checkpoint.path}: was written by {checkpoint.size} ranks, here are"
+                f" {self.world.size}: resume with {checkpoint.size} ranks, or start a"
+                " new run",
+                everywhere=True,
+            )
+        with self._together():
+            shared = read_state(checkpoint.shared)
+            checkpoint.require(self.world.rank)
+            own = read_state(checkpoint.own(self.world.rank))
+        return shared, own
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Run a block on every rank; if it fails on one, raise its error on all.
+
+        Communicates: collective, one small allgather, blocking.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        text = None if failure is None else _line(failure)
+        failures = self.world.comm.allgather(text)
+        for rank, text in enumerate(failures):
+            if text is not None:
+                line = f"rank {rank}: {text}"
+                raise CheckpointError(line, everywhere=True) from failure
+
+    def _clean(self) -> None:
+        """Remove what a killed run or a failed save has left."""
+        for path in self.folder.glob("step-*.partial"):
+            shutil.rmtree(path)
+        for path in self.folder.glob("step-*.replaced"):
+            if path.with_suffix("").exists():
+                _remove(path)
+            else:  # killed between the two renames below
+                path.rename(path.with_suffix(""))
+
+    def _put_in_place(self, partial: Path, final: Path) -> None:
+        """Give a complete checkpoint its name, then remove those not kept."""
+        sync_folder(partial)
+        replaced = final.with_name(final.name + ".replaced")
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        sync_folder(self.folder)
+        found = _complete(self.folder)
+        place = found.index(final)
+        kept = [path for path in found[place:] if path != replaced][: self.keep]
+        for path in found:
+            if path in kept:
+                continue
+            try:
+                _remove(path)
+            except OSError as error:
+                _warn(f"{path}: could not be removed: {reason(error)}")
+
+
+def load_shared(folder: Path | str) -> State:
+    """Return what all ranks share in the newest checkpoint where it can be read.
+
+    For evaluation, export, or a run of another number of ranks. Reads only.
+
+    Raises:
+        CheckpointError: no checkpoint, or none that can be read.
+
+    Communicates: none.
+    """
+    first: CheckpointError | None = None
+    for path in _complete(Path(folder)):
+        try:
+            return read_state(Checkpoint.at(path).shared)
+        except CheckpointError as error:
+            first = first or error
+            _warn(f"passed over a checkpoint: {error}")
+    if first:
+        raise _none_readable(Path(folder), first)
+    raise CheckpointError(f"{folder}: no checkpoint")
+
+
+def _none_readable(folder: Path, first: CheckpointError) -> CheckpointError:
+    line = f"{folder}: no checkpoint can be read; the newest: {first}"
+    return CheckpointError(line, everywhere=first.everywhere)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Return the complete checkpoints, newest first; none if there is no folder."""
+    try:
+        paths = list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    matches = [(NAME.fullmatch(path.name), path) for path in paths]
+    keys = [(int(match[1]), not match[2], path) for match, path in matches if match]
+    return [path for *_, path in sorted(keys, reverse=True)]
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that at no time a part of it looks like the whole."""
+    doomed = path.rename(_partial(path))
+    shutil.rmtree(doomed)
+
+
+def _line(error: Exception) -> str:
+    """Return one line that says what failed and which file it was."""
+    if isinstance(error, MpilmError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {reason(error)}"
+    return f"{type(error).__name__}: {reason(error)}"
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, CheckpointWarning, stacklevel=3)

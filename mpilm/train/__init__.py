@@ -1,0 +1,1 @@
+"""Training: the loop, the run folder, evaluation, what is counted and shown."""

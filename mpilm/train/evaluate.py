@@ -1,0 +1,125 @@
+"""How good a model is on a split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpilm.data.hdf5 import Corpus, read_tokens
+from mpilm.strategies import Strategy
+from mpilm.strategies.ema import Ema
+from mpilm.world.base import IN_PLACE, World
+
+if TYPE_CHECKING:
+    from mpilm.config import TrainConfig
+    from mpilm.learner.learner import Learner
+    from mpilm.train.task import Task
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is on a split.
+
+    loss   mean negative log-likelihood of a sample, nats
+    error  share of samples whose class was not the likeliest; NaN: not measured
+    """
+
+    loss: float
+    error: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    def __str__(self) -> str:
+        if math.isnan(self.error):
+            return f"perplexity {self.perplexity:.2f}"
+        return f"frame error {self.error:.2%}, cross-entropy {self.loss:.4f}"
+
+
+def evaluate(
+    learner: Learner, task: Task, split: str, train: TrainConfig, world: World
+) -> Quality:
+    """Return how good the learner's model is on `split`.
+
+        perplexity = exp( -(1/N) sum_n ln p(w_n | w_<n) )
+
+    The split is cut into pieces that do not depend on the number of ranks, and every
+    rank evaluates some of them; every sample counts exactly once. So the result does
+    not depend on the number of ranks, but for rounding.
+
+    Raises:
+        DataError: the corpus has no such split.
+
+    Communicates: collective, one Allreduce of 24 bytes, blocking.
+    """
+    share = task.evaluation(split, train, world.rank, world.size)
+    sums = learner.evaluate(share)
+    errors = sums.errors if sums.num_targets else 0.0
+    total = np.array([sums.nll, sums.num_targets, errors])
+    world.comm.Allreduce(IN_PLACE, total)
+    return quality(*total)
+
+
+def evaluate_alone(
+    learner: Learner, task: Task, split: str, train: TrainConfig
+) -> Quality:
+    """Return how good the learner's model is on all of `split`. No communication."""
+    sums = learner.evaluate(task.evaluation(split, train, 0, 1))
+    return quality(sums.nll, sums.num_targets, sums.errors)
+
+
+def evaluate_each(
+    learner: Learner, task: Task, split: str, train: TrainConfig, world: World
+) -> list[Quality]:
+    """Return how good every rank's own model is on all of `split`, by rank.
+
+    All ranks work at the same time, each on the whole split.
+
+    Communicates: collective, a small allgather, blocking.
+    """
+    return world.comm.allgather(evaluate_alone(learner, task, split, train))
+
+
+def quality(nll: float, count: float, errors: float) -> Quality:
+    """Return the means of sums over a split."""
+    return Quality(float(nll / count), float(errors / count))
+
+
+@contextmanager
+def swapped(learner: Learner, source: Strategy | Ema) -> Iterator[None]:
+    """Let the learner hold the final model of `source` inside the block.
+
+    Communicates: collective, what `source.final_model_` does.
+    """
+    theta = learner.theta.clone()
+    source.final_model_(learner, learner.theta)
+    try:
+        yield
+    finally:
+        learner.theta.copy_(theta)
+
+
+def unigram_perplexity(corpus: Corpus, split: str, block: int = 1 << 20) -> float:
+    """Return the perplexity on `split` of the word frequencies of the train split.
+
+    Every word of the vocabulary counts once more than it was seen (add-one), so that no
+    probability is zero. The first token is left out, as in `evaluate`.
+    """
+    counts = corpus.counts + 1.0
+    nll = -np.log(counts / counts.sum())
+    tokens = corpus.split(split)
+    total = sum(
+        float(nll[read_tokens(tokens, start, start + block)].sum())
+        for start in range(1, len(tokens), block)
+    )
+    return math.exp(total / (len(tokens) - 1))

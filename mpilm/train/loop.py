@@ -1,0 +1,386 @@
+"""Training: one learner per rank, a strategy between them. Reads top to bottom."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpilm.config import Config
+from mpilm.data.frame_batches import FramePool
+from mpilm.data.pool import PoolBatches
+from mpilm.errors import CheckpointError, DivergenceError, MpilmError
+from mpilm.storage.checkpoint import Checkpoints
+from mpilm.storage.runlog import RunLog, write_summary
+from mpilm.storage.state_file import State
+from mpilm.strategies import STRATEGIES, Strategy
+from mpilm.strategies.ema import Ema
+from mpilm.train.best_model import BestModel
+from mpilm.train.consensus import measure_consensus
+from mpilm.train.evaluate import Quality, evaluate, swapped
+from mpilm.train.metrics import LOG_FIELDS, Meter, Milestones, Totals
+from mpilm.train.run import RunFolder, make_learner, make_schedule, require_same
+from mpilm.train.screen import Progress, count
+from mpilm.train.signals import MEET, STOP, StopRequest, Vote
+from mpilm.train.summary import describe, summarise
+from mpilm.train.task import open_task
+from mpilm.world.base import IN_PLACE, MAX, World
+
+COUNTS = ("mixes", "staleness")  # of a strategy's accounts, in a row of the log
+POOLS = (PoolBatches, FramePool)
+LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
+
+
+class Trainer:
+    """One rank's part in a run.
+
+    Args:
+        config: the resolved configuration.
+        world: this rank's world.
+        out: the run folder; rank 0 makes it.
+        resume: go on from the newest checkpoint in `out`, if there is one.
+
+    Raises:
+        MpilmError: bad input; one line, the same on every rank.
+
+    Communicates: collective.
+    """
+
+    def __init__(
+        self, config: Config, world: World, out: Path, *, resume: bool = False
+    ) -> None:
+        self.config, self.world, self.folder = config, world, RunFolder(out)
+        kind = STRATEGIES[config.strategy.name]
+        self.strategy = kind(world, config.strategy.settings)
+        lockstep = self.strategy.lockstep
+        with world.together():
+            self.task = open_task(config.data.corpus, config.model)
+            self.batches = self.task.batches(config, world, lockstep=lockstep)
+            self.schedule = make_schedule(config, world.size)
+            self.folder.claim(resume=resume)
+        keep = config.checkpoint.keep
+        self.checkpoints = Checkpoints(self.folder.checkpoints, world, keep=keep)
+        saved = self.find() if resume else None
+        with world.together():
+            self.learner = make_learner(
+                config,
+                self.task.num_inputs,
+                self.task.num_outputs,
+                self.batches,
+                device=world.device(config.train.device),
+                seed=config.train.seed + world.rank,
+                compute=world.compute,
+            )
+            self.strategy.require(self.learner)
+        self.totals = Totals()
+        self.failure: MpilmError | None = None  # will stop all ranks in order
+        self.batches.start()
+        self.strategy.start(self.learner)
+        with world.together():
+            self.ema: Ema | None = None
+            if config.ema.on:
+                self.ema = Ema(config.ema, self.strategy, self.learner)
+            self.best = BestModel(self.learner) if self.schedule.rejects else None
+            if saved:
+                self.restore(saved)
+            if world.rank == 0:
+                self.folder.describe(config, self.task)
+        self.meter = Meter(world, self.totals)
+        self.validations = Milestones(config.train.valid_every, self.samples)
+        self.savings = Milestones(config.checkpoint.every, self.samples)
+        self.is_validated = False  # the model has not changed since it was
+        with world.together():
+            path = self.folder.log(world.rank)
+            step = self.totals.step
+            self.log = RunLog(path, world.rank, LOG_FIELDS, from_step=step)
+        self.progress = Progress(
+            config.train.samples, samples=self.samples, speaks=world.rank == 0
+        )
+        for line in self.introduction():
+            self.progress.line(line)
+
+    def introduction(self) -> Iterator[str]:
+        """Yield what a person wants to know before it begins."""
+        config, task = self.config, self.task
+        left_out = self.batches.num_dropped
+        yield (
+            f"{config.model.name} of {self.learner.layout.size:,} parameters,"
+            f" {config.strategy.name} on {count(self.world.size, 'rank')}"
+            f" ({self.learner.device.type})"
+        )
+        yield (
+            f"{task.path}: {task.num_train:,} training {task.sample}s,"
+            f" {left_out:,} at the ends of the streams left out"
+        )
+        for note in config.notes:
+            yield f"note: {note}"
+        if self.totals.step:
+            yield f"resumed at step {self.totals.step:,}, {self.samples:,} samples"
+
+    @property
+    def samples(self) -> int:
+        """Samples that all ranks have processed, as known here.
+
+        Ranks out of lockstep know how much of the common pool has been given out; on
+        shards of their own each takes the others to be as far as it is.
+        """
+        if not self.strategy.lockstep and isinstance(self.batches, POOLS):
+            return self.batches.samples
+        return self.strategy.global_samples(self.learner)
+
+    def train(self, stop: StopRequest | None = None) -> bool:
+        """Train to the end; return False if `stop` was requested on some rank.
+
+        Raises:
+            DivergenceError: the loss or the model is not finite any more.
+            CheckpointError: a file cannot be written. Both are raised on all ranks.
+        """
+        config, totals, learner = self.config, self.totals, self.learner
+        strategy, stop = self.strategy, stop or StopRequest()
+        with self.progress, self.log:
+            vote = Vote(
+                self.world,
+                every=max(config.checkpoint.vote_every, strategy.stride),
+                request=stop,
+                lockstep=strategy.lockstep,
+                agree=strategy.agree,
+            )
+            self.meter.begin(vote.traffic)
+            samples = strategy.agree(self.samples)
+            while samples < config.train.samples and not self.schedule.finished:
+                learner.lr = self.schedule.lr(samples)
+                loss = strategy.step(learner)
+                totals.step += 1
+                samples = strategy.agree(self.samples)
+                self.is_validated = False
+                if totals.step % config.train.log_every == 0:
+                    self.record(samples, float(loss))
+                is_due = self.validations.due(samples) or self.savings.due(samples)
+                if is_due and strategy.lockstep:
+                    self.meet(samples)
+                if self.failure:
+                    stop.requested = "failure"
+                outcome = vote.poll(totals.step, meet=is_due and not strategy.lockstep)
+                if outcome == MEET:
+                    self.gather()
+                if outcome == STOP:
+                    break
+            strategy.retire(learner)
+            vote.finish(self.gather_retired)
+            strategy.finish(learner)
+            with self.meter.aside(), self.world.together():
+                if self.failure:
+                    raise self.failure
+            if not vote.stopped:
+                self.progress.done()
+                self.validate()
+            self.save()
+            self.batches.close()
+        if vote.stopped:
+            self.progress.line(
+                f"stopped early at {samples:,} samples; --resume goes on from here"
+            )
+            return False
+        summary = summarise(self)  # collective
+        if self.world.rank == 0:
+            write_summary(self.folder.summary, summary)
+        for text in describe(summary):
+            self.progress.line(text)
+        return True
+
+    def meet(self, samples: int) -> None:
+        """Validate and write a checkpoint, if it is time. Collective.
+
+        Args:
+            samples: how far the ranks are; the same on all of them.
+        """
+        if self.validations.pass_(samples):
+            self.validate()
+        if self.savings.pass_(samples):
+            self.save()
+
+    def gather(self) -> None:
+        """Bring ranks that are out of lockstep together to `meet`. Collective."""
+        with self.aside("gather"):
+            self.strategy.retire(self.learner)
+            self.strategy.finish(self.learner)
+            samples = np.array([self.samples], np.int64)
+            self.world.comm.Allreduce(IN_PLACE, samples, MAX)
+        self.meet(int(samples[0]))
+
+    def gather_retired(self) -> None:
+        """`gather` on a rank that takes no more steps: afterwards it answers again."""
+        self.gather()
+        self.strategy.retire(self.learner)
+
+    def record(self, samples: int, loss: float) -> None:
+        """Write a row of the log and show progress; note a failure for later."""
+        if self.failure:
+            return
+        totals = self.totals
+        if not loss < LARGEST_LOSS:
+            self.failure = self.diverged(f"the loss is {loss:.3g}")
+            return
+        self.meter.mark()
+        totals.loss_sum += loss
+        totals.loss_count += 1
+        learner, accounts = self.learner, self.strategy.accounts()
+        counts = {name: accounts[name] for name in COUNTS if name in accounts}
+        own = {"samples": learner.samples, "loss": loss, "lr": learner.lr}
+        try:
+            self.log.row(**totals.row(), **own, **counts)
+        except CheckpointError as error:
+            self.failure = error
+        self.progress.update(samples, loss)
+
+    def diverged(self, what: str) -> DivergenceError:
+        """Return the error that says so."""
+        return DivergenceError(
+            f"{what} at step {self.totals.step}: a smaller optim.lr or optim.clip may"
+            f" help; earlier checkpoints are in {self.folder.checkpoints}",
+            everywhere=True,
+        )
+
+    def validate(self) -> None:
+        """Measure the model on the valid split; tell the schedule.
+
+        Raises:
+            DivergenceError: its loss is not finite.
+
+        Communicates: collective.
+        """
+        if self.is_validated and self.strategy.lockstep:
+            return
+        self.is_validated, totals = True, self.totals
+        with self.aside("evaluate"):
+            quality = self.quality("valid", self.strategy)
+            if self.ema:
+                average = self.quality("valid", self.ema)
+                totals.ema_valid_perplexity = average.perplexity
+        if not math.isfinite(quality.perplexity):
+            raise self.diverged(f"the valid perplexity is {quality.perplexity}")
+        is_kept = self.schedule.observe(quality.loss, 1.0 - quality.error)
+        if is_kept:
+            totals.valid_perplexity = quality.perplexity
+            totals.valid_error = quality.error
+        if self.best:
+            self.best.judge(is_kept)
+        note = "" if is_kept else ": worse, back to the best model"
+        self.progress.line(f"valid {quality}{note}")
+        with self.meter.aside():
+            accounts = self.strategy.accounts()
+            found = measure_consensus(self.learner, self.world, accounts)
+        totals.consensus_step = totals.step
+        totals.consensus_distance = found.distance
+        totals.consensus_norm = found.norm
+        totals.spectral_gap = found.gap
+
+    def quality(self, split: str, source: Strategy | Ema) -> Quality:
+        """Measure the final model of `source` on a split. Collective."""
+        with swapped(self.learner, source):
+            return evaluate(
+                self.learner, self.task, split, self.config.train, self.world
+            )
+
+    def final_theta(self, source: Strategy | Ema) -> Any:
+        """Return the final model of `source`, (P,). Collective.
+
+        Raises:
+            DivergenceError: it is not finite.
+        """
+        with swapped(self.learner, source):
+            theta = self.learner.theta.cpu().numpy().copy()
+        if not np.isfinite(theta).all():
+            raise self.diverged("the model is not finite")
+        return theta
+
+    def save(self) -> None:
+        """Write a checkpoint. Collective.
+
+        Raises:
+            CheckpointError: it cannot be written.
+            DivergenceError: the model is not finite any more.
+        """
+        with self.aside("checkpoint"):
+            with self.world.together():
+                self.log.flush()
+            shared = {
+                "theta": self.final_theta(self.strategy),
+                "fingerprint": self.task.fingerprint,
+                "config": self.config.to_toml(),
+                "samples": self.samples,
+            }
+            own = {
+                **prefixed("learner", self.learner.state()),
+                **prefixed("strategy", self.strategy.state()),
+                **prefixed("schedule", self.schedule.state()),
+                **prefixed("totals", asdict(self.totals)),
+            }
+            if self.best:
+                own |= prefixed("best", self.best.state())
+            if self.ema:
+                shared["theta_ema"] = self.final_theta(self.ema)
+                own |= prefixed("ema", self.ema.state())
+            self.checkpoints.save(self.totals.step, shared, own)
+
+    def find(self) -> State | None:
+        """Return this rank's state in the newest checkpoint; None if there is none.
+
+        Raises:
+            CheckpointError: it is of another corpus, configuration or number of ranks.
+
+        Communicates: collective.
+        """
+        newest = self.checkpoints.latest()
+        if newest is None:
+            return None
+        shared, own = self.checkpoints.load(newest)
+        with self.world.together():
+            if shared["fingerprint"] != self.task.fingerprint:
+                raise CheckpointError(
+                    f"{self.config.data.corpus}: its {self.task.meaning} is not the"
+                    f" one that {newest.path} was trained with"
+                )
+            require_same(self.config, shared["config"], newest.path)
+        return own
+
+    def restore(self, saved: State) -> None:
+        """Go on from a state that `save` wrote."""
+        self.learner.load_state(part("learner", saved))
+        self.strategy.load_state(part("strategy", saved))
+        self.schedule.load_state(part("schedule", saved))
+        self.totals = Totals(**part("totals", saved))
+        if self.best:
+            self.best.load_state(part("best", saved))
+        if self.ema and "ema/model" in saved:  # else it begins now
+            self.ema.load_state(part("ema", saved))
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Count the time of the block, but not as training; log it as an event."""
+        began_s = self.world.now_s()
+        with self.meter.aside():
+            yield
+        step = self.totals.step
+        self.log.event(name, began_s, self.world.now_s(), step=step)
+
+
+def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """Return `state` with "prefix/" before every name."""
+    return {f"{prefix}/{name}": value for name, value in state.items()}
+
+
+def part(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what `prefixed` put under `prefix`."""
+    start = f"{prefix}/"
+    return {
+        name.removeprefix(start): value
+        for name, value in state.items()
+        if name.startswith(start)
+    }

@@ -1,0 +1,180 @@
+"""Pre-training: a stack of RBMs, layer by layer, whose weights a DNN begins with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpilm.config import Config
+from mpilm.data.frame_batches import FrameShards
+from mpilm.errors import ConfigError, DivergenceError
+from mpilm.learner.learner import Learner
+from mpilm.models.configs import DnnConfig
+from mpilm.models.rbm import Rbm, RbmStack
+from mpilm.models.weights import save_weights
+from mpilm.strategies import STRATEGIES
+from mpilm.train.evaluate import evaluate, swapped
+from mpilm.train.screen import count
+from mpilm.train.task import FrameTask, open_task
+from mpilm.world.base import World
+
+Layers = list[tuple[Tensor, Tensor]]  # (weight, bias), lowest first
+
+
+class Pretrainer:
+    """One rank's part in the pre-training of a DNN, under any strategy.
+
+    Args:
+        config: [model] dnn, [pretrain], [strategy], [data] and [train] seed, device.
+        progress: called with minibatches done and how many there are.
+        say: called with a line for each RBM.
+
+    Raises:
+        MpilmError: bad input; one line, the same on every rank.
+
+    Communicates: collective.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.config, self.world = config, world
+        self.progress, self.say = progress, say
+        settings = config.model.settings
+        with world.together():
+            if not isinstance(settings, DnnConfig) or settings.activation != "sigmoid":
+                raise ConfigError(
+                    "pretrain: RBMs begin a model dnn with activation = sigmoid"
+                )
+            torch.set_num_threads(config.train.threads)
+            task = open_task(config.data.corpus, config.model)
+            assert isinstance(task, FrameTask)
+            task.require_split("train")
+            task.require_split("valid")
+        self.task, self.settings = task, settings
+        pretrain = config.pretrain
+        others = (settings.layers - 1) * pretrain.bernoulli_epochs
+        self.epochs = pretrain.gaussian_epochs + others
+        self.done = 0
+
+    def run(self) -> Layers:
+        """Return weight and bias of every hidden layer. Collective."""
+        layers: Layers = []
+        for index in range(self.settings.layers):
+            with self.world.together():
+                batches = self.batches(index)
+                learner = self.learner(layers, batches)
+            layers.append(self.train(index, learner, batches))
+        return layers
+
+    def batches(self, index: int) -> FrameShards:
+        """Return this rank's minibatches for a layer."""
+        config = self.config
+        return FrameShards(
+            self.task.corpus.split("train"),
+            self.task.view(config.train),
+            config.pretrain.batch,
+            config.data.cache,
+            self.world.rank,
+            self.world.size,
+            seed=config.train.seed + index,
+        )
+
+    def learner(self, layers: Layers, batches: FrameShards) -> Learner:
+        """Return a learner of the RBM above `layers`."""
+        pretrain, seed = self.config.pretrain, self.config.train.seed + len(layers)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            top = Rbm(
+                len(layers[-1][1]) if layers else self.task.num_inputs,
+                self.settings.hidden,
+                gaussian=not layers,
+                stddev=pretrain.stddev,
+            )
+        return Learner(
+            RbmStack(layers, top, penalty=pretrain.penalty),
+            batches,
+            lambda parameters: torch.optim.SGD(
+                parameters, lr=1.0, momentum=pretrain.first_momentum
+            ),
+            compute=self.world.compute,
+            device=self.world.device(self.config.train.device),
+            seed=seed * self.world.size + self.world.rank,
+        )
+
+    def train(
+        self, index: int, learner: Learner, batches: FrameShards
+    ) -> tuple[Tensor, Tensor]:
+        """Train one RBM; return its weight and hidden bias. Collective."""
+        pretrain, world = self.config.pretrain, self.world
+        kind = STRATEGIES[self.config.strategy.name]
+        strategy = kind(world, self.config.strategy.settings)
+        with world.together():
+            strategy.require(learner)
+        batches.start()
+        strategy.start(learner)
+        passes = pretrain.bernoulli_epochs if index else pretrain.gaussian_epochs
+        lr = pretrain.bernoulli_lr if index else pretrain.gaussian_lr
+        steps = passes * batches.num_batches
+        before = self.error(learner)
+        for step in range(steps):
+            samples = step * pretrain.batch * world.size  # of all ranks
+            momentum = self.momentum(samples)
+            learner.optimizer.param_groups[0]["momentum"] = momentum
+            learner.lr = lr * (1.0 - momentum)
+            strategy.step(learner)
+            self.done += 1
+            self.progress(self.done, batches.num_batches * self.epochs)
+        strategy.retire(learner)
+        strategy.finish(learner)
+        batches.close()
+        with swapped(learner, strategy):
+            after = self.error(learner)
+            top: Any = learner.model.top
+            weight, bias = top.weight.detach().clone(), top.hidden_bias.detach().clone()
+        self.say(
+            f"RBM {index + 1} of {self.settings.layers}: squared reconstruction error"
+            f" {before:.3f} -> {after:.3f}, {steps:,} minibatches on"
+            f" {count(world.size, 'rank')}, {batches.num_dropped:,} frames left out"
+        )
+        if not math.isfinite(after):
+            raise DivergenceError(
+                f"RBM {index + 1}: the reconstruction error is {after}: a smaller"
+                " learning rate in [pretrain] may help",
+                everywhere=True,
+            )
+        return weight, bias
+
+    def momentum(self, samples: int) -> float:
+        """Return the momentum after `samples` samples of all ranks."""
+        pretrain = self.config.pretrain
+        share = min(1.0, samples / max(1, pretrain.momentum_samples))
+        rise = pretrain.momentum - pretrain.first_momentum
+        return pretrain.first_momentum + rise * share
+
+    def error(self, learner: Learner) -> float:
+        """Return the reconstruction error per frame of the valid split. Collective."""
+        train = self.config.train
+        return evaluate(learner, self.task, "valid", train, self.world).loss
+
+
+def write_layers(path: Path, layers: Layers) -> None:
+    """Write weights under the names that they have in a Dnn."""
+    save_weights(path, dict(named(layers)))
+
+
+def named(layers: Layers) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name in a Dnn, weights)."""
+    for index, (weight, bias) in enumerate(layers):
+        yield f"hidden.{index}.weight", weight
+        yield f"hidden.{index}.bias", bias

@@ -1,0 +1,222 @@
+"""What a run came to: `summary.json`, and the lines that close a run.
+
+docs/accounting.md says what every number means.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpilm.train.evaluate import Quality, evaluate_each
+from mpilm.train.metrics import Totals
+from mpilm.train.run import versions
+from mpilm.train.screen import clock, count
+
+if TYPE_CHECKING:
+    from mpilm.train.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank knows of itself at the end."""
+
+    totals: Totals
+    samples: int
+    accounts: dict[str, Any]
+
+
+def summarise(trainer: Trainer) -> dict[str, Any]:
+    """Measure what is left to measure; return what the run came to: name -> value.
+
+    Communicates: collective.
+    """
+    config, world, task = trainer.config, trainer.world, trainer.task
+    learner, totals = trainer.learner, trainer.totals
+    own = Report(totals, learner.samples, trainer.strategy.accounts())
+    reports = world.comm.allgather(own)
+    splits = ["valid"]
+    results: dict[str, Any] = {"test_perplexity": math.nan}
+    with trainer.meter.aside():
+        if config.train.test and "test" in task.splits:
+            splits.append("test")
+            results = named("test", trainer.quality("test", trainer.strategy))
+            if trainer.ema:
+                ema = trainer.quality("test", trainer.ema)
+                results["ema_test_perplexity"] = ema.perplexity
+        each = evaluate_ranks(trainer, reports, splits)
+    if trainer.ema:
+        results["ema_valid_perplexity"] = totals.ema_valid_perplexity
+    if not math.isnan(totals.valid_error):
+        results["valid_frame_error"] = totals.valid_error
+    summary = {
+        "strategy": config.strategy.name,
+        "parameters": learner.layout.size,
+        "steps": totals.step,
+        "seconds": totals.seconds,
+        "train_seconds": totals.train_seconds,
+        "valid_perplexity": totals.valid_perplexity,
+        **results,
+        **worst_rank(each),
+        "perplexity_floor": task.floor,
+        f"{task.sample}s_left_out": trainer.batches.num_dropped,
+        "device": learner.device.type,
+        "versions": versions(),
+        **account(reports),
+    }
+    if each:
+        own_models = [quality.perplexity for quality in each["valid"]]
+        summary["per_rank"]["valid_perplexity"] = own_models
+    return summary
+
+
+def evaluate_ranks(
+    trainer: Trainer, reports: list[Report], splits: list[str]
+) -> dict[str, list[Quality]]:
+    """Return how good every rank's own model is: split -> by rank.
+
+    Nothing if the ranks do not differ, or the configuration does not ask for it.
+
+    Communicates: collective; every rank evaluates alone, then a small allgather.
+    """
+    train = trainer.config.train
+    differ = any(report.totals.consensus_distance > 0.0 for report in reports)
+    if not (differ and train.worst_rank):
+        return {}  # on all ranks: the reports are the same
+    return {
+        split: evaluate_each(trainer.learner, trainer.task, split, train, trainer.world)
+        for split in splits
+    }
+
+
+def worst_rank(each: dict[str, list[Quality]]) -> dict[str, Any]:
+    """Return what the worst of the ranks' own models came to.
+
+    It is the one with the highest loss on the valid split, or one without any.
+    """
+    if not each:
+        return {"worst_rank": None} | {
+            f"worst_rank_{split}_perplexity": None for split in ("valid", "test")
+        }
+    losses = [quality.loss for quality in each["valid"]]
+    worst = int(np.argmax([math.inf if math.isnan(loss) else loss for loss in losses]))
+    found: dict[str, Any] = {"worst_rank": worst, "worst_rank_test_perplexity": None}
+    for split, qualities in each.items():
+        for name, value in named(split, qualities[worst]).items():
+            found[f"worst_rank_{name}"] = value
+    return found
+
+
+def named(split: str, quality: Quality) -> dict[str, float]:
+    """Return the keys of the summary for a model on a split.
+
+    >>> named("test", Quality(loss=0.0, error=0.25))
+    {'test_perplexity': 1.0, 'test_frame_error': 0.25}
+    """
+    found = {f"{split}_perplexity": quality.perplexity}
+    if not math.isnan(quality.error):
+        found[f"{split}_frame_error"] = quality.error
+    return found
+
+
+def account(reports: list[Report]) -> dict[str, Any]:
+    """Return what all ranks took together, and each of them.
+
+    A sum is over ranks; a time is a rank's mean; a distance the root mean square.
+    """
+    totals = [report.totals for report in reports]
+    size = len(totals)
+    samples = sum(report.samples for report in reports)
+    blocked_s = sum(t.blocked_s for t in totals)
+    together = Totals(
+        blocked_s=blocked_s,
+        in_flight_s=sum(t.in_flight_s for t in totals),
+        train_seconds=sum(t.train_seconds for t in totals),
+    )
+    distance = math.sqrt(sum(t.consensus_distance**2 for t in totals) / size)
+    norm = totals[0].consensus_norm
+    staleness = [r.accounts["staleness"] for r in reports if "staleness" in r.accounts]
+    return {
+        "ranks": size,
+        "samples": samples,
+        "samples_per_s": samples / max(totals[0].train_seconds, 1e-9),
+        "train_loss": sum(t.loss_sum for t in totals)
+        / max(sum(t.loss_count for t in totals), 1),
+        "comm_seconds": blocked_s / size,
+        "overlap": together.overlap,
+        "idle": together.idle,
+        "bytes_sent": sum(t.bytes_sent for t in totals),
+        "bytes_received": sum(t.bytes_received for t in totals),
+        "messages": sum(t.messages for t in totals),
+        "mixes": sum(r.accounts.get("mixes", 0) for r in reports),
+        "staleness": np.sum(staleness, axis=0) if staleness else None,
+        "consensus_distance": distance,
+        "consensus_distance_relative": distance / norm if norm else math.nan,
+        "spectral_gap": totals[0].spectral_gap,
+        "per_rank": per_rank(reports),
+    }
+
+
+def per_rank(reports: list[Report]) -> dict[str, list[Any]]:
+    """Return name -> its value on every rank."""
+    names = (
+        "train_seconds",
+        "blocked_s",
+        "idle",
+        "overlap",
+        "bytes_sent",
+        "bytes_received",
+        "messages",
+        "consensus_distance",
+    )
+    values: dict[str, list[Any]] = {
+        name: [getattr(r.totals, name) for r in reports] for name in names
+    }
+    values["steps"] = [r.totals.step for r in reports]
+    values["samples"] = [r.samples for r in reports]
+    for name in ("mixes", "partners", "staleness"):
+        values[name] = [r.accounts.get(name) for r in reports]
+    return values
+
+
+def describe(summary: dict[str, Any]) -> list[str]:
+    """Return what a person wants to read of a summary."""
+    speed = (
+        f"{summary['samples']:,} samples in {clock(summary['seconds'])}"
+        f" on {count(summary['ranks'], 'rank')}: {summary['samples_per_s']:,.0f}/s"
+    )
+    if summary["ranks"] > 1:
+        speed += (
+            f", {summary['comm_seconds']:.1f} s waiting for communication,"
+            f" overlap {summary['overlap']:.0%}"
+        )
+    quality = results(summary)
+    if summary["worst_rank"] is not None:
+        quality = (
+            f"final model: {quality}; worst single rank ({summary['worst_rank']}):"
+            f" {results(summary, 'worst_rank_')}"
+        )
+    if summary["perplexity_floor"]:
+        quality += f"; floor {summary['perplexity_floor']:.2f}"
+    return [speed, quality]
+
+
+def results(summary: dict[str, Any], prefix: str = "") -> str:
+    """Return how good a model is on the splits that were measured.
+
+    >>> results({"valid_perplexity": 9.0, "test_perplexity": 8.0})
+    'valid perplexity 9.00, test perplexity 8.00'
+    """
+    is_frames = f"{prefix}valid_frame_error" in summary
+    name, digits = ("frame_error", ".2%") if is_frames else ("perplexity", ".2f")
+    values = {
+        split: summary.get(f"{prefix}{split}_{name}") for split in ("valid", "test")
+    }
+    return ", ".join(
+        f"{split} {name.replace('_', ' ')} {value:{digits}}"
+        for split, value in values.items()
+        if value is not None and not math.isnan(value)
+    )

@@ -1,0 +1,139 @@
+"""How a run of several ranks ends: in order, or all at once.
+
+One rank that dies quietly would leave the others waiting for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpilm.errors import MpilmError, WorldError
+from mpilm.world.mpi.stall import say
+
+if TYPE_CHECKING:
+    from mpilm.world.mpi.world import MpiWorld
+
+ERROR, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+
+# who started this process -> how many it started
+LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
+    "PMI_SIZE": "MPICH's mpiexec or a PMI launcher",
+    "SLURM_STEP_NUM_TASKS": "srun",
+}
+
+
+@contextmanager
+def abort_on_error(world: MpiWorld, folder: Path | str | None = None) -> Iterator[None]:
+    """End all ranks when one raises, with one line on stderr that names it.
+
+    An error that every rank raises alike (`error.everywhere`) ends the run in order:
+    rank 0 prints the line and all raise SystemExit.
+
+    Args:
+        world: this rank's world.
+        folder: receives the traceback of an error that is no MpilmError, as
+            `traceback-rank-0003.txt`; without a folder it goes to stderr.
+
+    Raises:
+        SystemExit: the run ended in order, or there is only one rank.
+    """
+    world.on_failure = lambda error: _end(world, error, folder)
+    try:
+        yield
+    except BaseException as error:
+        _end(world, error, folder)
+        raise
+    finally:
+        world.on_failure = None
+
+
+def _end(world: MpiWorld, error: BaseException, folder: Path | str | None) -> None:
+    """Print, close or abort; return only if `error` is no failure."""
+    code, text = describe(error)
+    if code == 0:
+        return
+    everywhere = isinstance(error, MpilmError) and error.everywhere
+    if text and (world.rank == 0 or not everywhere):
+        where = ""
+        if not isinstance(error, (MpilmError, KeyboardInterrupt, SystemExit)):
+            where = save_traceback(world.rank, error, folder)
+        prefix = f"rank {world.rank}: " if world.size > 1 and not everywhere else ""
+        say(f"{prefix}{text}{where}")
+    if everywhere:
+        world.close()
+    elif world.size > 1:
+        world.abort(code)
+    raise SystemExit(code) from error
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line for an error; "" for no line.
+
+    >>> describe(ValueError("no")), describe(SystemExit(0)), describe(SystemExit(3))
+    ((1, 'ValueError: no'), (0, ''), (3, ''))
+    """
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0, ""
+        return ERROR, str(error.code)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, MpilmError):
+        return BAD_INPUT, one_line(str(error))
+    return ERROR, one_line(f"{type(error).__name__}: {error}")
+
+
+def one_line(text: str) -> str:
+    """Return `text` without line breaks."""
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def save_traceback(rank: int, error: BaseException, folder: Path | str | None) -> str:
+    """Write the traceback of `error`; return words that tell where it is."""
+    text = "".join(traceback.format_exception(error))
+    if folder is not None:
+        path = Path(folder) / f"traceback-rank-{rank:04d}.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        except OSError:
+            pass  # the folder may be what failed; stderr is left
+        else:
+            return f" (traceback: {path})"
+    sys.stderr.write(text)
+    return ""
+
+
+def check_launch(world_size: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise if a launcher started several processes and MPI sees only one.
+
+    `srun` sets SLURM_STEP_NUM_TASKS, sbatch and salloc do not: a single rank inside an
+    allocation is nobody's mistake.
+
+    >>> check_launch(1, {"SLURM_NTASKS": "4"})
+    >>> check_launch(1, {"SLURM_STEP_NUM_TASKS": "4", "OMPI_COMM_WORLD_SIZE": "1"})
+
+    Raises:
+        WorldError: one line with the remedy.
+    """
+    if world_size > 1:
+        return
+    for name, launcher in LAUNCHERS.items():
+        started = environment.get(name, "")
+        if not started.isdecimal():
+            continue
+        if int(started) > 1:
+            raise WorldError(
+                f"{launcher} started {started} processes, but MPI sees a world of one"
+                " rank: start with the mpirun of the MPI that mpi4py uses"
+                " (python -m mpi4py --mpi-library), in an sbatch script too",
+                everywhere=True,
+            )
+        return

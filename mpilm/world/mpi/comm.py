@@ -1,0 +1,341 @@
+"""Communicators of the real world: mpi4py's, with progress, staging and accounting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mpi4py import MPI
+
+from mpilm.errors import WorldError
+from mpilm.world.base import (
+    ANY_SOURCE,
+    ANY_TAG,
+    IN_PLACE,
+    MAX,
+    MIN,
+    SUM,
+    Comm,
+    Message,
+    Op,
+    Request,
+)
+from mpilm.world.mpi.progress import Progress
+from mpilm.world.mpi.requests import Collective, Lane, Transfer, perform
+from mpilm.world.mpi.slow_links import delay_collective
+from mpilm.world.mpi.staging import Stage, Staging
+from mpilm.world.mpi.stall import Waiting
+from mpilm.world.profiles import NO_FAULT
+
+if TYPE_CHECKING:
+    from mpilm.world.mpi.world import MpiWorld
+
+T = TypeVar("T")
+
+OPS = {SUM: MPI.SUM, MAX: MPI.MAX, MIN: MPI.MIN}
+
+
+class MpiComm(Comm):
+    """One rank's end of an MPI communicator.
+
+    members  the world ranks of the group, in its order
+    key      the same number on all ranks of the group, another for each communicator
+    entered  collectives that this rank has entered
+    """
+
+    def __init__(self, world: MpiWorld, handle: MPI.Comm, name: str) -> None:
+        self.world, self.handle, self.name = world, handle, name
+        self.rank, self.size = handle.rank, handle.size
+        self.progress: Progress = world.progress
+        self.staging: Staging = world.staging
+        self.meter = world.meter
+        self.traffic = world.meter.traffic
+        self.inspector = world.inspector
+        self.members = world_ranks(handle, world.control)
+        digest = blake2b(f"{name} {self.members}".encode(), digest_size=7).digest()
+        self.key = int.from_bytes(digest, "big")
+        self.entered = 0
+        self._num_children = 0
+        self._lane: Lane | None = None
+        world.handles.append(handle)
+        self.inspector.register(self)
+
+    # point to point
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
+        return self._send(buf, dest, tag, waited_for=False)
+
+    def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
+        self._send(buf, dest, tag, waited_for=True).Wait()
+
+    def Irecv(self, buf: Any, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Request:
+        return self._receive(buf, source, tag, waited_for=False)
+
+    def Recv(self, buf: Any, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> None:
+        self._receive(buf, source, tag, waited_for=True).Wait()
+
+    def Sendrecv(  # noqa: PLR0917  (mpi4py's order)
+        self,
+        sendbuf: Any,
+        dest: int,
+        sendtag: int = 0,
+        recvbuf: Any = None,
+        source: int = ANY_SOURCE,
+        recvtag: int = ANY_TAG,
+    ) -> None:
+        receive = self._receive(recvbuf, source, recvtag, waited_for=True)
+        self._send(sendbuf, dest, sendtag, waited_for=True).Wait()
+        receive.Wait()
+
+    def _send(self, buf: Any, dest: int, tag: int, *, waited_for: bool) -> Request:
+        self._check(dest, "dest")
+        stage = self.staging.stage(buf, fetch=True)
+        stage.arrived()
+        nbytes, peer = stage.host.nbytes, self.members[dest]
+        self.meter.count(sent=nbytes, messages=1)
+        what = f"rank {peer} to receive a message (tag {tag})"
+        faults = self.world.faults
+        if faults is not None and faults.profile:
+            link = faults.link(self.members[self.rank], peer)
+            if link is not NO_FAULT:
+                start = partial(self.handle.Isend, stage.host, dest, tag)
+                return self.world.slow_links.send(
+                    self, start, peer, link, what, stage=stage, waited_for=waited_for
+                )
+        return Transfer(
+            self.progress,
+            self.handle.Isend(stage.host, dest, tag),
+            what,
+            nbytes=nbytes,
+            stages=(stage,),
+            waited_for=waited_for,
+        )
+
+    def _receive(self, buf: Any, source: int, tag: int, *, waited_for: bool) -> Request:
+        peer = self._peer(source)
+        stage = self.staging.stage(buf, fetch=False)
+        self.meter.count(messages=1)
+        sender = "any rank" if source == ANY_SOURCE else f"rank {self.members[source]}"
+        kind = "any tag" if tag == ANY_TAG else f"tag {tag}"
+        return Transfer(
+            self.progress,
+            self.handle.Irecv(stage.host, peer, _tag(tag)),
+            f"a message from {sender} ({kind})",
+            status=MPI.Status(),
+            nbytes=stage.host.nbytes,
+            stages=(stage,),
+            target=stage,
+            waited_for=waited_for,
+        )
+
+    def Improbe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Message | None:
+        self.progress.check()
+        status = MPI.Status()
+        message = self.handle.Improbe(self._peer(source), _tag(tag), status)
+        return None if message is None else MpiMessage(self, message, status)
+
+    # collective
+    def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: Op = SUM) -> Request:
+        send, recv, stages = self._reduction("Iallreduce", sendbuf, recvbuf)
+        if self.progress.background:
+
+            def call() -> None:
+                self.handle.Allreduce(send, recv.host, OPS[op])
+
+            job = Collective(self, "Iallreduce", call, stages, recv)
+            if self._lane is None:
+                self._lane = Lane(self.progress, f"mpilm {self.name}")
+            self._lane.submit(job)
+            return job
+        for stage in stages:
+            stage.arrived()
+        self.entered += 1
+        return Transfer(
+            self.progress,
+            self.handle.Iallreduce(send, recv.host, OPS[op]),
+            "Iallreduce",
+            nbytes=recv.host.nbytes,
+            stages=stages,
+            target=recv,
+            waiting=Waiting("Iallreduce", self, self.entered),
+        )
+
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Op = SUM) -> None:
+        send, recv, stages = self._reduction("Allreduce", sendbuf, recvbuf)
+
+        def call() -> None:
+            self.handle.Allreduce(send, recv.host, OPS[op])
+
+        self._do("Allreduce", call, stages, recv)
+
+    def Bcast(self, buf: Any, root: int = 0) -> None:
+        self._check(root, "root")
+        stage = self.staging.stage(buf, fetch=self.rank == root)
+        nbytes = stage.host.nbytes if self.size > 1 else 0
+        if self.rank == root:
+            self.meter.count(sent=nbytes, messages=1)
+        else:
+            self.meter.count(received=nbytes, messages=1)
+
+        def call() -> None:
+            self.handle.Bcast(stage.host, root)
+
+        self._do("Bcast", call, (stage,), None if self.rank == root else stage)
+
+    def Ibarrier(self) -> Request:
+        self.meter.count(messages=1)
+        if self._lane is not None and not self._lane.idle:
+            job = Collective(self, "Ibarrier", lambda: None)
+            self._lane.submit(job)
+            return job
+        self.entered += 1
+        return Transfer(
+            self.progress,
+            self.handle.Ibarrier(),
+            "Ibarrier",
+            waiting=Waiting("Ibarrier", self, self.entered),
+        )
+
+    def Barrier(self) -> None:
+        self.meter.count(messages=1)
+        self._do("Barrier", lambda: None)  # to meet is all there is to it
+
+    def allgather(self, value: T) -> list[T]:
+        self.meter.count(messages=1)
+        return self._do("allgather", lambda: self.handle.allgather(value))
+
+    # groups
+    def Dup(self) -> MpiComm:
+        name = self._child_name("Dup")
+        return MpiComm(self.world, self._do("Dup", self.handle.Dup), name)
+
+    def Split(self, color: int | None, key: int = 0) -> MpiComm | None:
+        name = self._child_name("Split")
+        number = MPI.UNDEFINED if color is None else color
+        handle = self._do("Split", lambda: self.handle.Split(number, key))
+        if handle == MPI.COMM_NULL:
+            return None
+        return MpiComm(self.world, handle, name)
+
+    def Split_node(self) -> MpiComm:
+        name = self._child_name("Split_node")
+        handle = self._do(
+            "Split_node",
+            lambda: self.handle.Split_type(MPI.COMM_TYPE_SHARED, self.rank),
+        )
+        return MpiComm(self.world, handle, name)
+
+    # how
+    def meet(self, name: str) -> None:
+        """Block until all ranks are here, politely; tell the inspector of the wait."""
+        self.entered += 1
+        if self.size == 1:
+            return
+        request = self.handle.Ibarrier()
+        self.progress.wait(request.Test, Waiting(name, self, self.entered))
+
+    def delay(self, name: str, msg_bytes: int) -> None:
+        """Let the time pass that a declared slow link takes."""
+        delay_collective(self, name, msg_bytes)
+
+    def _do(
+        self,
+        name: str,
+        call: Callable[[], T],
+        stages: Sequence[Stage] = (),
+        target: Stage | None = None,
+    ) -> T:
+        """Make a blocking collective call; return its result.
+
+        It runs on this thread, unless the lane is busy: collectives of a communicator
+        must start in the same order on all ranks.
+        """
+        if self._lane is not None and not self._lane.idle:
+            job = Collective(self, name, call, stages, target)
+            self._lane.submit(job)
+            job.Wait()
+            return job.result
+        if not self.progress.is_learner():
+            return perform(self, name, call, stages, target)
+        self.meter.begin()
+        self.meter.block()
+        try:
+            return perform(self, name, call, stages, target)
+        finally:
+            self.meter.unblock()
+            self.meter.end()
+
+    def _reduction(
+        self, name: str, sendbuf: Any, recvbuf: Any
+    ) -> tuple[Any, Stage, list[Stage]]:
+        """Return what MPI sends, where it receives, and all stages; count it."""
+        in_place = sendbuf is IN_PLACE
+        recv = self.staging.stage(recvbuf, fetch=in_place)
+        moved = 2 * recv.host.nbytes * (self.size - 1) // self.size
+        self.meter.count(sent=moved, received=moved, messages=1)
+        if in_place:
+            return MPI.IN_PLACE, recv, [recv]
+        send = self.staging.stage(sendbuf, fetch=True)
+        if (send.host.size, send.host.dtype) != (recv.host.size, recv.host.dtype):
+            raise WorldError(f"{name}: the two buffers differ in length or type")
+        return send.host, recv, [send, recv]
+
+    def _child_name(self, kind: str) -> str:
+        """Return the same name on all ranks of this group, for a new group."""
+        self._num_children += 1
+        return f"{self.name}/{kind}{self._num_children}"
+
+    def _peer(self, source: int) -> int:
+        if source == ANY_SOURCE:
+            return MPI.ANY_SOURCE
+        self._check(source, "source")
+        return source
+
+    def _check(self, rank: int, what: str) -> None:
+        if not 0 <= rank < self.size:
+            raise WorldError(f"{what} {rank} is not one of {self.size} ranks")
+
+
+class MpiMessage(Message):
+    """A matched message; nobody else can receive it."""
+
+    def __init__(self, comm: MpiComm, message: MPI.Message, status: MPI.Status) -> None:
+        self.comm, self.message = comm, message
+        self.source, self.tag = status.Get_source(), status.Get_tag()
+        self.nbytes = status.Get_count(MPI.BYTE)
+
+    def Recv(self, buf: Any) -> None:
+        comm = self.comm
+        stage = comm.staging.stage(buf, fetch=False)
+        if stage.host.nbytes < self.nbytes:
+            raise WorldError(
+                f"a message of {self.nbytes} bytes from rank"
+                f" {comm.members[self.source]} (tag {self.tag}) does not fit into"
+                f" {stage.host.nbytes} bytes"
+            )
+        comm.meter.count(messages=1)
+        transfer = Transfer(
+            comm.progress,
+            self.message.Irecv(stage.host),
+            f"a message from rank {comm.members[self.source]} (tag {self.tag})",
+            status=MPI.Status(),
+            nbytes=stage.host.nbytes,
+            stages=(stage,),
+            target=stage,
+            waited_for=True,
+        )
+        transfer.Wait()
+
+
+def world_ranks(handle: MPI.Comm, world: MPI.Comm) -> list[int]:
+    """Return the ranks in `world` of a communicator's group, in its order."""
+    group, world_group = handle.Get_group(), world.Get_group()
+    ranks = group.Translate_ranks(list(range(group.size)), world_group)
+    group.Free()
+    world_group.Free()
+    return ranks
+
+
+def _tag(tag: int) -> int:
+    return MPI.ANY_TAG if tag == ANY_TAG else tag

@@ -1,0 +1,305 @@
+"""Who makes MPI move, and how a rank waits.
+
+MPI libraries move large non-blocking messages only while somebody calls them. Here
+that is whoever waits; and, while the learner computes, threads of this page:
+
+    learner    compute ................. Wait
+    progress   Test . Test .  . Test               every pending request, with pauses
+    lane       Ibarrier ...|==Allreduce==|         one per communicator, in order
+
+A lane is used for collectives that must go on beside the learner. It first *meets* the
+other ranks (an Ibarrier polled with pauses, so that nobody spins while waiting for a
+late rank) and then calls the fast blocking collective. docs/mpi-world.md has the
+measurements behind this.
+
+Without MPI_THREAD_MULTIPLE there are no threads: requests go on in Test and Wait.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from mpilm.world.base import Traffic
+
+if TYPE_CHECKING:
+    from mpilm.world.mpi.requests import Transfer
+    from mpilm.world.mpi.stall import StallInspector, Waiting
+
+T = TypeVar("T")
+
+# Pauses between two looks grow with the time waited. Each look costs some 45 us beside
+# computing (measured, docs/mpi-world.md).
+SPIN_S = 2e-4  # look without pausing for so long, if the learner has nothing to do
+FIRST_PAUSE_S = 20e-6
+LAST_PAUSE_S = 1e-3
+BESIDE_PAUSE_S = 3e-3  # while the learner computes
+WAIT_SHARE, BESIDE_SHARE = 1 / 8, 1 / 2  # of the time waited; overshoots by as much
+TICK_S = 0.05  # between two looks at control messages
+
+clock = time.perf_counter
+
+
+def pause_s(
+    waited_s: float, share: float = WAIT_SHARE, longest_s: float = LAST_PAUSE_S
+) -> float:
+    """Return how long to sleep before the next look, in seconds.
+
+    >>> pause_s(0.0), pause_s(0.004), pause_s(60.0)
+    (2e-05, 0.0005, 0.001)
+    """
+    return min(longest_s, max(FIRST_PAUSE_S, waited_s * share))
+
+
+class Stopped(BaseException):
+    """Ends a thread whose world is gone."""
+
+
+class Meter:
+    """Counts what a rank communicates; every thread of it may call.
+
+    `in_flight_s` is the time during which at least one of the learner's calls was
+    under way: concurrent calls count once, so that `overlap` cannot exceed the share
+    of communication that was really hidden.
+    """
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+        self._lock = threading.Lock()
+        self._num_in_flight = 0
+        self._since_s = 0.0
+        self._blocked_depth = 0
+        self._blocked_since_s = 0.0
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the learner waits."""
+        return self._blocked_depth > 0
+
+    def count(self, *, sent: int = 0, received: int = 0, messages: int = 0) -> None:
+        """Add bytes and calls."""
+        with self._lock:
+            self.traffic.bytes_sent += sent
+            self.traffic.bytes_received += received
+            self.traffic.messages += messages
+
+    def begin(self) -> None:
+        """One of the learner's calls starts."""
+        with self._lock:
+            if self._num_in_flight == 0:
+                self._since_s = clock()
+            self._num_in_flight += 1
+
+    def end(self) -> None:
+        """One of the learner's calls is complete."""
+        with self._lock:
+            self._num_in_flight -= 1
+            if self._num_in_flight == 0:
+                self.traffic.in_flight_s += clock() - self._since_s
+
+    def block(self) -> None:
+        """From now on the learner does nothing but wait."""
+        self._blocked_depth += 1
+        if self._blocked_depth == 1:
+            self._blocked_since_s = clock()
+
+    def unblock(self) -> None:
+        """The learner goes on."""
+        self._blocked_depth -= 1
+        if self._blocked_depth == 0:
+            self.traffic.blocked_s += clock() - self._blocked_since_s
+
+
+class Progress:
+    """All that is under way on one rank, and the threads that move it.
+
+    inspector  is told of every wait; set by the world before anything starts
+    computing  whether the learner computes, so that others should leave it the core
+    """
+
+    inspector: StallInspector
+    computing = False
+
+    def __init__(self, meter: Meter, *, background: bool) -> None:
+        self.meter, self.background = meter, background
+        self._pending: dict[int, Transfer] = {}
+        self._polling = threading.Lock()
+        self._changed = threading.Condition()  # for `wait`
+        self._needed = threading.Event()  # for the progress thread
+        self._threads: list[threading.Thread] = []
+        self._on_stop: list[Callable[[], None]] = []
+        self._beside: set[int] = set()  # identities of threads that are not the learner
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._next_tick_s = 0.0
+
+    def begin(self) -> None:
+        """Start the progress thread, where threads are possible."""
+        if self.background:
+            self.thread(self._run, "mpilm progress")
+
+    def thread(
+        self,
+        work: Callable[[], None],
+        name: str,
+        end: Callable[[], None] | None = None,
+    ) -> None:
+        """Run `work` on a thread beside the learner.
+
+        Args:
+            work: must not raise.
+            name: of the thread, for debuggers.
+            end: wakes it when the world ends, if `wait` would not.
+        """
+        if end is not None:
+            self._on_stop.append(end)
+
+        def run() -> None:
+            self._beside.add(threading.get_ident())
+            work()
+
+        # daemon: an interpreter that exits without close() must not wait for it
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def is_learner(self) -> bool:
+        """Return whether the learner calls (autograd's own threads are the learner)."""
+        return threading.get_ident() not in self._beside
+
+    def add(self, transfer: Transfer, *, waited_for: bool) -> None:
+        """Have `transfer` tested until it is done.
+
+        Args:
+            transfer: not done yet.
+            waited_for: the caller waits at once, so the progress thread may sleep on.
+        """
+        self._pending[id(transfer)] = transfer
+        if not waited_for:
+            self._needed.set()
+
+    def poll(self) -> None:
+        """Look once at everything that is pending. Never blocks."""
+        if not self._pending or not self._polling.acquire(blocking=False):
+            return
+        try:
+            for transfer in list(self._pending.values()):
+                if transfer.look():
+                    del self._pending[id(transfer)]
+        finally:
+            self._polling.release()
+
+    def wait(
+        self,
+        ready: Callable[[], T | None],
+        waiting: Waiting | None = None,
+        *,
+        spin: bool = True,
+    ) -> T:
+        """Block until `ready()` is neither None nor False; return it.
+
+        Args:
+            ready: is asked after every change on this rank, and in growing intervals.
+            waiting: what for, if the stall inspector should know.
+            spin: ask without pausing at first, if the learner has nothing else to do;
+                not if a thread of this rank is waited for: it needs the core, and
+                wakes us.
+        """
+        found = ready()
+        if found is not None and found is not False:
+            return found
+        learner = self.is_learner()
+        if learner:
+            self.meter.block()
+        try:
+            with self.inspector.watching(waiting):
+                return self._wait(ready, spin=spin)
+        finally:
+            if learner:
+                self.meter.unblock()
+
+    def _wait(self, ready: Callable[[], T | None], *, spin: bool) -> T:
+        start_s = clock()
+        while True:
+            self.poll()
+            found = ready()
+            if found is not None and found is not False:
+                return found
+            self.check()
+            if not self.background:
+                self._tick()
+            waited_s = clock() - start_s
+            if spin and waited_s < SPIN_S and self.meter.is_blocked:
+                time.sleep(0.0)
+                continue
+            longest_s = BESIDE_PAUSE_S if self.computing else LAST_PAUSE_S
+            pause = pause_s(waited_s, longest_s=longest_s) if spin else longest_s
+            with self._changed:
+                self._changed.wait(pause)
+
+    def notify(self) -> None:
+        """Let everybody in `wait` look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Raise `error` in the learner as soon as it waits."""
+        self._failure = error
+        self.notify()
+
+    def reported(self, error: BaseException) -> None:
+        """The learner knows of `error` already."""
+        if self._failure is error:
+            self._failure = None
+
+    def check(self) -> None:
+        """Raise if this thread should not go on waiting.
+
+        Raises:
+            Stopped: the world is gone.
+            BaseException: what an activity of this rank raised; in the learner only.
+        """
+        if self.is_learner():
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
+        elif self._stopping:
+            raise Stopped
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the threads; return whether all of them ended in time."""
+        self._stopping = True
+        self.notify()
+        self._needed.set()
+        for end in self._on_stop:
+            end()
+        deadline_s = clock() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - clock()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _tick(self) -> None:
+        now_s = clock()
+        if now_s >= self._next_tick_s:
+            self._next_tick_s = now_s + TICK_S
+            self.inspector.tick(now_s)
+
+    def _run(self) -> None:
+        """Be the progress thread."""
+        since_s = clock()
+        while not self._stopping:
+            try:
+                if not self.meter.is_blocked:  # else the learner polls
+                    self.poll()
+                self._tick()
+            except BaseException as error:
+                self.fail(error)
+                return
+            if not self._pending:
+                self._needed.wait(TICK_S)
+            if self._needed.is_set():
+                self._needed.clear()
+                since_s = clock()
+            time.sleep(pause_s(clock() - since_s, BESIDE_SHARE, BESIDE_PAUSE_S))

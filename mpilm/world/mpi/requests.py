@@ -1,0 +1,210 @@
+"""Calls under way: the requests that `MpiComm` hands out.
+
+Transfer    an MPI request, tested by whoever polls      Isend, Irecv, Ibarrier
+Collective  meets all ranks, then calls MPI, blocking    Iallreduce, and all others
+Lane        runs the collectives of one communicator in order, beside the learner
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mpilm.errors import WorldError
+from mpilm.world.base import Request
+from mpilm.world.mpi.progress import Progress, Stopped
+from mpilm.world.mpi.staging import Stage
+
+if TYPE_CHECKING:
+    from mpilm.world.mpi.comm import MpiComm
+    from mpilm.world.mpi.stall import Waiting
+
+T = TypeVar("T")
+
+
+class Operation(Request):
+    """A call under way. `what` stands in reports of stalls."""
+
+    def __init__(self, progress: Progress, what: str, nbytes: int = 0) -> None:
+        self.progress, self.what, self.nbytes = progress, what, nbytes
+        self.done = False
+        self.error: BaseException | None = None
+        self.is_learners = progress.is_learner()
+        if self.is_learners:
+            progress.meter.begin()
+
+    def complete(self, error: BaseException | None = None) -> None:
+        """Mark it done; wake whoever waits."""
+        if self.is_learners:
+            self.progress.meter.end()
+        self.error = error
+        self.done = True
+        self.progress.notify()
+
+    def waiting(self) -> Waiting | None:
+        """Return what the inspector should know of a wait for it."""
+        if not self.is_learners:  # a server may wait for ever
+            return None
+        return self.progress.inspector.waiting_for(self.what)
+
+    def Test(self) -> bool:
+        if not self.done:
+            self.progress.poll()
+            self.progress.check()
+        return self._verdict()
+
+    def Wait(self) -> None:
+        if not self.done:
+            self.progress.wait(lambda: self.done or None, self.waiting())
+        self._verdict()
+
+    def _verdict(self) -> bool:
+        if self.error is not None:
+            raise self.error
+        return self.done
+
+
+class Transfer(Operation):
+    """An MPI request that `Progress` tests: a send, a receive, an Ibarrier.
+
+    Args:
+        progress: the rank's.
+        request: mpi4py's.
+        what: for reports of stalls.
+        status: filled when a receive is complete; None for other requests.
+        nbytes: length of the buffer.
+        stages: the buffers, kept until it is done.
+        target: the stage to deliver into, if any.
+        waiting: what the stall inspector should know of a wait for it.
+        waited_for: the caller waits for it at once.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        request: Any,
+        what: str,
+        *,
+        status: Any = None,
+        nbytes: int = 0,
+        stages: Sequence[Stage] = (),
+        target: Stage | None = None,
+        waiting: Waiting | None = None,
+        waited_for: bool = False,
+    ) -> None:
+        super().__init__(progress, what, nbytes)
+        self.request, self.status = request, status
+        self.stages, self.target, self._waiting = stages, target, waiting
+        if not self.look():
+            progress.add(self, waited_for=waited_for)
+
+    def waiting(self) -> Waiting | None:
+        return self._waiting or super().waiting()
+
+    def look(self) -> bool:
+        """Test the MPI request; finish and return True if it is done."""
+        from mpi4py import MPI
+
+        error: BaseException | None = None
+        try:
+            if not self.request.Test(self.status):
+                return False
+            if self.status is not None:
+                received = self.status.Get_count(MPI.BYTE)
+                self.progress.meter.count(received=received)
+            if self.target is not None:
+                self.target.deliver()
+        except MPI.Exception as failed:
+            error = WorldError(f"{self.what}: {failed.Get_error_string()}")
+        for stage in self.stages:
+            stage.release()
+        self.complete(error)
+        return True
+
+
+def perform(
+    comm: MpiComm,
+    name: str,
+    call: Callable[[], T],
+    stages: Sequence[Stage],
+    target: Stage | None,
+) -> T:
+    """Meet all ranks, then make an MPI call that blocks; return its result.
+
+    Args:
+        comm: the communicator.
+        name: the MPI name of the call.
+        call: makes it.
+        stages: buffers that MPI reads or writes.
+        target: the stage to deliver into, if any.
+    """
+    try:
+        for stage in stages:
+            stage.arrived()
+        comm.meet(name)
+        comm.delay(name, stages[-1].host.nbytes if stages else 0)
+        result = call()
+        if target is not None:
+            target.deliver()
+    finally:
+        for stage in stages:
+            stage.release()
+    return result
+
+
+class Collective(Operation):
+    """A collective in a lane; arguments as for `perform`."""
+
+    result: Any = None
+
+    def __init__(
+        self,
+        comm: MpiComm,
+        name: str,
+        call: Callable[[], Any],
+        stages: Sequence[Stage] = (),
+        target: Stage | None = None,
+    ) -> None:
+        super().__init__(comm.progress, name)
+        self._perform = partial(perform, comm, name, call, stages, target)
+
+    def Wait(self) -> None:
+        # `meet` tells the inspector; the lane needs the core
+        self.progress.wait(lambda: self.done or None, spin=False)
+        self._verdict()
+
+    def run(self) -> None:
+        """Do it on this thread."""
+        error: BaseException | None = None
+        try:
+            self.result = self._perform()
+        except BaseException as failed:
+            error = failed
+        self.complete(error)
+
+
+class Lane:
+    """One communicator's collectives that go on beside the learner, in order."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._jobs: SimpleQueue[Collective | None] = SimpleQueue()
+        self._last: Collective | None = None
+        progress.thread(self._run, name, end=lambda: self._jobs.put(None))
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything submitted is done."""
+        return self._last is None or self._last.done
+
+    def submit(self, job: Collective) -> None:
+        """Run `job` after all that were submitted before."""
+        self._last = job
+        self._jobs.put(job)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            if isinstance(job.error, Stopped):
+                return

@@ -1,0 +1,124 @@
+"""Declared slow links in the real world: messages that start late.
+
+    sender     Isend ....... | due: MPI's Isend
+    link             |--n/B--|----L----|
+
+A message goes to MPI when a link of such latency L and bandwidth B would have brought
+it; whoever polls starts it, so it may be some milliseconds later still. Messages of one
+communicator to one rank start in the order of their calls, as MPI promises.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mpilm.world import machine
+from mpilm.world.mpi.progress import Progress, clock
+from mpilm.world.mpi.requests import Transfer
+from mpilm.world.mpi.staging import Stage
+
+if TYPE_CHECKING:
+    from mpilm.world.machine import Link
+    from mpilm.world.mpi.comm import MpiComm
+
+
+class SlowSend(Transfer):
+    """A send over a slow link.
+
+    Args:
+        progress: the rank's.
+        start: begins the send; returns mpi4py's request.
+        due_s: when to call it.
+        before: the send that must have begun before.
+        what: for reports of stalls.
+        stage: the buffer.
+        waited_for: the caller waits for it at once.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        start: Callable[[], Any],
+        due_s: float,
+        before: SlowSend | None,
+        what: str,
+        *,
+        stage: Stage,
+        waited_for: bool,
+    ) -> None:
+        self.start, self.due_s, self.before = start, due_s, before
+        nbytes = stage.host.nbytes
+        super().__init__(
+            progress, None, what, nbytes=nbytes, stages=(stage,), waited_for=waited_for
+        )
+
+    def look(self) -> bool:
+        if self.request is None:
+            if self.before is not None and self.before.request is None:
+                return False
+            if clock() < self.due_s:
+                return False
+            self.before = None
+            self.request = self.start()
+        return super().look()
+
+
+class SlowLinks:
+    """The slow links that end at one rank."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free_s: dict[int, float] = {}  # by world rank: its link is free again
+        self._last: dict[tuple[int, int], SlowSend] = {}  # by communicator and peer
+
+    def send(
+        self,
+        comm: MpiComm,
+        start: Callable[[], Any],
+        peer: int,
+        link: Link,
+        what: str,
+        *,
+        stage: Stage,
+        waited_for: bool,
+    ) -> SlowSend:
+        """Return a send to world rank `peer` that is under way, slowly."""
+        with self._lock:
+            begins_s = max(clock(), self._free_s.get(peer, 0.0))
+            free_s = begins_s + stage.host.nbytes / link.bandwidth_Bps
+            self._free_s[peer] = free_s
+            key = (comm.key, peer)
+            sent = SlowSend(
+                comm.progress,
+                start,
+                free_s + link.latency_s,
+                self._last.get(key),
+                what,
+                stage=stage,
+                waited_for=waited_for,
+            )
+            self._last[key] = sent
+        return sent
+
+
+def delay_collective(comm: MpiComm, name: str, msg_bytes: int) -> None:
+    """Sleep as long as a collective takes longer by the slow links of this rank.
+
+    The costs are those of machine.py on a link with the declared figures alone.
+    """
+    faults = comm.world.faults
+    if faults is None or not faults.profile:
+        return
+    if not faults.ends_link(comm.members[comm.rank], comm.members):
+        return
+    link = faults.link_within(comm.members)
+    if name.endswith("llreduce"):
+        cost = machine.allreduce(link, comm.size, msg_bytes)
+    elif name == "Bcast":
+        cost = machine.broadcast(link, comm.size, msg_bytes)
+    else:
+        cost = machine.barrier(link, comm.size)
+    time.sleep(cost.total_s)

@@ -1,0 +1,341 @@
+"""The real world: one MPI process per rank, real time, threads.
+
+    with MpiWorld() as world, abort_on_error(world):
+        ...
+
+mpi4py is imported, and MPI started, when the first `MpiWorld` is made. How messages
+move is told in progress.py, reports of stalls in stall.py, ends in abort.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mpilm.errors import WorldError
+from mpilm.world.base import Activity, Notify, World
+from mpilm.world.mpi.abort import abort_on_error, check_launch
+from mpilm.world.mpi.progress import Meter, Progress, Stopped, clock, pause_s
+from mpilm.world.mpi.slow_links import SlowLinks
+from mpilm.world.mpi.staging import Staging
+from mpilm.world.mpi.stall import StallInspector, Waiting, say
+from mpilm.world.parts import completion_shares
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from mpilm.world.faults import Faults
+
+__all__ = ["MpiWorld", "abort_on_error"]
+
+T = TypeVar("T")
+
+# Open MPI: a thread that waits inside MPI lets others have its core; and a message that
+# must be copied in fragments has more than three under way between two polls. Both
+# measured, docs/mpi-world.md; what the environment sets already is left alone.
+SETTINGS = {
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMPI_MCA_pml_ob1_send_pipeline_depth": "256",
+}
+FORWARD_S = 0.5  # for mpirun to read our last line; without it, 1 of 40 was lost
+LEAVE_S = 10.0  # how long a rank that exits without close() waits for the others
+CRASH_S = 1.0  # the same after an uncaught exception
+JOIN_S = 5.0  # for threads at the end
+STALLED = 3  # exit code of a stall
+DIED = 4  # of a rank whose death is declared
+
+
+class MpiWorld(World):
+    """One rank's face of the real world.
+
+    Args:
+        comm: mpi4py communicator of its ranks; all of MPI_COMM_WORLD if None. It is
+            duplicated: the world's messages never meet anybody else's.
+        faults: what is wrong with the ranks (`mpilm.world.faults.Faults`).
+        step_s: computing takes at least so long, seconds; for learners that sleep.
+        stall_s: a wait of so many seconds is reported on stderr; 0: never.
+        stall_abort_s: a wait of so many seconds ends all ranks; 0: never.
+
+    Raises:
+        WorldError: the launcher started several processes that do not see each other.
+
+    Communicates: collective.
+    """
+
+    def __init__(
+        self,
+        comm: Any = None,
+        *,
+        faults: Faults | None = None,
+        step_s: float = 0.0,
+        stall_s: float = 60.0,
+        stall_abort_s: float = 0.0,
+    ) -> None:
+        mpi = start_mpi()
+        if comm is None:
+            comm = mpi.COMM_WORLD
+            check_launch(comm.size)
+        from mpilm.world.mpi.comm import MpiComm
+
+        self.background = mpi.Query_thread() >= mpi.THREAD_MULTIPLE
+        self.faults, self.step_s = faults, step_s
+        self.on_failure: Callable[[BaseException], None] | None = None
+        self.handles: list[MPI.Comm] = []
+        self.control: MPI.Comm = comm.Dup()
+        self.staging, self.meter = Staging(), Meter()
+        self.slow_links = SlowLinks()
+        self.progress = Progress(self.meter, background=self.background)
+        self.inspector = self.progress.inspector = StallInspector(
+            self.control,
+            stall_s=stall_s,
+            abort_s=stall_abort_s,
+            abort=lambda: self.abort(STALLED),
+        )
+        node = comm.Split_type(mpi.COMM_TYPE_SHARED, comm.rank)
+        self.local_rank, self.local_size = node.rank, node.size
+        node.Free()
+        self.comm: MpiComm = MpiComm(self, comm.Dup(), "world")
+        self.activities: list[ThreadActivity] = []
+        self._num_steps = 0
+        self._closed = False
+        self.progress.begin()
+        atexit.register(self._leave)
+        self.control.Barrier()
+        self._start_s = clock()
+
+    def __enter__(self) -> MpiWorld:
+        return self
+
+    def configure(self, *, faults: Faults) -> None:
+        """Declare what is wrong with the ranks in this run.
+
+        Raises:
+            ConfigError: they speak of a rank that does not exist.
+        """
+        faults.check(self.size)
+        self.faults = faults
+
+    def device(self, kind: str = "auto") -> str:
+        """Return the torch device of this rank: local rank modulo visible GPUs, or CPU.
+
+        Args:
+            kind: "cpu", "cuda", or "auto" (a GPU where there is one).
+
+        Raises:
+            WorldError: "cuda" where no GPU is visible.
+        """
+        if kind == "cpu":
+            return "cpu"
+        try:
+            import torch
+        except ImportError:
+            num_gpus = 0
+        else:
+            num_gpus = torch.cuda.device_count()
+        if num_gpus:
+            return f"cuda:{self.local_rank % num_gpus}"
+        if kind == "cuda":
+            raise WorldError("train.device: no GPU is visible (torch.cuda finds none)")
+        return "cpu"
+
+    def now_s(self) -> float:
+        return clock() - self._start_s
+
+    def sleep(self, seconds: float) -> None:
+        if not seconds >= 0.0:
+            raise WorldError(f"cannot sleep {seconds} seconds")
+        time.sleep(seconds)
+        self.progress.check()
+
+    def wait(self, ready: Callable[[], T | None], what: str) -> T:
+        # a background activity may have to wait for ever: only the learner is watched
+        watched = Waiting(what) if self.progress.is_learner() else None
+        return self.progress.wait(ready, watched)
+
+    def lock(self, name: str) -> AbstractContextManager[Any]:
+        return NotifyingLock(self.progress, name)
+
+    def start(self, work: Callable[[], None], name: str) -> Activity:
+        if not self.background:
+            raise WorldError(
+                f"{name} needs MPI_THREAD_MULTIPLE, which this MPI library or its"
+                " start-up does not give"
+            )
+        activity = ThreadActivity(self, work, name)
+        self.activities.append(activity)
+        return activity
+
+    def compute(self, work: Callable[[Notify], T], ready: Notify | None = None) -> T:
+        step, self._num_steps = self._num_steps, self._num_steps + 1
+        start_s = self.now_s()
+        factor = 1.0
+        if self.faults is not None:
+            if self.faults.fails(self.rank, step):
+                self._die(step)
+            factor = self.faults.slowdown(self.rank, start_s, step)
+        if factor <= 1.0 and self.step_s <= 0.0:
+            return self._work(work, ready or _ignore)
+        parts: list[Any] = []
+        result = self._work(work, parts.append)
+        _finish_kernels()
+        lasts_s = factor * max(self.now_s() - start_s, self.step_s)
+        if ready is not None:
+            for part, share in zip(parts, completion_shares(parts), strict=True):
+                self._sleep_until(start_s + share * lasts_s)
+                ready(part)
+        self._sleep_until(start_s + lasts_s)
+        return result
+
+    def _work(self, work: Callable[[Notify], T], notify: Notify) -> T:
+        self.progress.computing = True
+        try:
+            return work(notify)
+        finally:
+            self.progress.computing = False
+
+    def _sleep_until(self, time_s: float) -> None:
+        left_s = time_s - self.now_s()
+        if left_s > 0.0:
+            time.sleep(left_s)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        for activity in list(self.activities):
+            activity.join()
+        self.comm.entered += 1
+        waiting = Waiting("close", self.comm, self.comm.entered)
+        self.progress.wait(self.control.Ibarrier().Test, waiting)
+        # nobody asks any more; when all have their answers, nothing is on its way
+        self.progress.wait(lambda: self.inspector.idle)
+        self.progress.wait(self.control.Ibarrier().Test)
+        self._closed = True
+        atexit.unregister(self._leave)
+        self.progress.stop(JOIN_S)
+        for handle in (*reversed(self.handles), self.control):
+            handle.Free()
+
+    def _die(self, step: int) -> None:
+        """End this process as an accident would. Does not return."""
+        say(f"rank {self.rank}: dies before step {step}, as [faults] declares")
+        time.sleep(FORWARD_S)
+        os._exit(DIED)  # no clean-up, no MPI_Finalize: mpirun ends the others
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once. Does not return."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(FORWARD_S)
+        self.control.Abort(code)
+
+    def _leave(self) -> None:
+        """End the threads of a world that nobody closed; abort if others still work.
+
+        Without this, MPI_Finalize would wait for ever for the others, and they for us.
+        """
+        mpi = start_mpi()
+        if self._closed or mpi.Is_finalized():
+            return
+        crashed = getattr(sys, "last_value", None) is not None
+        start_s = clock()
+        limit_s = CRASH_S if crashed else LEAVE_S
+        for _ in range(2):  # the barriers of close(), which others may be calling
+            request = self.control.Ibarrier()
+            while not request.Test():
+                waited_s = clock() - start_s
+                if waited_s > limit_s:
+                    say(f"rank {self.rank}: exits while others still work; aborting")
+                    self.abort(1)
+                time.sleep(pause_s(waited_s))
+        self.progress.stop(JOIN_S)
+
+
+def run_mpi(main: Callable[[MpiWorld], T], *, faults: Faults | None = None) -> T:
+    """Return what `main(world)` returned on this rank; the world is closed after it.
+
+    The same as `run_virtual` in the real world: an error on one rank ends all of them.
+
+    Args:
+        main: runs once on each rank that mpirun started.
+        faults: what is wrong with which ranks.
+
+    Raises:
+        SystemExit: an error, which has been reported.
+    """
+    with MpiWorld(faults=faults) as world, abort_on_error(world):
+        return main(world)
+
+
+class ThreadActivity(Activity):
+    """An activity on a thread."""
+
+    def __init__(self, world: MpiWorld, work: Callable[[], None], name: str) -> None:
+        self.world, self.work, self.name = world, work, name
+        self.error: BaseException | None = None
+        self.finished = False
+        world.progress.thread(self._run, f"mpilm {name}")
+
+    def _run(self) -> None:
+        try:
+            self.work()
+        except Stopped:
+            pass
+        except BaseException as error:
+            self.error = error
+            if self.world.on_failure is not None:
+                self.world.on_failure(error)
+            self.world.progress.fail(error)
+        self.finished = True
+        self.world.progress.notify()
+
+    def join(self) -> None:
+        world = self.world
+        world.wait(lambda: self.finished or None, f"the end of {self.name}")
+        if self in world.activities:
+            world.activities.remove(self)
+        if self.error is not None:
+            world.progress.reported(self.error)
+            raise self.error
+
+
+class NotifyingLock(AbstractContextManager[None]):
+    """A lock whose release lets everybody in `world.wait` look again."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self.progress, self.name = progress, name
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        self.progress.notify()
+
+
+def start_mpi() -> Any:
+    """Return mpi4py's module MPI; start MPI if nobody has."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    return MPI
+
+
+def _ignore(part: Any) -> None:
+    """Nobody wants to know."""
+
+
+def _finish_kernels() -> None:
+    """Wait for the GPU, so that its time counts as computing."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -1,0 +1,209 @@
+"""Collectives of the virtual world: one object that all ranks of a group come to.
+
+It starts when the last rank has come and all their ports are free, and ends on all
+ranks at once, after the cost that `machine` declares. What it computes is computed
+once and shared.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mpilm.errors import WorldError
+from mpilm.world import machine as costs
+from mpilm.world.base import Op
+from mpilm.world.buffers import reduce_, snapshot, write_
+from mpilm.world.machine import Cost
+from mpilm.world.virtual.engine import NETWORK, VirtualRequest
+
+if TYPE_CHECKING:
+    from mpilm.world.virtual.comm import Group
+
+
+class Call(NamedTuple):
+    """What a rank called; all ranks of the group must call the same."""
+
+    kind: str
+    nbytes: int = 0
+    dtype: str = ""
+    op: Op | None = None
+    root: int | None = None
+
+    def __str__(self) -> str:
+        text = self.kind
+        if self.dtype:
+            text += f" of {self.nbytes} bytes of {self.dtype}"
+        if self.op is not None:
+            text += f" ({self.op.value})"
+        if self.root is not None:
+            text += f" from root {self.root}"
+        return text
+
+
+class CollectiveRequest(VirtualRequest):
+    """One rank's part in a collective."""
+
+    def __init__(self, collective: Collective, rank: int, buf: Any) -> None:
+        group = collective.group
+        super().__init__(group.engine, group.states[rank])
+        self.collective, self.rank, self.buf = collective, rank, buf
+
+    def __str__(self) -> str:
+        collective = self.collective
+        group = collective.group
+        missing = [
+            group.states[rank].rank
+            for rank, request in enumerate(collective.requests)
+            if request is None
+        ]
+        return f"{listed(missing)} in {collective.call} on {group.name}"
+
+
+class Collective(ABC):
+    """One collective operation of a group, from the first call to the end."""
+
+    data: Any = None  # the shared result, while it is needed
+
+    def __init__(self, group: Group, call: Call, first: int) -> None:
+        self.group, self.call, self.first = group, call, first
+        self.requests: list[CollectiveRequest | None] = [None] * len(group.states)
+        self.num_missing = len(group.states)
+
+    def come(self, rank: int, call: Call, value: Any, buf: Any) -> CollectiveRequest:
+        """Enter a rank with what it brings; start when it was the last one.
+
+        Raises:
+            WorldError: it calls something else than the others.
+        """
+        if call != self.call:
+            states = self.group.states
+            raise WorldError(
+                f"calls {call} on {self.group.name} where rank"
+                f" {states[self.first].rank} called {self.call}"
+            )
+        request = CollectiveRequest(self, rank, buf)
+        self.requests[rank] = request
+        self.bring(rank, value)
+        self.num_missing -= 1
+        if self.num_missing == 0:
+            self._start()
+        return request
+
+    def _start(self) -> None:
+        group = self.group
+        engine, states = group.engine, group.states
+        if len(states) == 1:
+            self._finish(None)
+            return
+        cost = self.cost()
+        start_s = engine.now_s
+        for state in states:
+            start_s = max(start_s, state.send_free_s, state.receive_free_s)
+        free_s = start_s + cost.transfer_s
+        for state in states:
+            state.send_free_s = state.receive_free_s = free_s
+        latency_s = cost.latency_s * group.machine.spread(states[0].link_random)
+        engine.at(free_s + latency_s, NETWORK, self._finish, None)
+
+    def _finish(self, _: Any) -> None:
+        requests, self.requests = self.requests, []  # no cycle: memory is freed at once
+        for request in requests:
+            assert request is not None
+            self.hand_out(request)
+            request.complete()
+        self.data = None
+
+    @abstractmethod
+    def bring(self, rank: int, value: Any) -> None:
+        """Take what a rank brings."""
+
+    def hand_out(self, request: CollectiveRequest) -> None:
+        """Give a rank its result."""
+
+    @abstractmethod
+    def cost(self) -> Cost:
+        """Return what it costs."""
+
+
+class Exchange(Collective):
+    """Small Python values (or none: a barrier); everybody sees all of them."""
+
+    def __init__(self, group: Group, call: Call, first: int) -> None:
+        super().__init__(group, call, first)
+        self.values: list[Any] = [None] * len(group.states)
+        self._combined: Any = None
+
+    def bring(self, rank: int, value: Any) -> None:
+        self.values[rank] = value
+
+    def combined(self, combine: Callable[[list[Any]], Any]) -> Any:
+        """Return `combine(values)`, computed by the first who asks."""
+        if self._combined is None:
+            self._combined = combine(self.values)
+        return self._combined
+
+    def cost(self) -> Cost:
+        return costs.barrier(self.group.link, len(self.values))
+
+
+class Broadcast(Collective):
+    """The buffer of the root, to all."""
+
+    def bring(self, rank: int, value: Any) -> None:
+        if rank == self.call.root:
+            self.data = snapshot(value)
+
+    def hand_out(self, request: CollectiveRequest) -> None:
+        if request.rank != self.call.root:
+            write_(request.buf, self.data)
+
+    def cost(self) -> Cost:
+        return costs.broadcast(self.group.link, len(self.requests), self.call.nbytes)
+
+
+class Reduction(Collective):
+    """The buffers of all, folded in the order of ranks.
+
+    A buffer is folded at once if all ranks before it have been, and copied otherwise.
+    """
+
+    def __init__(self, group: Group, call: Call, first: int) -> None:
+        super().__init__(group, call, first)
+        self.num_folded = 0
+        self.early: dict[int, Any] = {}
+
+    def bring(self, rank: int, value: Any) -> None:
+        if rank != self.num_folded:
+            self.early[rank] = snapshot(value)
+            return
+        self._fold(value)
+        while self.early and self.num_folded in self.early:
+            self._fold(self.early.pop(self.num_folded))
+
+    def _fold(self, part: Any) -> None:
+        if self.num_folded == 0:
+            self.data = snapshot(part)
+        else:
+            assert self.call.op is not None
+            reduce_(self.data, part, self.call.op)
+        self.num_folded += 1
+
+    def hand_out(self, request: CollectiveRequest) -> None:
+        write_(request.buf, self.data)
+
+    def cost(self) -> Cost:
+        return costs.allreduce(self.group.link, len(self.requests), self.call.nbytes)
+
+
+def listed(ranks: Iterable[int], limit: int = 8) -> str:
+    """Return ranks in words.
+
+    >>> listed([3]), listed([1, 2]), listed(range(10))
+    ('rank 3', 'ranks 1, 2', 'ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more')
+    """
+    found = list(ranks)
+    text = ", ".join(map(str, found[:limit]))
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    return f"rank{'s' if len(found) > 1 else ''} {text}{more}"

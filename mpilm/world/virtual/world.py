@@ -1,0 +1,221 @@
+"""The virtual world: N ranks in one process, in virtual time.
+
+    def main(world):
+        world.compute(lambda notify: None)      # takes machine.step_s
+        world.comm.Barrier()
+        return world.now_s()
+
+    run_virtual(main, 128, machine=Machine(step_s=0.1), faults=Faults(slow={"3": 10}))
+
+Every rank and every background activity is a greenlet; an event heap decides who runs.
+The same arguments give the same run, to the bit. docs/virtual-world.md tells what
+things cost and where this world differs from a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+from mpilm.errors import WorldError
+from mpilm.world.base import Activity, Notify, World
+from mpilm.world.faults import Faults
+from mpilm.world.machine import Machine
+from mpilm.world.parts import completion_shares
+from mpilm.world.virtual.comm import Envelope, Group, Network, VirtualComm
+from mpilm.world.virtual.engine import Engine, RankState, VirtualActivity
+
+T = TypeVar("T")
+
+
+def run_virtual(
+    main: Callable[[VirtualWorld], T],
+    size: int,
+    *,
+    machine: Machine | None = None,
+    faults: Faults | None = None,
+    seed: int = 0,
+) -> list[T]:
+    """Return what `main(world)` returned on each of `size` virtual ranks.
+
+    Args:
+        main: runs once per rank; the world is closed after it.
+        size: number of ranks.
+        machine: what messages and computing cost.
+        faults: what is wrong with which ranks.
+        seed: of the machine's jitter.
+
+    Raises:
+        WorldError: a deadlock (who waits for what, a line per rank), or an error on a
+            rank that is no MpilmError.
+        MpilmError: one on a rank, with the rank's number in front.
+    """
+    return Simulation(size, machine=machine, faults=faults, seed=seed).run(main)
+
+
+class Simulation:
+    """What `run_virtual` runs, for those who want to look at it afterwards."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        machine: Machine | None = None,
+        faults: Faults | None = None,
+        seed: int = 0,
+    ) -> None:
+        if size < 1:
+            raise WorldError(f"{size} ranks cannot run")
+        self.machine = machine or Machine()
+        self.faults = faults or Faults()
+        self.faults.check(size)
+        self.engine = Engine()
+        states = [RankState(r, self.machine.node(r), seed) for r in range(size)]
+        self.engine.ranks = states
+        self.network = Network(self.engine, self.machine, self.faults)
+        comms = Group(self.network, states, "world").comms
+        self.worlds = [VirtualWorld(self, comm) for comm in comms]
+
+    def run(self, main: Callable[[VirtualWorld], T]) -> list[T]:
+        """Run `main` on every rank, once; return the results. See `run_virtual`."""
+        self.engine.begin()
+        learners = [world.begin(main) for world in self.worlds]
+        self.engine.run()
+        return [learner.result for learner in learners]
+
+    @property
+    def now_s(self) -> float:
+        """Virtual seconds that have passed."""
+        return self.engine.now_s
+
+    @property
+    def num_events(self) -> int:
+        """Events that have happened."""
+        return self.engine.num_events
+
+    @property
+    def undelivered(self) -> list[Envelope]:
+        """Messages that nobody has received."""
+        return self.network.undelivered()
+
+
+class VirtualWorld(World):
+    """One rank's face of the virtual world."""
+
+    background = True
+    comm: VirtualComm
+
+    def __init__(self, simulation: Simulation, comm: VirtualComm) -> None:
+        self.simulation, self.comm = simulation, comm
+        self.engine = simulation.engine
+        self.state = comm.state
+        self._closed = False
+
+    def begin(self, main: Callable[[VirtualWorld], T]) -> VirtualActivity:
+        """Announce `main` as the learner of this rank."""
+
+        def work() -> T:
+            with self:
+                return main(self)
+
+        return VirtualActivity(
+            self.engine, self.state, work, "the learner", is_learner=True
+        )
+
+    def _me(self) -> VirtualActivity:
+        return self.engine.active(self.state)
+
+    def now_s(self) -> float:
+        return self.engine.now_s
+
+    def sleep(self, seconds: float) -> None:
+        if not seconds >= 0.0:
+            raise WorldError(f"cannot sleep {seconds} seconds")
+        activity = self._me()
+        activity.may_block()
+        activity.block_until(self.engine.now_s + seconds)
+
+    def wait(self, ready: Callable[[], T | None], what: str) -> T:
+        activity, state = self._me(), self.state
+        activity.may_block()
+        did = -1
+        while True:
+            found = activity.not_blocking("ready() of wait", ready)
+            if found is not None and found is not False:
+                return found
+            # others look again only if this one did something: two that only look must
+            # not wake each other for ever
+            before, did = did, state.traffic.messages + state.num_taken
+            if did != before:
+                state.changed()
+            state.watchers.append(activity)
+            activity.block(what, counts=True, only_looked=True)
+
+    def lock(self, name: str) -> AbstractContextManager[Any]:
+        return VirtualLock(self.engine, self.state, name)
+
+    def start(self, work: Callable[[], None], name: str) -> Activity:
+        self._me()
+        return VirtualActivity(self.engine, self.state, work, name)
+
+    def compute(self, work: Callable[[Notify], T], ready: Notify | None = None) -> T:
+        activity, state, simulation = self._me(), self.state, self.simulation
+        activity.may_block()
+        if simulation.faults.fails(state.rank, state.num_steps):
+            raise WorldError(
+                f"dies before step {state.num_steps}, as [faults] declares, at"
+                f" {self.engine.now_s:.6g} s of virtual time"
+            )
+        parts: list[Any] = []
+        result = activity.not_blocking("the work of compute", work, parts.append)
+        start_s = self.engine.now_s
+        machine = simulation.machine
+        step_s = machine.step_s * machine.spread(state.step_random)
+        step_s *= simulation.faults.slowdown(state.rank, start_s, state.num_steps)
+        state.num_steps += 1
+        if ready is None or not parts:
+            activity.block_until(start_s + step_s)
+            return result
+        for part, when in zip(parts, completion_shares(parts), strict=True):
+            activity.block_until(start_s + when * step_s)
+            activity.not_blocking("ready() of compute", ready, part)
+        return result
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for activity in list(self.state.activities):
+            if not activity.is_learner:
+                activity.join()
+        self.comm.close()
+
+
+class VirtualLock(AbstractContextManager[Any]):
+    """Mutual exclusion between the activities of a rank, first come, first served."""
+
+    def __init__(self, engine: Engine, state: RankState, name: str) -> None:
+        self.engine, self.state, self.name = engine, state, name
+        self.holder: VirtualActivity | None = None
+        self.queue: list[VirtualActivity] = []
+
+    def __enter__(self) -> None:
+        activity = self.engine.active(self.state)
+        activity.may_block()
+        if self.holder is activity:
+            raise WorldError(f"takes the lock {self.name} that it holds already")
+        if self.holder is None:
+            self.holder = activity
+        else:
+            self.queue.append(activity)
+            activity.block(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.holder = self.queue.pop(0) if self.queue else None
+        if self.holder is not None:
+            self.holder.wake()
+
+    def __str__(self) -> str:
+        holder = self.holder.name if self.holder is not None else "nobody"
+        return f"the lock {self.name}, held by {holder}"
