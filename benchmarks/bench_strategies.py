@@ -206,7 +206,7 @@ def compare(world: MpiWorld, args: argparse.Namespace) -> None:
     """Train all rows and report."""
     with workplace(world) as folder:
         corpus = folder / "corpus.h5"
-        with world.together():
+        with world.all_or_none():
             if world.rank == 0 and args.smoke:
                 prepare_synthetic(corpus, vocab=args.vocab, tokens=5000)
             elif world.rank == 0:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mpilm import Learner, run_mpi, run_virtual, strategy
+from mpilm import Learner, run_mpi, strategy
 
 
 class Batch(NamedTuple):

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from mpilm.convert import convert, fields_of, unknown
+from mpilm.convert import Choice, convert, fields_of, unknown
 from mpilm.errors import ConfigError
 from mpilm.models.configs import MODELS, PretrainConfig
 from mpilm.optim.configs import OPTIMIZERS, SCHEDULES
@@ -91,16 +91,8 @@ class CheckpointConfig:
     """samples between two checkpoints; 0: at the end only"""
     keep: Positive = 2
     """checkpoints kept"""
-    vote_every: Positive = 5
+    agree_every: Positive = 5
     """minibatches between two votes on stopping early (signals)"""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A section with a name: the choice and its settings."""
-
-    name: str
-    settings: Any
 
 
 @dataclass(frozen=True)

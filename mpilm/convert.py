@@ -12,6 +12,14 @@ import msgspec
 from mpilm.errors import ConfigError
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A section with a name: the choice and its settings."""
+
+    name: str
+    settings: Any
+
+
 def convert(kind: type, given: Mapping[str, Any], name: str) -> Any:
     """Return the dataclass `kind` with the values of a table.
 

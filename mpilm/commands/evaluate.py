@@ -34,7 +34,7 @@ def eval_(
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     with MpiWorld() as world, abort_on_error(world):
-        with world.together():
+        with world.all_or_none():
             model = TrainedModel.read(run, ema=ema)
             task = open_task(corpus or model.config.data.corpus, model.config.model)
             task.require_split(split)

@@ -50,7 +50,7 @@ def text(
             lower=lower,
             progress=progress,
         )
-    describe(summary)
+    print_summary(summary)
 
 
 def docs(*, out: Path = Path("data/docs.h5"), vocab: int = 10_000) -> None:
@@ -64,7 +64,7 @@ def docs(*, out: Path = Path("data/docs.h5"), vocab: int = 10_000) -> None:
 
     with progress_bar() as progress:
         summary = prepare_docs(out, vocab=positive("--vocab", vocab), progress=progress)
-    describe(summary)
+    print_summary(summary)
 
 
 def synthetic(
@@ -100,7 +100,7 @@ def synthetic(
             branching=branching,
             progress=progress,
         )
-    describe(summary)
+    print_summary(summary)
 
 
 def positive(option: str, value: int | None) -> int | None:
@@ -127,7 +127,7 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def describe(summary: PrepareSummary) -> None:
+def print_summary(summary: PrepareSummary) -> None:
     """Print what was written."""
     what = "words" if summary.level == "word" else "characters"
     print(f"{summary.path}: vocabulary of {summary.vocabulary:,} {what}")

@@ -40,7 +40,7 @@ def pretrain(
 
     settings: Config | None = None
     with MpiWorld() as world, abort_on_error(world):
-        with world.together():
+        with world.all_or_none():
             settings = read_config(config, set_)
             world.configure(faults=settings.faults)
         assert settings is not None
@@ -49,7 +49,7 @@ def pretrain(
         with shown as progress:
             say = print if speaks else lambda line: None
             layers = Pretrainer(settings, world, progress=progress, say=say).run()
-        with world.together():
+        with world.all_or_none():
             if speaks:
                 write_layers(out, layers)
                 print(f"{out}: {len(layers)} layers; use it as model.init")

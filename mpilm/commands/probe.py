@@ -45,7 +45,7 @@ def probe(
 
     settings: Config | None = None
     with MpiWorld() as world, abort_on_error(world):
-        with world.together():
+        with world.all_or_none():
             if steps < 1:
                 raise ConfigError(f"--steps {steps}: must be 1 or more")
             settings = read_config(config, set_)

@@ -98,11 +98,11 @@ def wav(
         f"{out}: {summary.frames.features} features, {summary.frames.classes} classes,"
         f" {len(summary.words):,} words, {summary.rate:,} samples/s"
     )
-    describe(summary.frames)
+    print_summary(summary.frames)
     report_bad(summary.problems)
 
 
-def describe(summary: FrameSummary) -> None:
+def print_summary(summary: FrameSummary) -> None:
     """Print what is in the splits."""
     for split, utterances in summary.utterances.items():
         frames = summary.frames[split]
@@ -158,7 +158,7 @@ def align(
         )
         if summary:
             print(f"{out}: aligned anew")
-            describe(summary)
+            print_summary(summary)
             report_bad(problems)
     return 0
 
@@ -197,7 +197,7 @@ def decode(
 
     splits = split or ("test",)
     with opened(run, corpus, prior_scale, ema) as (world, frames, scores, hmms):
-        with world.together():
+        with world.all_or_none():
             require("jiwer", "jiwer")
             chosen = [frames.split(name) for name in splits]
             tuning = frames.split(tune) if tune else None
@@ -222,7 +222,7 @@ def decode(
             if world.rank == 0:
                 what = found.errors or f"{len(found.recognised):,} utterances, no texts"
                 print(f"{found.split} {what}")
-        with world.together():
+        with world.all_or_none():
             if world.rank == 0:
                 write_results(run, results[-len(chosen) :], results, out)
     return 0
@@ -266,7 +266,7 @@ def opened(
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     with MpiWorld() as world, abort_on_error(world):
-        with world.together():
+        with world.all_or_none():
             if not 0 <= prior_scale <= 10:
                 raise DataError(f"--prior-scale {prior_scale}: must be 0 to 10")
             model = TrainedModel.read(run, ema=ema)

@@ -40,7 +40,7 @@ def train(
 
     settings: Config | None = None
     with StopRequest() as stop, MpiWorld() as world, abort_on_error(world, out):
-        with world.together():
+        with world.all_or_none():
             settings = read_config(config, set_)
             world.configure(faults=settings.faults)
         assert settings is not None

@@ -112,14 +112,14 @@ class Layout:
         return buckets
 
 
-def in_cache(*vectors: Any) -> Iterator[tuple[Any, ...]]:
+def chunked(*vectors: Any) -> Iterator[tuple[Any, ...]]:
     """Yield the same part of each vector, one part after the other.
 
     Parts are short enough to stay in a CPU's cache between several operations on them;
     a GPU, for which many short operations are slow, gets the vectors whole.
 
     >>> import numpy as np
-    >>> [len(part) for part, _ in in_cache(np.zeros(70_000), np.ones(70_000))]
+    >>> [len(part) for part, _ in chunked(np.zeros(70_000), np.ones(70_000))]
     [65536, 4464]
     """
     if getattr(vectors[0], "is_cuda", False):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.learner.flat import Layout, in_cache
+from mpilm.learner.flat import Layout, chunked
 
 
 def layers(num_parameters: int, num_layers: int = 4) -> Layout:
@@ -113,7 +113,7 @@ class ProtocolLearner:
             self.velocity *= self.momentum
             self.velocity += self.grad
             direction = self.velocity
-        for theta, step in in_cache(self.theta, direction):
+        for theta, step in chunked(self.theta, direction):
             theta -= np.float32(self.lr) * step
 
     def moments(self) -> dict[str, Any]:

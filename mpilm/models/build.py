@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
+from mpilm.convert import Choice
 from mpilm.models.acoustic import Dnn, LstmAm
 from mpilm.models.configs import BlstmAmConfig, DnnConfig, LstmAmConfig, LstmLmConfig
 from mpilm.models.lstm_lm import LstmLm
 from mpilm.models.weights import load_weights_
-
-
-class Choice(Protocol):
-    """A model's name and its settings."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def settings(self) -> Any: ...
 
 
 def build_model(

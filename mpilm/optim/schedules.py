@@ -22,24 +22,15 @@ Departs     rejecting a validation is an option (their script always rejects a w
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
+from mpilm.convert import Choice
 from mpilm.optim.configs import (
     ConstantConfig,
     ExponentialConfig,
     NewbobAccuracyConfig,
     NewbobConfig,
 )
-
-
-class Choice(Protocol):
-    """A schedule's name and its settings."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def settings(self) -> Any: ...
 
 
 def warmup(samples: int, warmup_samples: int) -> float:

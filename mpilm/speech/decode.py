@@ -66,7 +66,7 @@ def decode(
     """
     graphs = [hmms.loop_graph(penalty) for penalty in penalties]
     own: dict[int, list[list[str]]] = {}
-    with world.together():
+    with world.all_or_none():
         order = np.argsort(-split.lengths_U, kind="stable")  # shares the work evenly
         share = order[world.rank :: world.size].tolist()
         for done, utterance in enumerate(share, start=1):

@@ -52,7 +52,7 @@ def realign(
     done = 0
     with ExitStack() as stack:
         writer: FrameWriter | None = None
-        with world.together():
+        with world.all_or_none():
             if world.rank == 0:
                 writer = FrameWriter(
                     stack.enter_context(new_hdf5(out)),
@@ -64,14 +64,14 @@ def realign(
         for name in corpus.splits:
             split = corpus.split(name)
             for block in blocks(split, world.size):
-                with world.together():
+                with world.all_or_none():
                     own = align_block(
                         split, block[world.rank :: world.size], aligner, scores
                     )
                 everyone: Aligned = {}
                 for part in world.comm.allgather(own):
                     everyone |= part
-                with world.together():
+                with world.all_or_none():
                     for utterance in block:
                         found = everyone[utterance]
                         if isinstance(found, str):
@@ -87,7 +87,7 @@ def realign(
             world.comm.Allreduce(IN_PLACE, counts_C)
         fitted = aligner.fitted()
         summary = None
-        with world.together():
+        with world.all_or_none():
             if writer:
                 facts = {"command": "align", "skipped": len(problems)}
                 facts |= {"problems": problems[:20], "before": corpus.provenance}

@@ -129,15 +129,15 @@ class Checkpoints:
         final = self.folder / f"step-{step:09d}"
         partial = Checkpoint(_partial(final), step, size)
         try:
-            with self._together():
+            with self._all_or_none():
                 if rank == 0:
                     self._clean()
                     partial.path.mkdir(parents=True)
-            with self._together():
+            with self._all_or_none():
                 if rank == 0:
                     write_state(partial.shared, shared, step=step, size=size)
                 write_state(partial.own(rank), own, step=step, size=size, rank=rank)
-            with self._together():
+            with self._all_or_none():
                 if rank == 0:
                     self._put_in_place(partial.path, final)
         except CheckpointError:
@@ -159,13 +159,13 @@ class Checkpoints:
         """
         rank, comm = self.world.rank, self.world.comm
         paths: list[Path] = []
-        with self._together():
+        with self._all_or_none():
             if rank == 0:
                 paths = _complete(self.folder)
         first: CheckpointError | None = None
         for path in comm.allgather(paths)[0]:
             try:
-                with self._together():
+                with self._all_or_none():
                     checkpoint = Checkpoint.at(path)
                     if rank == 0:
                         check_state(checkpoint.shared)
@@ -198,14 +198,14 @@ class Checkpoints:
                 " new run",
                 everywhere=True,
             )
-        with self._together():
+        with self._all_or_none():
             shared = read_state(checkpoint.shared)
             checkpoint.require(self.world.rank)
             own = read_state(checkpoint.own(self.world.rank))
         return shared, own
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def _all_or_none(self) -> Iterator[None]:
         """Run a block on every rank; if it fails on one, raise its error on all.
 
         Communicates: collective, one small allgather, blocking.

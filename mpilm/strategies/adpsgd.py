@@ -118,13 +118,13 @@ class Adpsgd(Strategy):
             self.mixer.end()
             learner.theta[:] = self.mixer.x
 
-    def accounts(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         mixer = self.mixer
         return {
             "mixes": int(mixer.partners.sum()),
             "partners": mixer.partners.copy(),
             "rounds": mixer.round,
-            "shares": self.config.weight * mixer.partners,
+            "weights": self.config.weight * mixer.partners,
             "staleness": mixer.staleness.copy(),
         }
 

@@ -60,7 +60,7 @@ class Allreduce(Strategy):
         self.synchronised(slice(0, learner.layout.size), learner.theta)
         return loss
 
-    def accounts(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         return self.averages(self.rounds)
 
     def state(self) -> dict[str, Any]:

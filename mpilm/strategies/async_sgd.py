@@ -145,7 +145,7 @@ class AsyncSgd(Strategy):
         assert self.server is not None, "start() comes before the first step"
         return self.server
 
-    def accounts(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         server = self.server
         size = self.comm.size
         partners = server.partners.copy() if server else np.zeros(size, np.int64)
@@ -157,7 +157,7 @@ class AsyncSgd(Strategy):
         }
 
     def state(self) -> dict[str, Any]:
-        state = {"clock": self.clock, **self.accounts()}
+        state = {"clock": self.clock, **self.metrics()}
         if not self.is_local:
             server = self.started()
             state["shard"] = to_array(server.values)

@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from mpilm.learner.flat import copy_of, fill_, in_cache, to_array
+from mpilm.learner.flat import chunked, copy_of, fill_, to_array
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.world.base import World
 
@@ -180,7 +180,7 @@ class Bmuf(Strategy):
         else:
             settings = {"eta": self.eta, "zeta": config.zeta}
             nesterov = config.momentum == "nesterov"
-            for parts in in_cache(model, self.delta[where], theta):
+            for parts in chunked(model, self.delta[where], theta):
                 filter_(*parts, **settings, nesterov=nesterov)
         self.synchronised(where, model)
 
@@ -193,7 +193,7 @@ class Bmuf(Strategy):
         """Write W(t) into `out`: what the last whole block came to."""
         out[:] = self.model
 
-    def accounts(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         return self.averages(self.steps // self.config.period)
 
     def state(self) -> dict[str, Any]:

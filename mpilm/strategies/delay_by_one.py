@@ -63,7 +63,7 @@ class DelayByOne(Strategy):
         self.rounds += 1
         return loss
 
-    def accounts(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         return self.averages(self.rounds)
 
     def state(self) -> dict[str, Any]:

@@ -86,12 +86,12 @@ class Dpsgd(Strategy):
         self.partners[mixing.peers] += 1
         return loss
 
-    def accounts(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         return {
             "mixes": int(self.partners.sum()),
             "partners": self.partners.copy(),
             "rounds": self.round,
-            "shares": self.weight * self.partners,
+            "weights": self.weight * self.partners,
         }
 
     def state(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
-from mpilm.learner.flat import Layout, copy_of, fill_, in_cache, to_array
+from mpilm.learner.flat import Layout, chunked, copy_of, fill_, to_array
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.strategies.bmuf import AUTOMATIC, check_eta
 from mpilm.strategies.topology import random_groups
@@ -193,7 +193,7 @@ class GossipBmuf(Strategy):
         self.num_vectors = VECTORS[config.mix] if config.filter else 1
         self.max_peers = -(-size // max(1, size // group_size)) - 1
         self.partners = np.zeros(size, np.int64)
-        self.shares = np.zeros(size)
+        self.weights = np.zeros(size)
         self.parts: list[tuple[int, slice]] = []
         self.start_point: Any = None
         self.delta: Any = None
@@ -290,7 +290,7 @@ class GossipBmuf(Strategy):
         for peer in members:
             if peer != self.comm.rank:
                 self.partners[peer] += 1
-                self.shares[peer] += 1.0 / len(members) / len(self.parts)
+                self.weights[peer] += 1.0 / len(members) / len(self.parts)
         tag = component % NUM_TAGS * len(VECTORS)
         return Exchange(self.comm, members, tag, vectors)
 
@@ -324,10 +324,10 @@ class GossipBmuf(Strategy):
             self.synchronised(where, start_point)
             return
         settings = {"eta": self.eta, "zeta": config.zeta}
-        for parts in in_cache(wbar, start_point, delta):
+        for parts in chunked(wbar, start_point, delta):
             filter_(*parts, **settings, nesterov=nesterov)
         self.synchronised(where, start_point)
-        for w, g, d in in_cache(wbar, start_point, delta):
+        for w, g, d in chunked(wbar, start_point, delta):
             if nesterov:
                 w[:] = d
                 w *= self.eta
@@ -360,13 +360,13 @@ class GossipBmuf(Strategy):
     def finish(self, learner: Learner) -> None:
         self.collect()
 
-    def accounts(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         rounds = self.steps // self.config.period
         return {
             "mixes": rounds,
             "partners": self.partners.copy(),
             "rounds": rounds,
-            "shares": self.shares.copy(),
+            "weights": self.weights.copy(),
         }
 
     def state(self) -> dict[str, Any]:
@@ -376,7 +376,7 @@ class GossipBmuf(Strategy):
             "steps": self.steps,
             "applies_at": self.applies_at,
             "partners": self.partners.copy(),
-            "shares": self.shares.copy(),
+            "weights": self.weights.copy(),
         }
         return state | {name: to_array(v) for name, v in self.vectors().items()}
 
@@ -384,7 +384,7 @@ class GossipBmuf(Strategy):
         self.steps = int(state["steps"])
         self.applies_at = int(state["applies_at"])
         self.partners[:] = state["partners"]
-        self.shares[:] = state.get("shares", 0.0)  # none in older checkpoints
+        self.weights[:] = state.get("weights", 0.0)  # none in older checkpoints
         for name, vector in self.vectors().items():
             fill_(vector, state[name])
 

@@ -97,7 +97,7 @@ class Hierarchical(Strategy):
     leaders  the leaders of all nodes; None on other ranks
     node_of  number of the node of every rank
     inner    the strategy between the leaders; None on other ranks
-    heard    the leader's accounts, as its node last heard of them
+    heard    the leader's metrics, as its node last heard of them
     """
 
     name = "hierarchical"
@@ -155,7 +155,7 @@ class Hierarchical(Strategy):
     def start(self, learner: Learner) -> None:
         if self.inner is not None:
             self.inner.start(self.super_learner(learner))
-        self.share_(learner.theta)
+        self.bcast_(learner.theta)
 
     def step(self, learner: Learner) -> Any:
         observed = self.on_synchronised is not None
@@ -167,7 +167,7 @@ class Hierarchical(Strategy):
         else:
             self.inner.on_synchronised = self.note if observed else None
             loss = self.inner.step(super_learner)  # (1), (2)
-        self.share_(learner.theta)  # (3)
+        self.bcast_(learner.theta)  # (3)
         if observed:
             self.show()
         self.steps += 1
@@ -179,7 +179,7 @@ class Hierarchical(Strategy):
             return learner
         return SuperLearner(self, learner)
 
-    def share_(self, vector: Any) -> None:
+    def bcast_(self, vector: Any) -> None:
         """Replace `vector` by the leader's.
 
         Communicates: collective in the node, one Bcast of the vector, blocking.
@@ -195,7 +195,7 @@ class Hierarchical(Strategy):
         if self.lockstep:  # all ranks have the same
             return number
         self.number[0] = number
-        self.share_(self.number)
+        self.bcast_(self.number)
         return int(self.number[0])
 
     def retire(self, learner: Learner) -> None:
@@ -205,18 +205,18 @@ class Hierarchical(Strategy):
     def finish(self, learner: Learner) -> None:
         if self.inner is not None:
             self.inner.finish(self.super_learner(learner))
-        self.share_(learner.theta)
+        self.bcast_(learner.theta)
 
     def final_model_(self, learner: Learner, out: Any) -> None:
         """Write the final model of the inner strategy into `out`, (P,).
 
         Communicates: collective, what the inner strategy does among the leaders, and a
-        Bcast of 4P bytes and the accounts in every node; blocking.
+        Bcast of 4P bytes and the metrics in every node; blocking.
         """
         if self.inner is not None:
             self.inner.final_model_(self.super_learner(learner), out)
-            self.heard = self.inner.accounts()
-        self.share_(out)
+            self.heard = self.inner.metrics()
+        self.bcast_(out)
         self.heard = self.node.allgather(self.heard)[0]
 
     @property
@@ -236,20 +236,20 @@ class Hierarchical(Strategy):
         anything, of 16 bytes a part and of the parts; blocking.
         """
         self.number[0] = len(self.parts)
-        self.share_(self.number)
+        self.bcast_(self.number)
         ends = np.zeros(2 * int(self.number[0]), np.int64)
         if len(ends) == 0:
             return
         if self.parts:
             ends[:] = [end for part in self.parts for end in (part.start, part.stop)]
-        self.share_(ends)
+        self.bcast_(ends)
         for start, stop in ends.reshape(-1, 2).tolist():
-            self.share_(self.seen[start:stop])
+            self.bcast_(self.seen[start:stop])
             self.synchronised(slice(start, stop), self.seen[start:stop])
         self.parts.clear()
 
-    # accounts and state
-    def accounts(self) -> dict[str, Any]:
+    # metrics and state
+    def metrics(self) -> dict[str, Any]:
         """Return the counts of this rank; a leader has those of its node.
 
         A rank that is no leader mixes with nobody. Its `shares` and `rounds` are those
@@ -257,12 +257,12 @@ class Hierarchical(Strategy):
         """
         if max(self.node_of) == 0:
             return self.averages(self.steps)
-        own = self.heard if self.inner is None else self.inner.accounts()
+        own = self.heard if self.inner is None else self.inner.metrics()
         found = dict(own) if self.inner is not None else {}
         if "partners" in found:
             found["partners"] = self.of_leaders(found["partners"])
-        if "shares" in own:
-            found |= {"rounds": own["rounds"], "shares": self.of_ranks(own)}
+        if "weights" in own:
+            found |= {"rounds": own["rounds"], "weights": self.of_ranks(own)}
         return found
 
     def of_leaders(self, counts: Any) -> Any:
@@ -274,7 +274,7 @@ class Hierarchical(Strategy):
 
     def of_ranks(self, own: dict[str, Any]) -> Any:
         """Return the shares that ranks had: each 1/m of its node's, float64 (K,)."""
-        shares = np.array(own["shares"], np.float64)
+        shares = np.array(own["weights"], np.float64)
         mine = self.node_of[self.comm.rank]
         shares[mine] = own["rounds"] - shares.sum()  # the node's own, on the diagonal
         spread = shares[self.node_of] / self.node.size
@@ -341,7 +341,7 @@ class SuperLearner:
         strategy, learner = self.strategy, self.learner
         node, config = strategy.node, strategy.config
         if strategy.moves_first:
-            strategy.share_(learner.theta)
+            strategy.bcast_(learner.theta)
         reduction = OverlappedSum(node, learner, config.bucket_bytes)
         share = 1.0 / node.size
         loss = learner.gradient(ready=reduction.segment_is_ready, scale=share)

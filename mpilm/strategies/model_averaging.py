@@ -89,7 +89,7 @@ class ModelAveraging(Strategy):
             else:
                 self.mean_(vector)
 
-    def accounts(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         return self.averages(self.rounds)
 
     def state(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Notation    theta_i   model of rank i, (P,);  m = (1/K) sum_j theta_j, their mea
             distance  ||theta_i - m||_2
             T         mean over rounds of the mixing matrix that was realised, (K, K)
             gap       1 - second largest |eigenvalue| of T
-docs/accounting.md says how T is got for each strategy.
+docs/metrics.md says how T is got for each strategy.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class Consensus:
 
 
 def measure_consensus(
-    learner: Learner, world: World, accounts: Mapping[str, Any]
+    learner: Learner, world: World, metrics: Mapping[str, Any]
 ) -> Consensus:
     """Return how far this rank's model is from the mean, and how well ranks mix.
 
     Equal models are compared with rank 0's: a mean of K equal numbers is rounded.
 
     Args:
-        accounts: of this rank's strategy.
+        metrics: of this rank's strategy.
 
     Communicates: collective, one Bcast and, if the models differ, one Allreduce of 4P
         bytes, and 8K bytes from each rank; blocking.
     """
-    gap = realised_gap(world.comm.allgather(dict(accounts)))
+    gap = realised_gap(world.comm.allgather(dict(metrics)))
     model = learner.theta.clone()
     world.comm.Bcast(model, root=0)
     differ = np.array([bool((model != learner.theta).any())], np.int64)
@@ -64,15 +64,15 @@ def measure_consensus(
     return Consensus(float(model.norm()), norm, gap)
 
 
-def realised_gap(accounts: Sequence[Mapping[str, Any]]) -> float:
-    """Return the spectral gap of T from the accounts of all ranks.
+def realised_gap(metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Return the spectral gap of T from the metrics of all ranks.
 
     The number of rounds is the mean over ranks: out of lockstep a fast rank begins more
     than a slow one. NaN: one rank, no round yet, or a strategy that mixes no models.
     """
-    size = len(accounts)
-    shares = [np.asarray(own.get("shares", ()), np.float64) for own in accounts]
-    rounds = float(np.mean([own.get("rounds", 0) for own in accounts]))
+    size = len(metrics)
+    shares = [np.asarray(own.get("weights", ()), np.float64) for own in metrics]
+    rounds = float(np.mean([own.get("rounds", 0) for own in metrics]))
     if size == 1 or rounds == 0.0 or any(len(row) != size for row in shares):
         return float("nan")
     return spectral_gap(realised(np.stack(shares), rounds))

@@ -24,11 +24,11 @@ from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
 from mpilm.train.consensus import measure_consensus
 from mpilm.train.evaluate import Quality, evaluate, swapped
-from mpilm.train.metrics import LOG_FIELDS, Meter, Milestones, Totals
+from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.run import RunFolder, make_learner, make_schedule, require_same
-from mpilm.train.screen import Progress, count
-from mpilm.train.signals import MEET, STOP, StopRequest, Vote
-from mpilm.train.summary import describe, summarise
+from mpilm.train.screen import Screen, count
+from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
+from mpilm.train.summary import closing_lines, summarise
 from mpilm.train.task import open_task
 from mpilm.world.base import IN_PLACE, MAX, World
 
@@ -59,7 +59,7 @@ class Trainer:
         kind = STRATEGIES[config.strategy.name]
         self.strategy = kind(world, config.strategy.settings)
         lockstep = self.strategy.lockstep
-        with world.together():
+        with world.all_or_none():
             self.task = open_task(config.data.corpus, config.model)
             self.batches = self.task.batches(config, world, lockstep=lockstep)
             self.schedule = make_schedule(config, world.size)
@@ -67,7 +67,7 @@ class Trainer:
         keep = config.checkpoint.keep
         self.checkpoints = Checkpoints(self.folder.checkpoints, world, keep=keep)
         saved = self.find() if resume else None
-        with world.together():
+        with world.all_or_none():
             self.learner = make_learner(
                 config,
                 self.task.num_inputs,
@@ -82,7 +82,7 @@ class Trainer:
         self.failure: MpilmError | None = None  # will stop all ranks in order
         self.batches.start()
         self.strategy.start(self.learner)
-        with world.together():
+        with world.all_or_none():
             self.ema: Ema | None = None
             if config.ema.on:
                 self.ema = Ema(config.ema, self.strategy, self.learner)
@@ -90,20 +90,20 @@ class Trainer:
             if saved:
                 self.restore(saved)
             if world.rank == 0:
-                self.folder.describe(config, self.task)
-        self.meter = Meter(world, self.totals)
+                self.folder.write_description(config, self.task)
+        self.recorder = MetricsRecorder(world, self.totals)
         self.validations = Milestones(config.train.valid_every, self.samples)
         self.savings = Milestones(config.checkpoint.every, self.samples)
         self.is_validated = False  # the model has not changed since it was
-        with world.together():
+        with world.all_or_none():
             path = self.folder.log(world.rank)
             step = self.totals.step
             self.log = RunLog(path, world.rank, LOG_FIELDS, from_step=step)
-        self.progress = Progress(
+        self.screen = Screen(
             config.train.samples, samples=self.samples, speaks=world.rank == 0
         )
         for line in self.introduction():
-            self.progress.line(line)
+            self.screen.line(line)
 
     def introduction(self) -> Iterator[str]:
         """Yield what a person wants to know before it begins."""
@@ -143,15 +143,15 @@ class Trainer:
         """
         config, totals, learner = self.config, self.totals, self.learner
         strategy, stop = self.strategy, stop or StopRequest()
-        with self.progress, self.log:
-            vote = Vote(
+        with self.screen, self.log:
+            vote = Agreement(
                 self.world,
-                every=max(config.checkpoint.vote_every, strategy.stride),
+                every=max(config.checkpoint.agree_every, strategy.stride),
                 request=stop,
                 lockstep=strategy.lockstep,
                 agree=strategy.agree,
             )
-            self.meter.begin(vote.traffic)
+            self.recorder.begin(vote.traffic)
             samples = strategy.agree(self.samples)
             while samples < config.train.samples and not self.schedule.finished:
                 learner.lr = self.schedule.lr(samples)
@@ -163,38 +163,38 @@ class Trainer:
                     self.record(samples, float(loss))
                 is_due = self.validations.due(samples) or self.savings.due(samples)
                 if is_due and strategy.lockstep:
-                    self.meet(samples)
+                    self.sync(samples)
                 if self.failure:
                     stop.requested = "failure"
-                outcome = vote.poll(totals.step, meet=is_due and not strategy.lockstep)
-                if outcome == MEET:
-                    self.gather()
+                outcome = vote.poll(totals.step, sync=is_due and not strategy.lockstep)
+                if outcome == SYNC:
+                    self.drain()
                 if outcome == STOP:
                     break
             strategy.retire(learner)
-            vote.finish(self.gather_retired)
+            vote.finish(self.drain_retired)
             strategy.finish(learner)
-            with self.meter.aside(), self.world.together():
+            with self.recorder.paused(), self.world.all_or_none():
                 if self.failure:
                     raise self.failure
             if not vote.stopped:
-                self.progress.done()
+                self.screen.done()
                 self.validate()
             self.save()
             self.batches.close()
         if vote.stopped:
-            self.progress.line(
+            self.screen.line(
                 f"stopped early at {samples:,} samples; --resume goes on from here"
             )
             return False
         summary = summarise(self)  # collective
         if self.world.rank == 0:
             write_summary(self.folder.summary, summary)
-        for text in describe(summary):
-            self.progress.line(text)
+        for text in closing_lines(summary):
+            self.screen.line(text)
         return True
 
-    def meet(self, samples: int) -> None:
+    def sync(self, samples: int) -> None:
         """Validate and write a checkpoint, if it is time. Collective.
 
         Args:
@@ -205,18 +205,18 @@ class Trainer:
         if self.savings.pass_(samples):
             self.save()
 
-    def gather(self) -> None:
-        """Bring ranks that are out of lockstep together to `meet`. Collective."""
-        with self.aside("gather"):
+    def drain(self) -> None:
+        """Bring ranks that are out of lockstep to a sync point. Collective."""
+        with self.paused("gather"):
             self.strategy.retire(self.learner)
             self.strategy.finish(self.learner)
             samples = np.array([self.samples], np.int64)
             self.world.comm.Allreduce(IN_PLACE, samples, MAX)
-        self.meet(int(samples[0]))
+        self.sync(int(samples[0]))
 
-    def gather_retired(self) -> None:
-        """`gather` on a rank that takes no more steps: afterwards it answers again."""
-        self.gather()
+    def drain_retired(self) -> None:
+        """`drain` on a rank that takes no more steps: afterwards it answers again."""
+        self.drain()
         self.strategy.retire(self.learner)
 
     def record(self, samples: int, loss: float) -> None:
@@ -227,17 +227,17 @@ class Trainer:
         if not loss < LARGEST_LOSS:
             self.failure = self.diverged(f"the loss is {loss:.3g}")
             return
-        self.meter.mark()
+        self.recorder.mark()
         totals.loss_sum += loss
         totals.loss_count += 1
-        learner, accounts = self.learner, self.strategy.accounts()
+        learner, accounts = self.learner, self.strategy.metrics()
         counts = {name: accounts[name] for name in COUNTS if name in accounts}
         own = {"samples": learner.samples, "loss": loss, "lr": learner.lr}
         try:
             self.log.row(**totals.row(), **own, **counts)
         except CheckpointError as error:
             self.failure = error
-        self.progress.update(samples, loss)
+        self.screen.update(samples, loss)
 
     def diverged(self, what: str) -> DivergenceError:
         """Return the error that says so."""
@@ -258,7 +258,7 @@ class Trainer:
         if self.is_validated and self.strategy.lockstep:
             return
         self.is_validated, totals = True, self.totals
-        with self.aside("evaluate"):
+        with self.paused("evaluate"):
             quality = self.quality("valid", self.strategy)
             if self.ema:
                 average = self.quality("valid", self.ema)
@@ -272,9 +272,9 @@ class Trainer:
         if self.best:
             self.best.judge(is_kept)
         note = "" if is_kept else ": worse, back to the best model"
-        self.progress.line(f"valid {quality}{note}")
-        with self.meter.aside():
-            accounts = self.strategy.accounts()
+        self.screen.line(f"valid {quality}{note}")
+        with self.recorder.paused():
+            accounts = self.strategy.metrics()
             found = measure_consensus(self.learner, self.world, accounts)
         totals.consensus_step = totals.step
         totals.consensus_distance = found.distance
@@ -307,8 +307,8 @@ class Trainer:
             CheckpointError: it cannot be written.
             DivergenceError: the model is not finite any more.
         """
-        with self.aside("checkpoint"):
-            with self.world.together():
+        with self.paused("checkpoint"):
+            with self.world.all_or_none():
                 self.log.flush()
             shared = {
                 "theta": self.final_theta(self.strategy),
@@ -341,7 +341,7 @@ class Trainer:
         if newest is None:
             return None
         shared, own = self.checkpoints.load(newest)
-        with self.world.together():
+        with self.world.all_or_none():
             if shared["fingerprint"] != self.task.fingerprint:
                 raise CheckpointError(
                     f"{self.config.data.corpus}: its {self.task.meaning} is not the"
@@ -362,10 +362,10 @@ class Trainer:
             self.ema.load_state(part("ema", saved))
 
     @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
+    def paused(self, name: str) -> Iterator[None]:
         """Count the time of the block, but not as training; log it as an event."""
         began_s = self.world.now_s()
-        with self.meter.aside():
+        with self.recorder.paused():
             yield
         step = self.totals.step
         self.log.event(name, began_s, self.world.now_s(), step=step)

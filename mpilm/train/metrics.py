@@ -11,7 +11,7 @@ from typing import Any
 from mpilm.strategies.base import NUM_BINS
 from mpilm.world.base import Traffic, World
 
-LOG_FIELDS = {  # a row of the log; docs/accounting.md defines each of them
+LOG_FIELDS = {  # a row of the log; docs/metrics.md defines each of them
     "step": "i8",  # minibatches of this rank
     "samples": "i8",  # samples of this rank
     "seconds": "f8",  # of training, evaluations and checkpoints left out
@@ -79,29 +79,29 @@ class Totals:
         return values
 
 
-class Meter:
-    """Adds passing time and traffic to the totals, training apart from the rest."""
+class MetricsRecorder:
+    """Adds passing time and traffic to the totals, training excluded from the rest."""
 
     def __init__(self, world: World, totals: Totals) -> None:
         self.world, self.totals = world, totals
-        self.apart = Traffic()
+        self.excluded = Traffic()
         self.last = self.read()
 
-    def begin(self, apart: Traffic) -> None:
-        """Count from now on, but not the bytes and messages of `apart`: of votes."""
-        self.apart = apart
+    def begin(self, excluded: Traffic) -> None:
+        """Count from now on, but not the bytes and messages of `excluded`: of votes."""
+        self.excluded = excluded
         self.last = self.read()
 
     def read(self) -> dict[str, float]:
         """Return the world's clock and counters."""
-        traffic, apart = self.world.traffic, self.apart
+        traffic, excluded = self.world.traffic, self.excluded
         return {
             "seconds": self.world.now_s(),
             "blocked_s": traffic.blocked_s,
             "in_flight_s": traffic.in_flight_s,
-            "bytes_sent": traffic.bytes_sent - apart.bytes_sent,
-            "bytes_received": traffic.bytes_received - apart.bytes_received,
-            "messages": traffic.messages - apart.messages,
+            "bytes_sent": traffic.bytes_sent - excluded.bytes_sent,
+            "bytes_received": traffic.bytes_received - excluded.bytes_received,
+            "messages": traffic.messages - excluded.messages,
         }
 
     def mark(self) -> None:
@@ -114,7 +114,7 @@ class Meter:
         self.last = now
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Count the time of the block, but neither as training nor its traffic."""
         self.mark()
         yield

@@ -51,7 +51,7 @@ class Pretrainer:
         self.config, self.world = config, world
         self.progress, self.say = progress, say
         settings = config.model.settings
-        with world.together():
+        with world.all_or_none():
             if not isinstance(settings, DnnConfig) or settings.activation != "sigmoid":
                 raise ConfigError(
                     "pretrain: RBMs begin a model dnn with activation = sigmoid"
@@ -71,7 +71,7 @@ class Pretrainer:
         """Return weight and bias of every hidden layer. Collective."""
         layers: Layers = []
         for index in range(self.settings.layers):
-            with self.world.together():
+            with self.world.all_or_none():
                 batches = self.batches(index)
                 learner = self.learner(layers, batches)
             layers.append(self.train(index, learner, batches))
@@ -119,7 +119,7 @@ class Pretrainer:
         pretrain, world = self.config.pretrain, self.world
         kind = STRATEGIES[self.config.strategy.name]
         strategy = kind(world, self.config.strategy.settings)
-        with world.together():
+        with world.all_or_none():
             strategy.require(learner)
         batches.start()
         strategy.start(learner)

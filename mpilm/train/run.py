@@ -66,7 +66,7 @@ class RunFolder:
                 " starts a new one"
             )
 
-    def describe(self, config: Config, task: Task) -> None:
+    def write_description(self, config: Config, task: Task) -> None:
         """Write the configuration and the vocabulary.
 
         Raises:

@@ -41,7 +41,7 @@ def terminal_width() -> int | None:
         os.close(descriptor)
 
 
-class Progress:
+class Screen:
     """Progress of a run towards `total` samples; silent unless `speaks`.
 
     Use as a context manager around the loop.
@@ -70,7 +70,7 @@ class Progress:
         )
         self.began_s = self.shown_s = time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Screen:
         self.began_s = self.shown_s = time.monotonic()
         if self.bar:
             self.bar.start()

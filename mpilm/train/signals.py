@@ -1,4 +1,4 @@
-"""Votes: all ranks stop together when one got a signal, and meet when one wants to."""
+"""All ranks stop together when one got a signal, and sync when one asks for it."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-DONE, RUNNING, MEET, STOP = 0, 1, 2, 3
+DONE, RUNNING, SYNC, STOP = 0, 1, 2, 3
 
 
-class Vote:
-    """Agreement of all ranks to stop or to meet, without waiting for it in every step.
+class Agreement:
+    """Agreement of all ranks to stop or to sync, without waiting for it in every step.
 
-    Each rank votes DONE, RUNNING, MEET or STOP; the outcome is the maximum. One at a
+    Each rank votes DONE, RUNNING, SYNC or STOP; the outcome is the maximum. One at a
     time is in flight, behind the computing (a blocking vote in every step cost 20% of
     the speed in returnn#1727). All ranks conclude the same from the same outcome:
 
         STOP     all ranks stop; nobody starts another vote
-        MEET     all ranks meet (out of lockstep: to validate, to save) and go on
+        SYNC     out of lockstep: all come to a sync point (validate, save) and go on
         RUNNING  another vote is started
         DONE     all ranks have finished; nobody starts another vote
 
@@ -120,12 +120,12 @@ class Vote:
         self.stopped = False
         self.traffic = Traffic()
 
-    def poll(self, step: int, *, meet: bool = False) -> int:
-        """Return STOP, MEET or RUNNING: what to do now; call it after every step.
+    def poll(self, step: int, *, sync: bool = False) -> int:
+        """Return STOP, SYNC or RUNNING: what to do now; call it after every step.
 
         Args:
             step: minibatches of this rank.
-            meet: whether this rank wishes that all meet. Out of lockstep only.
+            sync: whether this rank asks for a sync point. Out of lockstep only.
 
         Communicates: one Iallreduce of 8 bytes at a time; in lockstep started every
         `every` steps and waited for `every` steps later, otherwise never waited for.
@@ -137,17 +137,17 @@ class Vote:
             outcome = self._conclude()
         if not self.stopped and self._is_due():
             self.started_at, self.started_at_s = step, self.world.now_s()
-            wish = MEET if meet and outcome != MEET else RUNNING
+            wish = SYNC if sync and outcome != SYNC else RUNNING
             self._start(wish if self.request.requested is None else STOP)
         return STOP if self.stopped else outcome
 
-    def finish(self, meet: Callable[[], None] | None = None) -> bool:
+    def finish(self, sync: Callable[[], None] | None = None) -> bool:
         """Take part until all ranks have finished; return whether they were stopped.
 
         Call it on every rank when its loop has ended, before anything else collective.
 
         Args:
-            meet: called whenever the ranks meet.
+            sync: called at every sync point.
 
         Communicates: collective, Iallreduce of 8 bytes, blocking.
         """
@@ -156,9 +156,9 @@ class Vote:
         while self.vote is not None:
             self.vote.Wait()
             outcome = self._conclude()
-            if outcome == MEET and meet is not None:
-                meet()
-            if outcome in {RUNNING, MEET}:
+            if outcome == SYNC and sync is not None:
+                sync()
+            if outcome in {RUNNING, SYNC}:
                 self._start(DONE)
         return self.stopped
 

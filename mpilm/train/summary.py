@@ -1,6 +1,6 @@
 """What a run came to: `summary.json`, and the lines that close a run.
 
-docs/accounting.md says what every number means.
+docs/metrics.md says what every number means.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Report:
+class RankSummary:
     """What one rank knows of itself at the end."""
 
     totals: Totals
     samples: int
-    accounts: dict[str, Any]
+    metrics: dict[str, Any]
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:
@@ -36,14 +36,14 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
     """
     config, world, task = trainer.config, trainer.world, trainer.task
     learner, totals = trainer.learner, trainer.totals
-    own = Report(totals, learner.samples, trainer.strategy.accounts())
+    own = RankSummary(totals, learner.samples, trainer.strategy.metrics())
     reports = world.comm.allgather(own)
     splits = ["valid"]
     results: dict[str, Any] = {"test_perplexity": math.nan}
-    with trainer.meter.aside():
+    with trainer.recorder.paused():
         if config.train.test and "test" in task.splits:
             splits.append("test")
-            results = named("test", trainer.quality("test", trainer.strategy))
+            results = split_results("test", trainer.quality("test", trainer.strategy))
             if trainer.ema:
                 ema = trainer.quality("test", trainer.ema)
                 results["ema_test_perplexity"] = ema.perplexity
@@ -74,7 +74,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
 
 
 def evaluate_ranks(
-    trainer: Trainer, reports: list[Report], splits: list[str]
+    trainer: Trainer, reports: list[RankSummary], splits: list[str]
 ) -> dict[str, list[Quality]]:
     """Return how good every rank's own model is: split -> by rank.
 
@@ -105,15 +105,15 @@ def worst_rank(each: dict[str, list[Quality]]) -> dict[str, Any]:
     worst = int(np.argmax([math.inf if math.isnan(loss) else loss for loss in losses]))
     found: dict[str, Any] = {"worst_rank": worst, "worst_rank_test_perplexity": None}
     for split, qualities in each.items():
-        for name, value in named(split, qualities[worst]).items():
+        for name, value in split_results(split, qualities[worst]).items():
             found[f"worst_rank_{name}"] = value
     return found
 
 
-def named(split: str, quality: Quality) -> dict[str, float]:
+def split_results(split: str, quality: Quality) -> dict[str, float]:
     """Return the keys of the summary for a model on a split.
 
-    >>> named("test", Quality(loss=0.0, error=0.25))
+    >>> split_results("test", Quality(loss=0.0, error=0.25))
     {'test_perplexity': 1.0, 'test_frame_error': 0.25}
     """
     found = {f"{split}_perplexity": quality.perplexity}
@@ -122,7 +122,7 @@ def named(split: str, quality: Quality) -> dict[str, float]:
     return found
 
 
-def account(reports: list[Report]) -> dict[str, Any]:
+def account(reports: list[RankSummary]) -> dict[str, Any]:
     """Return what all ranks took together, and each of them.
 
     A sum is over ranks; a time is a rank's mean; a distance the root mean square.
@@ -138,7 +138,7 @@ def account(reports: list[Report]) -> dict[str, Any]:
     )
     distance = math.sqrt(sum(t.consensus_distance**2 for t in totals) / size)
     norm = totals[0].consensus_norm
-    staleness = [r.accounts["staleness"] for r in reports if "staleness" in r.accounts]
+    staleness = [r.metrics["staleness"] for r in reports if "staleness" in r.metrics]
     return {
         "ranks": size,
         "samples": samples,
@@ -151,7 +151,7 @@ def account(reports: list[Report]) -> dict[str, Any]:
         "bytes_sent": sum(t.bytes_sent for t in totals),
         "bytes_received": sum(t.bytes_received for t in totals),
         "messages": sum(t.messages for t in totals),
-        "mixes": sum(r.accounts.get("mixes", 0) for r in reports),
+        "mixes": sum(r.metrics.get("mixes", 0) for r in reports),
         "staleness": np.sum(staleness, axis=0) if staleness else None,
         "consensus_distance": distance,
         "consensus_distance_relative": distance / norm if norm else math.nan,
@@ -160,7 +160,7 @@ def account(reports: list[Report]) -> dict[str, Any]:
     }
 
 
-def per_rank(reports: list[Report]) -> dict[str, list[Any]]:
+def per_rank(reports: list[RankSummary]) -> dict[str, list[Any]]:
     """Return name -> its value on every rank."""
     names = (
         "train_seconds",
@@ -178,11 +178,11 @@ def per_rank(reports: list[Report]) -> dict[str, list[Any]]:
     values["steps"] = [r.totals.step for r in reports]
     values["samples"] = [r.samples for r in reports]
     for name in ("mixes", "partners", "staleness"):
-        values[name] = [r.accounts.get(name) for r in reports]
+        values[name] = [r.metrics.get(name) for r in reports]
     return values
 
 
-def describe(summary: dict[str, Any]) -> list[str]:
+def closing_lines(summary: dict[str, Any]) -> list[str]:
     """Return what a person wants to read of a summary."""
     speed = (
         f"{summary['samples']:,} samples in {clock(summary['seconds'])}"

@@ -286,7 +286,7 @@ class World(ABC):
             self.close()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def all_or_none(self) -> Iterator[None]:
         """Run a set-up block on every rank and fail on all of them or on none.
 
         The block holds no communication. If it raises an `MpilmError` or `OSError` on

@@ -83,12 +83,12 @@ class Faults:
         Link(latency_s=0.5, bandwidth_Bps=inf)
         """
         found = [profile for profile in self._links if profile.joins(one, other)]
-        return _together(found) if found else NO_FAULT
+        return _all_or_none(found) if found else NO_FAULT
 
     def link_within(self, group: Collection[int]) -> Link:
         """Return the same of a collective of all ranks in `group`."""
         found = [profile for profile in self._links if profile.ends_in(group)]
-        return _together(found) if found else NO_FAULT
+        return _all_or_none(found) if found else NO_FAULT
 
     def ends_link(self, rank: int, group: Collection[int]) -> bool:
         """Return whether a slow link inside `group` ends at `rank`."""
@@ -121,6 +121,6 @@ class Faults:
                     raise ConfigError(f"{place}: no rank {rank}, {there}")
 
 
-def _together(links: Collection[SlowLink]) -> Link:
+def _all_or_none(links: Collection[SlowLink]) -> Link:
     latency_s = sum(link.latency_s for link in links)
     return Link(latency_s, min(link.bandwidth_Bps for link in links))

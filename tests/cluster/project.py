@@ -28,7 +28,7 @@ hidden = 16
 samples = {samples}
 batch = 4
 [checkpoint]
-vote_every = 2
+agree_every = 2
 """
 
 

@@ -107,7 +107,7 @@ def test_mass_is_conserved_out_of_lockstep(
     finally:
         world.step_s = 0.0
     agree.append(is_quiet(world))
-    accounts = method.accounts()
+    accounts = method.metrics()
     ranks = [
         SimpleNamespace(
             first=first,

@@ -187,9 +187,9 @@ def test_devices(world: MpiWorld, agree: list[bool]) -> None:
 
 
 def test_together_fails_everywhere(world: MpiWorld, agree: list[bool]) -> None:
-    with world.together():
+    with world.all_or_none():
         pass
-    with pytest.raises(MpilmError) as caught, world.together():
+    with pytest.raises(MpilmError) as caught, world.all_or_none():
         if world.rank == world.size - 1:
             raise DataError("x.h5: truncated")
     one = "" if world.size == 1 else f"rank {world.size - 1}: "

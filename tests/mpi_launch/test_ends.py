@@ -50,7 +50,7 @@ def test_an_error_on_all_ranks_is_said_once(launch: Launch) -> None:
         3,
         """
         with MpiWorld() as world, abort_on_error(world):
-            with world.together():
+            with world.all_or_none():
                 if world.rank == 2:
                     raise ConfigError("train.batch: 0 is too small")
         """,

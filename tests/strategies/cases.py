@@ -105,7 +105,7 @@ def groups(vectors: int, period: int, group_size: int, components: Any) -> Bytes
 
 def meetings(rank: Any, size: int, steps: int) -> tuple[int, int]:
     """A model either way in every meeting: docs/adpsgd.md."""
-    return (int(rank.strategy.accounts()["partners"].sum()) * MODEL_BYTES,) * 2
+    return (int(rank.strategy.metrics()["partners"].sum()) * MODEL_BYTES,) * 2
 
 
 def pulls_and_pushes(rank: Any, size: int, steps: int) -> tuple[int, int]:

@@ -245,7 +245,7 @@ def open_requests(strategy):
 
 def check_accounts(name, ranks, steps):
     """Raise unless what the ranks counted agrees with each other."""
-    accounts = [rank.strategy.accounts() for rank in ranks]
+    accounts = [rank.strategy.metrics() for rank in ranks]
     if all("staleness" in own for own in accounts):
         counted = [int(own["staleness"].sum()) for own in accounts]
         assert counted == steps, f"staleness of {counted} steps, not of {steps}"

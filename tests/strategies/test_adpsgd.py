@@ -106,7 +106,7 @@ def test_a_straggler_slows_nobody_else(mixing, factor):
     rates = [rank.learner.samples / rank.seconds for rank in ranks]
     ideal = (size - 1 + 1 / factor) / STEP_S
     assert sum(rates) >= 0.97 * ideal
-    mixes = ranks[3].strategy.accounts()["partners"].sum()
+    mixes = ranks[3].strategy.metrics()["partners"].sum()
     assert mixes > 60  # it is asked all the same
 
 
@@ -120,8 +120,8 @@ def test_communication_as_long_as_computing_is_hidden(pieces):
 
 def test_staleness_counts_the_meetings_within_a_step():
     ranks = train(2, [20, 2], faults=Faults(slow={"1": 10.0}))
-    assert ranks[1].strategy.accounts()["staleness"][8:13].sum() == 2
-    assert ranks[0].strategy.accounts()["staleness"][3:].sum() == 0
+    assert ranks[1].strategy.metrics()["staleness"][8:13].sum() == 2
+    assert ranks[0].strategy.metrics()["staleness"][3:].sum() == 0
 
 
 def test_state_goes_on_where_it_was():

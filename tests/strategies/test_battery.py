@@ -103,7 +103,7 @@ def test_resumed_is_uninterrupted_to_the_bit(case, save_at):
     assert np.array_equal(thetas(resumed), thetas(whole))
     for one, other in zip(whole, resumed, strict=True):
         assert np.array_equal(one.final, other.final)
-        counts, again = one.strategy.accounts(), other.strategy.accounts()
+        counts, again = one.strategy.metrics(), other.strategy.metrics()
         for name, value in counts.items():
             np.testing.assert_array_equal(again[name], value)
         kept, again = one.strategy.state(), other.strategy.state()

@@ -57,7 +57,7 @@ def train(
         mine.moved = np.array([traffic.bytes_sent, traffic.bytes_received]) - before
         method.finish(mine)
         mine.states = (method.state(), mine.state())
-        mine.accounts = method.accounts()
+        mine.accounts = method.metrics()
         mine.copies = len(getattr(method, "received", ()))
         mine.final = np.empty_like(mine.theta)
         method.final_model_(mine, mine.final)

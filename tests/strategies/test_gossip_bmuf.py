@@ -113,8 +113,8 @@ def test_resumed_is_uninterrupted_to_the_bit(settings, delay, save_at):
     assert np.array_equal(thetas(whole), thetas(untouched))
     assert np.array_equal(thetas(resumed), thetas(whole))
     assert np.array_equal(resumed[0].final, whole[0].final)
-    counts = [rank.strategy.accounts()["partners"].tolist() for rank in whole]
-    again = [rank.strategy.accounts()["partners"].tolist() for rank in resumed]
+    counts = [rank.strategy.metrics()["partners"].tolist() for rank in whole]
+    again = [rank.strategy.metrics()["partners"].tolist() for rank in resumed]
     assert again == counts
 
 
@@ -152,7 +152,7 @@ def test_a_delay_hides_the_messages_behind_computing():
 
 def test_partners_are_counted_and_symmetric():
     ranks = fleet("gossip_bmuf", 5, steps=20, period=2, components=3)
-    accounts = [rank.strategy.accounts() for rank in ranks]
+    accounts = [rank.strategy.metrics() for rank in ranks]
     partners = np.stack([account["partners"] for account in accounts])
     assert np.array_equal(partners, partners.T)
     assert (np.diag(partners) == 0).all()

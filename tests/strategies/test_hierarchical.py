@@ -16,7 +16,7 @@ from mpilm.strategies import strategy
 from mpilm.strategies.adpsgd import AdpsgdConfig
 from mpilm.strategies.ema import Ema, EmaConfig
 from mpilm.strategies.hierarchical import INNER
-from mpilm.train.signals import MEET, STOP, StopRequest, Vote
+from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation
@@ -103,7 +103,7 @@ def test_nodes_of_one_rank_are_the_inner_strategy_to_the_bit(case):
         assert (one.bytes_sent, one.bytes_received) == (
             other.bytes_sent, other.bytes_received,
         )  # fmt: skip
-        own, accounts = one.strategy.accounts(), other.strategy.accounts()
+        own, accounts = one.strategy.metrics(), other.strategy.metrics()
         assert own.keys() == accounts.keys()
         for name, value in accounts.items():
             np.testing.assert_allclose(own[name], value, atol=1e-12)
@@ -136,8 +136,8 @@ def test_resumed_is_uninterrupted_to_the_bit(case):
     resumed = train(case, 2, 2, resume=whole, **options)
     assert np.array_equal(thetas(resumed), thetas(whole))
     for one, other in zip(whole, resumed, strict=True):
-        for name, value in one.strategy.accounts().items():
-            np.testing.assert_array_equal(other.strategy.accounts()[name], value)
+        for name, value in one.strategy.metrics().items():
+            np.testing.assert_array_equal(other.strategy.metrics()[name], value)
     with pytest.raises(CheckpointError, match="was made with 2 nodes of 2 ranks"):
         train(case, 4, 1, resume=whole, **options)
 
@@ -164,11 +164,11 @@ def test_a_moving_average_sees_the_models_of_the_leaders(case):
 
 def test_shares_are_those_of_the_inner_matrix_spread_over_the_nodes():
     ranks = train("dpsgd", 4, 2, steps=10)
-    accounts = [rank.strategy.accounts() for rank in ranks]
-    shares = np.stack([own["shares"] for own in accounts])
+    accounts = [rank.strategy.metrics() for rank in ranks]
+    shares = np.stack([own["weights"] for own in accounts])
     assert {own["rounds"] for own in accounts} == {10}
     np.testing.assert_allclose(shares.sum(axis=0), shares.sum(axis=1))
-    inner = ranks[0].strategy.inner.accounts()["shares"]
+    inner = ranks[0].strategy.inner.metrics()["weights"]
     assert inner[0] == 0.0
     np.testing.assert_allclose(shares[0][2:], np.repeat(inner[1:], 2) / 2)
     assert shares[0][1] == pytest.approx((10 - inner.sum()) / 2)
@@ -235,7 +235,9 @@ def test_nodes_vote_and_meet_and_never_hang(inner):
         learner = ProtocolLearner(40, compute=world.compute, seed=world.rank, lr=0.1)
         chosen.start(learner)
         request = StopRequest()
-        vote = Vote(world, every=5, request=request, lockstep=False, agree=chosen.agree)
+        vote = Agreement(
+            world, every=5, request=request, lockstep=False, agree=chosen.agree
+        )
         met = 0
 
         def meet():
@@ -254,8 +256,8 @@ def test_nodes_vote_and_meet_and_never_hang(inner):
             chosen.step(learner)
             if draw.random() < 0.002:
                 request.requested = "SIGTERM"
-            outcome = vote.poll(learner.samples, meet=draw.random() < 0.1)
-            if outcome == MEET:
+            outcome = vote.poll(learner.samples, sync=draw.random() < 0.1)
+            if outcome == SYNC:
                 meet()
             if outcome == STOP:
                 break

@@ -150,4 +150,4 @@ def test_nodes_resumed_with_other_nodes(run):
 def test_no_mixing_needs_more_than_two_ranks(topology):
     """A ring of two is a pair, and so is every other graph: nothing to refuse."""
     for rank in fleet("dpsgd", 2, steps=4, topology=topology):
-        assert rank.strategy.accounts()["partners"].sum() == 4
+        assert rank.strategy.metrics()["partners"].sum() == 4

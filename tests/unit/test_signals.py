@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from mpilm.train import signals
-from mpilm.train.signals import MEET, RUNNING, STOP, StopRequest, Vote
+from mpilm.train.signals import RUNNING, STOP, SYNC, Agreement, StopRequest
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, run_virtual
@@ -54,7 +54,9 @@ class Votes:
 
     def __init__(self, world, *, every, lockstep):
         self.request = StopRequest()
-        self.vote = Vote(world, every=every, request=self.request, lockstep=lockstep)
+        self.vote = Agreement(
+            world, every=every, request=self.request, lockstep=lockstep
+        )
         self.started = 0
         start = self.vote._start
 
@@ -237,9 +239,9 @@ def test_out_of_lockstep_all_ranks_meet_equally_often(seed):
         for step in range(1, steps[world.rank] + 1):
             world.compute(lambda notify: None)
             wish |= step in wishes[world.rank]
-            outcome = votes.vote.poll(step, meet=wish)
-            assert outcome in {RUNNING, MEET}
-            if outcome == MEET:
+            outcome = votes.vote.poll(step, sync=wish)
+            assert outcome in {RUNNING, SYNC}
+            if outcome == SYNC:
                 meet()
                 wish = False
         assert not votes.vote.finish(meet)

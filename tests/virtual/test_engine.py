@@ -124,7 +124,7 @@ def test_clean_up_after_an_error_cannot_block():
 
 def test_an_error_that_is_everywhere_is_told_once():
     def main(world):
-        with world.together():
+        with world.all_or_none():
             if world.rank == 1:
                 raise DataError("corpus.h5: empty")
 

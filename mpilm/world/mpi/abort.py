@@ -56,7 +56,7 @@ def abort_on_error(world: MpiWorld, folder: Path | str | None = None) -> Iterato
 
 def _end(world: MpiWorld, error: BaseException, folder: Path | str | None) -> None:
     """Print, close or abort; return only if `error` is no failure."""
-    code, text = describe(error)
+    code, text = exit_line(error)
     if code == 0:
         return
     everywhere = isinstance(error, MpilmError) and error.everywhere
@@ -73,10 +73,10 @@ def _end(world: MpiWorld, error: BaseException, folder: Path | str | None) -> No
     raise SystemExit(code) from error
 
 
-def describe(error: BaseException) -> tuple[int, str]:
+def exit_line(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the line for an error; "" for no line.
 
-    >>> describe(ValueError("no")), describe(SystemExit(0)), describe(SystemExit(3))
+    >>> exit_line(ValueError("no")), exit_line(SystemExit(0)), exit_line(SystemExit(3))
     ((1, 'ValueError: no'), (0, ''), (3, ''))
     """
     if isinstance(error, SystemExit):

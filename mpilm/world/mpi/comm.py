@@ -23,7 +23,12 @@ from mpilm.world.base import (
     Request,
 )
 from mpilm.world.mpi.progress import Progress
-from mpilm.world.mpi.requests import Collective, Lane, Transfer, perform
+from mpilm.world.mpi.requests import (
+    CollectiveQueue,
+    QueuedCollective,
+    Transfer,
+    perform,
+)
 from mpilm.world.mpi.slow_links import delay_collective
 from mpilm.world.mpi.staging import Stage, Staging
 from mpilm.world.mpi.stall import Waiting
@@ -58,7 +63,7 @@ class MpiComm(Comm):
         self.key = int.from_bytes(digest, "big")
         self.entered = 0
         self._num_children = 0
-        self._lane: Lane | None = None
+        self._queue: CollectiveQueue | None = None
         world.handles.append(handle)
         self.inspector.register(self)
 
@@ -143,10 +148,10 @@ class MpiComm(Comm):
             def call() -> None:
                 self.handle.Allreduce(send, recv.host, OPS[op])
 
-            job = Collective(self, "Iallreduce", call, stages, recv)
-            if self._lane is None:
-                self._lane = Lane(self.progress, f"mpilm {self.name}")
-            self._lane.submit(job)
+            job = QueuedCollective(self, "Iallreduce", call, stages, recv)
+            if self._queue is None:
+                self._queue = CollectiveQueue(self.progress, f"mpilm {self.name}")
+            self._queue.submit(job)
             return job
         for stage in stages:
             stage.arrived()
@@ -185,9 +190,9 @@ class MpiComm(Comm):
 
     def Ibarrier(self) -> Request:
         self.meter.count(messages=1)
-        if self._lane is not None and not self._lane.idle:
-            job = Collective(self, "Ibarrier", lambda: None)
-            self._lane.submit(job)
+        if self._queue is not None and not self._queue.idle:
+            job = QueuedCollective(self, "Ibarrier", lambda: None)
+            self._queue.submit(job)
             return job
         self.entered += 1
         return Transfer(
@@ -251,9 +256,9 @@ class MpiComm(Comm):
         It runs on this thread, unless the lane is busy: collectives of a communicator
         must start in the same order on all ranks.
         """
-        if self._lane is not None and not self._lane.idle:
-            job = Collective(self, name, call, stages, target)
-            self._lane.submit(job)
+        if self._queue is not None and not self._queue.idle:
+            job = QueuedCollective(self, name, call, stages, target)
+            self._queue.submit(job)
             job.Wait()
             return job.result
         if not self.progress.is_learner():

@@ -1,8 +1,8 @@
 """Calls under way: the requests that `MpiComm` hands out.
 
-Transfer    an MPI request, tested by whoever polls      Isend, Irecv, Ibarrier
-Collective  meets all ranks, then calls MPI, blocking    Iallreduce, and all others
-Lane        runs the collectives of one communicator in order, beside the learner
+Transfer          an MPI request, tested by whoever polls: Isend, Irecv, Ibarrier
+QueuedCollective  a barrier of all ranks, then a blocking MPI call: Iallreduce, others
+CollectiveQueue   runs the collectives of one communicator in order, beside the learner
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def perform(
     return result
 
 
-class Collective(Operation):
+class QueuedCollective(Operation):
     """A collective in a lane; arguments as for `perform`."""
 
     result: Any = None
@@ -185,12 +185,12 @@ class Collective(Operation):
         self.complete(error)
 
 
-class Lane:
+class CollectiveQueue:
     """One communicator's collectives that go on beside the learner, in order."""
 
     def __init__(self, progress: Progress, name: str) -> None:
-        self._jobs: SimpleQueue[Collective | None] = SimpleQueue()
-        self._last: Collective | None = None
+        self._jobs: SimpleQueue[QueuedCollective | None] = SimpleQueue()
+        self._last: QueuedCollective | None = None
         progress.thread(self._run, name, end=lambda: self._jobs.put(None))
 
     @property
@@ -198,7 +198,7 @@ class Lane:
         """Whether everything submitted is done."""
         return self._last is None or self._last.done
 
-    def submit(self, job: Collective) -> None:
+    def submit(self, job: QueuedCollective) -> None:
         """Run `job` after all that were submitted before."""
         self._last = job
         self._jobs.put(job)

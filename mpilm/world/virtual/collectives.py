@@ -127,7 +127,7 @@ class Collective(ABC):
         """Return what it costs."""
 
 
-class Exchange(Collective):
+class Allgather(Collective):
     """Small Python values (or none: a barrier); everybody sees all of them."""
 
     def __init__(self, group: Group, call: Call, first: int) -> None:

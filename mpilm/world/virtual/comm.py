@@ -31,11 +31,11 @@ from mpilm.world.faults import Faults
 from mpilm.world.machine import Link, Machine
 from mpilm.world.profiles import NO_FAULT
 from mpilm.world.virtual.collectives import (
+    Allgather,
     Broadcast,
     Call,
     Collective,
     CollectiveRequest,
-    Exchange,
     Reduction,
 )
 from mpilm.world.virtual.engine import NETWORK, Engine, RankState, VirtualRequest
@@ -306,15 +306,15 @@ class VirtualComm(Comm):
 
     def Ibarrier(self) -> Request:
         self.traffic.messages += 1
-        return self._come(Exchange, Call("Ibarrier"))
+        return self._come(Allgather, Call("Ibarrier"))
 
     def Barrier(self) -> None:
         self.traffic.messages += 1
-        self._come(Exchange, Call("Barrier")).Wait()
+        self._come(Allgather, Call("Barrier")).Wait()
 
     def close(self) -> None:
         """Wait until all ranks have come here; counted nowhere. Blocking."""
-        request = self._come(Exchange, Call("close"))
+        request = self._come(Allgather, Call("close"))
         request.is_learners = False
         request.wait(counts=False)
 
@@ -324,10 +324,10 @@ class VirtualComm(Comm):
         exchange = self._exchange("allgather", brought)
         return [v.copy() if type(v) is Pickled else v for v in exchange.values]
 
-    def _exchange(self, kind: str, value: Any) -> Exchange:
-        request = self._come(Exchange, Call(kind), value)
+    def _exchange(self, kind: str, value: Any) -> Allgather:
+        request = self._come(Allgather, Call(kind), value)
         request.Wait()
-        assert isinstance(request.collective, Exchange)
+        assert isinstance(request.collective, Allgather)
         return request.collective
 
     # groups

@@ -27,12 +27,12 @@ CLOCKS = {"seconds", "blocked_s", "in_flight_s", "overlap", "idle"}
 
 
 def accounts_of(ranks):
-    return [rank.strategy.accounts() for rank in ranks]
+    return [rank.strategy.metrics() for rank in ranks]
 
 
 def realised_by(accounts):
     """Return the mean mixing matrix of a run."""
-    shares = np.stack([own["shares"] for own in accounts])
+    shares = np.stack([own["weights"] for own in accounts])
     return realised(shares, float(np.mean([own["rounds"] for own in accounts])))
 
 
@@ -186,7 +186,7 @@ def test_the_log_holds_the_accounts_of_every_rank(run):
             assert np.isnan(rows[name][~measured]).all()
             assert (rows[name][measured] > 0.0).all()
         own = {name: values[rank] for name, values in summary["per_rank"].items()}
-        assert own["staleness"] == trainer.strategy.accounts()["staleness"].tolist()
+        assert own["staleness"] == trainer.strategy.metrics()["staleness"].tolist()
         assert own["steps"] == rows["step"][-1] == sum(own["staleness"])
         assert own["mixes"] == sum(own["partners"]) >= rows["mixes"][-1]
         assert own["bytes_sent"] >= rows["bytes_sent"][-1] > 0
