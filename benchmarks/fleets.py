@@ -22,7 +22,7 @@ from typing import Any
 
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import strategy
-from mpilm.train.signals import Vote
+from mpilm.train.signals import Agreement
 from mpilm.world.base import World
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
@@ -71,7 +71,7 @@ class Run:
 
 
 class Deadline:
-    """A wish to stop that a `Vote` asks for: when a time has come."""
+    """A wish to stop that a `Agreement` asks for: when a time has come."""
 
     def __init__(self, world: World, seconds: float) -> None:
         self.world, self.end_s = world, world.now_s() + seconds
@@ -96,7 +96,7 @@ def run(
     """Train `learner` for so many steps or seconds; return what this rank did.
 
     Out of lockstep a rank stops by its own clock. In lockstep all stop after the same
-    step, by the `Vote` that training uses, up to two strides after the time.
+    step, by the `Agreement` that training uses, up to two strides after the time.
 
     Args:
         variant: of VARIANTS.
@@ -142,7 +142,7 @@ def _turns(world: World, chosen: Any, steps: int, seconds: float) -> Iterator[No
         while deadline.requested is None:
             yield
         return
-    vote = Vote(world, every=chosen.stride, request=deadline)
+    vote = Agreement(world, every=chosen.pace.stride, request=deadline)
     step = 0
     while not vote.stopped:
         yield

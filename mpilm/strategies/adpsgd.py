@@ -47,7 +47,6 @@ from mpilm.world.base import (
     Message,
     Request,
     World,
-    require_background,
 )
 
 
@@ -79,15 +78,6 @@ class Adpsgd(Strategy):
     def __init__(self, world: World, config: AdpsgdConfig) -> None:
         super().__init__(world, config)
         self.mixer = Mixer(world, self.comm, config)
-
-    def require(self, learner: Learner) -> None:
-        """Raise unless activities may communicate beside the learner.
-
-        Raises:
-            WorldError: one line with the remedy.
-        """
-        if self.comm.size > 1:
-            require_background(self.world, self.name)
 
     def step(self, learner: Learner) -> Any:
         mixer = self.mixer

@@ -24,7 +24,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.learner.flat import Layout
+from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.world.base import IN_PLACE, Comm, Request, World
 
 
@@ -42,6 +43,7 @@ class Allreduce(Strategy):
     name = "allreduce"
     Config = AllreduceConfig
     synchronises = True
+    saves = ("rounds",)
 
     def __init__(self, world: World, config: AllreduceConfig) -> None:
         super().__init__(world, config)
@@ -63,11 +65,11 @@ class Allreduce(Strategy):
     def metrics(self) -> dict[str, Any]:
         return self.averages(self.rounds)
 
-    def state(self) -> dict[str, Any]:
-        return {"rounds": self.rounds}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.rounds = int(state.get("rounds", 0))  # none in older checkpoints
+    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        buckets = layout.buckets(elements(self.config.bucket_bytes))
+        sizes = [bucket[-1].stop - bucket[0].start for bucket in buckets]
+        moved = self.rounds * sum(map(self.allreduced_bytes, sizes))
+        return moved, moved
 
 
 class OverlappedSum:
@@ -79,7 +81,7 @@ class OverlappedSum:
 
     def __init__(self, comm: Comm, learner: Learner, bucket_bytes: int) -> None:
         self.comm, self.grad = comm, learner.grad
-        self.buckets = learner.layout.buckets(max(1, bucket_bytes // 4))
+        self.buckets = learner.layout.buckets(elements(bucket_bytes))
         self.pending = [len(bucket) for bucket in self.buckets]
         self.bucket_of = {
             segment.start: index
@@ -110,3 +112,8 @@ class OverlappedSum:
         """Return the gradient of bucket `index`."""
         bucket = self.buckets[index]
         return self.grad[bucket[0].start : bucket[-1].stop]
+
+
+def elements(num_bytes: int) -> int:
+    """Return how many float32 are in so many bytes, at least one."""
+    return max(1, num_bytes // ITEM_BYTES)

@@ -33,7 +33,7 @@ from msgspec import Meta
 from mpilm.learner.flat import copy_of, fill_, to_array
 from mpilm.strategies.base import NUM_BINS, Learner, Strategy
 from mpilm.strategies.parameter_server import ParameterServer
-from mpilm.world.base import World, require_background
+from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +54,13 @@ class AsyncSgd(Strategy):
     name = "async_sgd"
     Config = AsyncSgdConfig
     lockstep = False
-    moves_first = True
 
     def __init__(self, world: World, config: AsyncSgdConfig) -> None:
         super().__init__(world, config)
+        self.pace.moves_first = True
         self.server: ParameterServer | None = None
         self.clock = 0
         self.kept: Any = None  # w_hat, beside the learner's update of it
-
-    def require(self, learner: Learner) -> None:
-        """Raise unless activities may communicate beside the learner.
-
-        Raises:
-            WorldError: one line with the remedy.
-        """
-        if self.comm.size > 1:
-            require_background(self.world, self.name)
 
     def start(self, learner: Learner) -> None:
         super().start(learner)

@@ -4,21 +4,36 @@ A strategy is an algorithm of a paper. Its `step(learner)` reads like the paper'
 equations: it uses the learner's `theta`, `grad`, `gradient()` and `update()`, and the
 world's communicator, clock and activities. It imports no torch, mpi4py, threading
 or time; flat vectors are used through operators that numpy and torch share.
+
+Who writes a strategy gives it
+
+    name, Config   the one name, and its settings
+    saves          attributes that a checkpoint must hold
+    lockstep       whether all ranks take the same number of steps
+    start, step, finish, final_model_
+    moved_bytes    what it has communicated, by its own equations
+
+and, where there is one, the `service` that works in the background. All else on this
+page is for whoever trains with it. docs/own_strategy.md writes one in 40 lines.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from mpilm.learner.flat import Layout
-from mpilm.world.base import IN_PLACE, Comm, World
+from mpilm.storage.saved import State, restore_state_, saved_state
+from mpilm.world.base import IN_PLACE, Comm, World, require_background
+from mpilm.world.service import Service
 
 Observer = Callable[[slice, Any], None]
 NUM_BINS = 17  # of the staleness: 0 to 15, and more
+ITEM_BYTES = 4  # of float32
 
 
 class Learner(Protocol):
@@ -53,14 +68,46 @@ class Learner(Protocol):
         """Return the optimiser's flat state vectors by name (momentum, ...)."""
 
 
+@dataclass
+class Pace:
+    """How the ranks of a strategy keep in step.
+
+    lockstep     every rank takes the same number of steps
+    stride       steps from one point where all ranks wait for each other to the next
+    moves_first  a step changes theta before it takes the gradient there
+    node         ranks in lockstep with each other whatever `lockstep` says; None: none
+    """
+
+    lockstep: bool
+    stride: int = 1
+    moves_first: bool = False
+    node: Comm | None = None
+
+    def agree(self, number: int) -> int:
+        """Return the number of the rank that decides for this one: mostly itself.
+
+        Out of lockstep, whatever decides if a step is taken must be asked here.
+
+        Communicates: with a `node`, out of lockstep: a Bcast of 8 bytes in it,
+            blocking.
+        """
+        if self.lockstep or self.node is None or self.node.size == 1:
+            return number
+        decided = np.array([number], np.int64)
+        self.node.Bcast(decided, root=0)
+        return int(decided[0])
+
+
 class Strategy(ABC):
     """Base of all strategies.
 
-    name      the one name: module, config value, test id, docs page
-    Config    its section [strategy] of the configuration
-    lockstep  every rank takes the same number of steps, at one common pace
+    name          the one name: module, config value, test id, docs page
+    Config        its section [strategy] of the configuration
+    lockstep      every rank takes the same number of steps, at one common pace
     synchronises  it calls `synchronised`; `ema` needs that
-    moves_first   a step changes theta before it takes the gradient there
+    saves         names of the attributes that a checkpoint holds, see storage/saved.py
+    service       its background activity, if it has one
+    pace          see `Pace`
 
     on_synchronised  called with (where, model): the place of a part in the flat vector
                      and its synchronised values, in the order in which it happens. The
@@ -71,25 +118,19 @@ class Strategy(ABC):
     Config: ClassVar[type]
     lockstep: bool = True
     synchronises: bool = False
-    moves_first: bool = False
+    saves: tuple[str, ...] = ()
+    service: Service | None = None
     on_synchronised: Observer | None = None
 
     def __init__(self, world: World, config: Any) -> None:
         self.world = world
         self.config = config
         self.comm: Comm = world.comm.Dup()
+        self.pace = Pace(self.lockstep, stride=getattr(config, "period", 1))
 
-    def require(self, learner: Learner) -> None:
-        """Raise unless the strategy can train this learner in its world.
-
-        Called once before `start`, inside `world.together()`: no communication.
-
-        Raises:
-            ConfigError, WorldError: one line that says what would work.
-        """
-
+    # what a strategy does
     def start(self, learner: Learner) -> None:
-        """Give every rank the model of rank 0.
+        """Give every rank the model of rank 0; make what the strategy keeps.
 
         Communicates: collective, one Bcast of 4P bytes, blocking.
         """
@@ -99,15 +140,14 @@ class Strategy(ABC):
     def step(self, learner: Learner) -> Any:
         """Process one minibatch on this rank; return its mean loss."""
 
-    def retire(self, learner: Learner) -> None:
-        """Note that this rank takes no step before `finish`; it goes on answering.
-
-        Out of lockstep, call it before this rank waits for others that still take
-        steps. Not collective.
-        """
-
     def finish(self, learner: Learner) -> None:
-        """End background work; nothing stays in flight. Collective."""
+        """End background work; nothing stays in flight; more steps may follow.
+
+        Communicates: collective; with a service, one barrier, blocking.
+        """
+        if self.service is not None and self.comm.size > 1:
+            self.retire(learner)
+            self.service.end()
 
     def final_model_(self, learner: Learner, out: Any) -> None:
         """Write the model to evaluate and keep into `out`, (P,): the mean over ranks.
@@ -117,62 +157,15 @@ class Strategy(ABC):
         out[:] = learner.theta
         self.mean_(out)
 
-    @property
-    def stride(self) -> int:
-        """Steps from one point where all ranks wait for each other to the next."""
-        return 1
+    def moved_bytes(self, layout: Layout) -> tuple[int, int] | None:
+        """Return the bytes sent and received by this rank's steps, by its equations.
 
-    def agree(self, number: int) -> int:
-        """Return the number of the rank that decides for this one: mostly itself.
-
-        Out of lockstep, whatever decides if a step is taken must be asked here: some
-        ranks may be in lockstep with each other all the same (`hierarchical`).
+        Counted as `Traffic` counts; `start` and `final_model_` are left out, `finish`
+        is not. None: not declared.
         """
-        return number
+        return None
 
-    def global_samples(self, learner: Learner) -> int:
-        """Return the samples that all ranks together have processed, as known here."""
-        return learner.samples * self.world.size
-
-    def accounts(self) -> dict[str, Any]:
-        """Return counts of this rank for log and summary: name -> number or array.
-
-        docs/accounting.md says what they mean for each strategy. K are all ranks of the
-        world; a strategy leaves out what has no meaning for it.
-
-        mixes      how often a model was mixed with others
-        partners   int64 (K,): how often with each rank
-        rounds     rounds of mixing that this rank has begun
-        shares     float64 (K,): sum over rounds of the weights T_ij, j != i, that the
-                   other models had in this rank's new one
-        staleness  int64 (17,): foreign mixes between the reading of a model and its
-                   update; bins 0 to 15, and more
-        """
-        return {}
-
-    def averages(self, rounds: int) -> dict[str, Any]:
-        """Return the accounts after so many averages over all ranks: T = 11^T/K."""
-        others = np.full(self.comm.size, rounds, np.int64)
-        others[self.comm.rank] = 0
-        return {
-            "mixes": int(others.max()),
-            "partners": others,
-            "rounds": rounds,
-            "shares": others / self.comm.size,
-        }
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold of this rank: name -> array or number."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` returned."""
-
-    def synchronised(self, where: slice, model: Any) -> None:
-        """Show the observer, if there is one, a synchronised part of the model."""
-        if self.on_synchronised is not None:
-            self.on_synchronised(where, model)
-
+    # what it may use
     def mean_(self, vector: Any) -> None:
         """Replace `vector` by its mean over ranks.
 
@@ -181,3 +174,73 @@ class Strategy(ABC):
         if self.comm.size > 1:
             self.comm.Allreduce(IN_PLACE, vector)
             vector *= 1.0 / self.comm.size
+
+    def allreduced_bytes(self, num_elements: int) -> int:
+        """Return what an Allreduce of so many float32 moves on this rank, each way."""
+        size = self.comm.size
+        return 2 * ITEM_BYTES * num_elements * (size - 1) // size
+
+    def synchronised(self, where: slice, model: Any) -> None:
+        """Show the observer, if there is one, a synchronised part of the model."""
+        if self.on_synchronised is not None:
+            self.on_synchronised(where, model)
+
+    # for whoever trains with it
+    def require(self, learner: Learner) -> None:
+        """Raise unless the strategy can train this learner in its world.
+
+        Called once before `start`, inside `world.all_or_none()`: no communication.
+
+        Raises:
+            ConfigError, WorldError: one line that says what would work.
+        """
+        if self.comm.size > 1 and not self.lockstep:
+            require_background(self.world, self.name)
+
+    def retire(self, learner: Learner) -> None:
+        """Note that this rank takes no step before `finish`; it goes on answering.
+
+        Out of lockstep, call it before this rank waits for others that still take
+        steps. Not collective.
+        """
+        if self.service is not None and self.comm.size > 1:
+            self.service.begin()
+
+    def metrics(self) -> dict[str, Any]:
+        """Return counts of this rank for log and summary: name -> number or array.
+
+        docs/metrics.md says what they mean for each strategy. K are all ranks of the
+        world; a strategy leaves out what has no meaning for it.
+
+        mixes      how often a model was mixed with others
+        partners   int64 (K,): how often with each rank
+        rounds     rounds of mixing that this rank has begun
+        weights    float64 (K,): sum over rounds of the weights T_ij, j != i, that the
+                   other models had in this rank's new one
+        staleness  int64 (17,): foreign mixes between the reading of a model and its
+                   update; bins 0 to 15, and more
+        """
+        return {}
+
+    def averages(self, rounds: int) -> dict[str, Any]:
+        """Return the metrics after so many averages over all ranks: T = 11^T/K."""
+        others = np.full(self.comm.size, rounds, np.int64)
+        others[self.comm.rank] = 0
+        return {
+            "mixes": int(others.max()),
+            "partners": others,
+            "rounds": rounds,
+            "weights": others / self.comm.size,
+        }
+
+    def state(self) -> State:
+        """Return what a checkpoint must hold of this rank: name -> array or number."""
+        return saved_state(self, self.saves)
+
+    def load_state(self, state: State) -> None:
+        """Take up what `state` returned.
+
+        Raises:
+            CheckpointError: it was made with other settings.
+        """
+        restore_state_(self, self.saves, state, f"strategy {self.name}")

@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from mpilm.learner.flat import chunked, copy_of, fill_, to_array
+from mpilm.learner.flat import Layout, chunked, copy_of
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.world.base import World
 
@@ -132,6 +132,7 @@ class Bmuf(Strategy):
     name = "bmuf"
     Config = BmufConfig
     synchronises = True
+    saves = ("delta", "model", "steps")
 
     def __init__(self, world: World, config: BmufConfig) -> None:
         super().__init__(world, config)
@@ -139,10 +140,6 @@ class Bmuf(Strategy):
         self.eta = 1.0 - 1.0 / world.size if config.eta == AUTOMATIC else config.eta
         self.model: Any = None
         self.delta: Any = None
-
-    @property
-    def stride(self) -> int:
-        return int(self.config.period)
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
@@ -196,14 +193,10 @@ class Bmuf(Strategy):
     def metrics(self) -> dict[str, Any]:
         return self.averages(self.steps // self.config.period)
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "model": to_array(self.model),
-            "delta": to_array(self.delta),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.steps = int(state["steps"])
-        fill_(self.model, state["model"])
-        fill_(self.delta, state["delta"])
+    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        blocks = self.steps // self.config.period
+        sizes = [layout.size]
+        if self.config.stagger:
+            sizes = [w.stop - w.start for p in layout.components.values() for w in p]
+        moved = blocks * sum(map(self.allreduced_bytes, sizes))
+        return moved, moved

@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mpilm.learner.flat import copy_of
+from mpilm.learner.flat import Layout, copy_of
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.world.base import IN_PLACE, Request, World
 
@@ -43,6 +43,7 @@ class DelayByOne(Strategy):
     name = "delay_by_one"
     Config = DelayByOneConfig
     synchronises = True
+    saves = ("rounds",)
 
     def __init__(self, world: World, config: DelayByOneConfig) -> None:
         super().__init__(world, config)
@@ -66,11 +67,9 @@ class DelayByOne(Strategy):
     def metrics(self) -> dict[str, Any]:
         return self.averages(self.rounds)
 
-    def state(self) -> dict[str, Any]:
-        return {"rounds": self.rounds}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.rounds = int(state.get("rounds", 0))  # none in older checkpoints
+    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        moved = self.rounds * self.allreduced_bytes(layout.size)
+        return moved, moved
 
     def start_average(self, learner: Learner) -> Request:
         """Start summing a copy of every rank's model.

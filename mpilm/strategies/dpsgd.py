@@ -32,8 +32,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
-from mpilm.learner.flat import copy_of
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.learner.flat import Layout, copy_of
+from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.strategies.topology import TOPOLOGIES, listeners, mixing_matrix
 from mpilm.world.base import World
 
@@ -56,6 +56,7 @@ class Dpsgd(Strategy):
     """Synchronous decentralised SGD.
 
     round     rounds of mixing so far: the random topologies depend on it
+    num_sent  models sent so far
     received  at most two vectors (P,) for the models of neighbours
     partners  (K,) int64, rounds in which each rank's model was heard
     weight    of a model that is heard: the same on all ranks, in all rounds
@@ -63,11 +64,12 @@ class Dpsgd(Strategy):
 
     name = "dpsgd"
     Config = DpsgdConfig
+    saves = ("num_sent", "partners", "round")
 
     def __init__(self, world: World, config: DpsgdConfig) -> None:
         super().__init__(world, config)
-        self.moves_first = not config.overlap
-        self.round = 0
+        self.pace.moves_first = not config.overlap
+        self.round = self.num_sent = 0
         self.received: list[Any] = []
         self.partners = np.zeros(self.comm.size, np.int64)
         matrix = mixing_matrix(config.topology, self.comm.size, config.seed)
@@ -83,6 +85,7 @@ class Dpsgd(Strategy):
             loss = learner.gradient()
         learner.update()  # (2)
         self.round += 1
+        self.num_sent += len(mixing.sends)
         self.partners[mixing.peers] += 1
         return loss
 
@@ -94,12 +97,9 @@ class Dpsgd(Strategy):
             "weights": self.weight * self.partners,
         }
 
-    def state(self) -> dict[str, Any]:
-        return {"round": self.round, "partners": self.partners.copy()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.round = int(state["round"])
-        self.partners[:] = state["partners"]
+    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        model = ITEM_BYTES * layout.size
+        return self.num_sent * model, int(self.partners.sum()) * model
 
 
 class Mixing:

@@ -110,14 +110,14 @@ class Ema:
                 " synchronises (model_averaging, bmuf)"
             )
         self.config, self.strategy, self.learner = config, strategy, learner
-        self.began = strategy.global_samples(learner)
+        self.began = learner.samples * strategy.world.size
         self.model = copy_of(learner.theta)
         self.parts: dict[tuple[int, int], tuple[float, int]] = {}
         strategy.on_synchronised = self.observe
 
     def observe(self, where: slice, model: Any) -> None:
         """Take up a synchronised part of the model, which is only read."""
-        now = self.strategy.global_samples(self.learner)
+        now = self.learner.samples * self.strategy.world.size
         part = (where.start, where.stop)
         weight, before = self.parts.get(part, (0.0, self.began))
         decay = self.config.decay(now - before)

@@ -384,7 +384,7 @@ class GossipBmuf(Strategy):
         self.steps = int(state["steps"])
         self.applies_at = int(state["applies_at"])
         self.partners[:] = state["partners"]
-        self.weights[:] = state.get("weights", 0.0)  # none in older checkpoints
+        self.weights[:] = state["weights"]
         for name, vector in self.vectors().items():
             fill_(vector, state[name])
 

@@ -28,7 +28,7 @@ Lockstep    The ranks of a node are in lockstep whatever the inner strategy is: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -115,10 +115,10 @@ class Hierarchical(Strategy):
         self.inner: Strategy | None = None
         if self.leaders is not None:
             self.inner = kind(world.within(self.leaders), config.inner_config)
-        facts = (self.inner.stride, self.inner.moves_first) if self.inner else None
+        facts = self.inner.pace if self.inner else None
         told = comm.allgather(facts)[0]  # rank 0 leads its node
         assert told is not None
-        self._stride, self.moves_first = told
+        self.pace = replace(told, node=self.node)
         self.lockstep, self.synchronises = kind.lockstep, kind.synchronises
         self.steps = 0
         self.heard: dict[str, Any] = {}
@@ -187,17 +187,6 @@ class Hierarchical(Strategy):
         if self.node.size > 1:
             self.node.Bcast(vector, root=0)
 
-    def agree(self, number: int) -> int:
-        """Return the leader's number.
-
-        Communicates: out of lockstep, a Bcast of 8 bytes in the node, blocking.
-        """
-        if self.lockstep:  # all ranks have the same
-            return number
-        self.number[0] = number
-        self.bcast_(self.number)
-        return int(self.number[0])
-
     def retire(self, learner: Learner) -> None:
         if self.inner is not None:
             self.inner.retire(self.super_learner(learner))
@@ -218,10 +207,6 @@ class Hierarchical(Strategy):
             self.heard = self.inner.metrics()
         self.bcast_(out)
         self.heard = self.node.allgather(self.heard)[0]
-
-    @property
-    def stride(self) -> int:
-        return int(self._stride)
 
     # for the observer
     def note(self, where: slice, model: Any) -> None:
@@ -340,7 +325,7 @@ class SuperLearner:
         """
         strategy, learner = self.strategy, self.learner
         node, config = strategy.node, strategy.config
-        if strategy.moves_first:
+        if strategy.pace.moves_first:
             strategy.bcast_(learner.theta)
         reduction = OverlappedSum(node, learner, config.bucket_bytes)
         share = 1.0 / node.size

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, Strategy
 
 
@@ -31,3 +32,6 @@ class Local(Strategy):
         loss = learner.gradient()
         learner.update()  # (1)
         return loss
+
+    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        return 0, 0

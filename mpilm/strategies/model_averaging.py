@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, Strategy
 
 
@@ -44,19 +45,19 @@ class ModelAveragingConfig:
 
 
 class ModelAveraging(Strategy):
-    """Local SGD with the plain mean of all models every `period` minibatches."""
+    """Local SGD with the plain mean of all models every `period` minibatches.
+
+    moved  bytes of all averages so far, each way: moment vectors included
+    """
 
     name = "model_averaging"
     Config = ModelAveragingConfig
     synchronises = True
+    saves = ("moved", "rounds", "steps")
 
     def __init__(self, world: Any, config: ModelAveragingConfig) -> None:
         super().__init__(world, config)
-        self.steps = self.rounds = 0
-
-    @property
-    def stride(self) -> int:
-        return int(self.config.period)
+        self.steps = self.rounds = self.moved = 0
 
     def step(self, learner: Learner) -> Any:
         before = learner.samples
@@ -64,7 +65,7 @@ class ModelAveraging(Strategy):
         learner.update()  # (1)
         self.steps += 1
         if self.is_due(before, learner.samples):
-            self.mean_(learner.theta)  # (2)
+            self.average_(learner.theta)  # (2)
             self.rounds += 1
             self.synchronised(slice(0, learner.layout.size), learner.theta)
             self.treat_moments(learner)
@@ -87,14 +88,15 @@ class ModelAveraging(Strategy):
             if self.config.momentum == "reset":
                 vector *= 0.0
             else:
-                self.mean_(vector)
+                self.average_(vector)
+
+    def average_(self, vector: Any) -> None:
+        """Replace `vector` by its mean over ranks; count its bytes."""
+        self.mean_(vector)
+        self.moved += self.allreduced_bytes(len(vector))
 
     def metrics(self) -> dict[str, Any]:
         return self.averages(self.rounds)
 
-    def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "rounds": self.rounds}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.steps = int(state["steps"])
-        self.rounds = int(state.get("rounds", 0))  # none in older checkpoints
+    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        return self.moved, self.moved

@@ -18,7 +18,7 @@ from mpilm.data.pool import PoolBatches
 from mpilm.errors import CheckpointError, DivergenceError, MpilmError
 from mpilm.storage.checkpoint import Checkpoints
 from mpilm.storage.runlog import RunLog, write_summary
-from mpilm.storage.state_file import State
+from mpilm.storage.saved import State, nested, under
 from mpilm.strategies import STRATEGIES, Strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
@@ -132,7 +132,7 @@ class Trainer:
         """
         if not self.strategy.lockstep and isinstance(self.batches, POOLS):
             return self.batches.samples
-        return self.strategy.global_samples(self.learner)
+        return self.learner.samples * self.world.size
 
     def train(self, stop: StopRequest | None = None) -> bool:
         """Train to the end; return False if `stop` was requested on some rank.
@@ -146,18 +146,18 @@ class Trainer:
         with self.screen, self.log:
             vote = Agreement(
                 self.world,
-                every=max(config.checkpoint.agree_every, strategy.stride),
+                every=max(config.checkpoint.agree_every, strategy.pace.stride),
                 request=stop,
                 lockstep=strategy.lockstep,
-                agree=strategy.agree,
+                agree=strategy.pace.agree,
             )
             self.recorder.begin(vote.traffic)
-            samples = strategy.agree(self.samples)
+            samples = strategy.pace.agree(self.samples)
             while samples < config.train.samples and not self.schedule.finished:
                 learner.lr = self.schedule.lr(samples)
                 loss = strategy.step(learner)
                 totals.step += 1
-                samples = strategy.agree(self.samples)
+                samples = strategy.pace.agree(self.samples)
                 self.is_validated = False
                 if totals.step % config.train.log_every == 0:
                     self.record(samples, float(loss))
@@ -317,16 +317,16 @@ class Trainer:
                 "samples": self.samples,
             }
             own = {
-                **prefixed("learner", self.learner.state()),
-                **prefixed("strategy", self.strategy.state()),
-                **prefixed("schedule", self.schedule.state()),
-                **prefixed("totals", asdict(self.totals)),
+                **nested("learner", self.learner.state()),
+                **nested("strategy", self.strategy.state()),
+                **nested("schedule", self.schedule.state()),
+                **nested("totals", asdict(self.totals)),
             }
             if self.best:
-                own |= prefixed("best", self.best.state())
+                own |= nested("best", self.best.state())
             if self.ema:
                 shared["theta_ema"] = self.final_theta(self.ema)
-                own |= prefixed("ema", self.ema.state())
+                own |= nested("ema", self.ema.state())
             self.checkpoints.save(self.totals.step, shared, own)
 
     def find(self) -> State | None:
@@ -352,14 +352,14 @@ class Trainer:
 
     def restore(self, saved: State) -> None:
         """Go on from a state that `save` wrote."""
-        self.learner.load_state(part("learner", saved))
-        self.strategy.load_state(part("strategy", saved))
-        self.schedule.load_state(part("schedule", saved))
-        self.totals = Totals(**part("totals", saved))
+        self.learner.load_state(under("learner", saved))
+        self.strategy.load_state(under("strategy", saved))
+        self.schedule.load_state(under("schedule", saved))
+        self.totals = Totals(**under("totals", saved))
         if self.best:
-            self.best.load_state(part("best", saved))
+            self.best.load_state(under("best", saved))
         if self.ema and "ema/model" in saved:  # else it begins now
-            self.ema.load_state(part("ema", saved))
+            self.ema.load_state(under("ema", saved))
 
     @contextmanager
     def paused(self, name: str) -> Iterator[None]:
@@ -369,18 +369,3 @@ class Trainer:
             yield
         step = self.totals.step
         self.log.event(name, began_s, self.world.now_s(), step=step)
-
-
-def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Return `state` with "prefix/" before every name."""
-    return {f"{prefix}/{name}": value for name, value in state.items()}
-
-
-def part(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Return what `prefixed` put under `prefix`."""
-    start = f"{prefix}/"
-    return {
-        name.removeprefix(start): value
-        for name, value in state.items()
-        if name.startswith(start)
-    }

@@ -93,7 +93,7 @@ class Agreement:
         every: steps from the start of a vote to its outcome, in lockstep.
         request: what this rank wishes.
         lockstep: whether all ranks take the same steps.
-        agree: `Strategy.agree`: ranks that agree see the outcome at the same step.
+        agree: `Pace.agree`: ranks that agree see the outcome at the same step.
 
     traffic  what the votes have taken of the world's bytes and messages
 

@@ -236,7 +236,7 @@ def test_nodes_vote_and_meet_and_never_hang(inner):
         chosen.start(learner)
         request = StopRequest()
         vote = Agreement(
-            world, every=5, request=request, lockstep=False, agree=chosen.agree
+            world, every=5, request=request, lockstep=False, agree=chosen.pace.agree
         )
         met = 0
 
@@ -252,7 +252,7 @@ def test_nodes_vote_and_meet_and_never_hang(inner):
             chosen.retire(learner)
 
         # as each rank sees the progress of a pool: something else
-        while chosen.agree(learner.samples + draw.randint(0, 2)) < goal:
+        while chosen.pace.agree(learner.samples + draw.randint(0, 2)) < goal:
             chosen.step(learner)
             if draw.random() < 0.002:
                 request.requested = "SIGTERM"

@@ -1,0 +1,120 @@
+"""A service: a background activity that asks and answers until all ranks have ended.
+
+    rank 0   begin | ask, answer ..... | end: the last own answer, Ibarrier | stop
+    rank 1   begin | ask, answer .................... | end: Ibarrier ..... | stop
+
+A rank that has nothing more to ask goes on answering: nobody waits for an answer that
+does not come, whatever the order in which ranks end. When the barrier is done nobody of
+this time asks any more; a message that arrives later belongs to the next `begin`.
+
+`Pairwise` (adpsgd), `ParameterServer` (async_sgd) and the pool's `LeaseCounter` are
+services.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+from mpilm.world.base import Activity, Comm, Message, Request, World
+
+Work = Callable[[], None]
+
+
+class Service(ABC):
+    """One rank's part of a service; messages to it arrive on `comm`.
+
+    Args:
+        world: this rank's world.
+        comm: a communicator for the questions alone.
+        name: for debuggers and reports.
+
+    lock       guards what learner and activity share; its release lets both look again
+    waits_for  what the activity waits for, in reports of stalls and deadlocks
+    is_ending  this rank asks nothing new
+    """
+
+    waits_for = "a question"
+
+    def __init__(self, world: World, comm: Comm, name: str) -> None:
+        self.world, self.comm, self.name = world, comm, name
+        self.lock = world.lock(name)
+        self.is_ending = False
+        self._activity: Activity | None = None
+        self._barrier: Request | None = None
+        self._is_over = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the activity runs."""
+        return self._activity is not None
+
+    # what a service does
+    @abstractmethod
+    def answer(self, message: Message) -> None:
+        """Take a message that has arrived; answer it, if it asks for that."""
+
+    def next_question(self) -> Work | None:
+        """Return what can be done now about questions of its own; None: nothing."""
+        return None
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether an answer is still to come: the end waits for it."""
+        return False
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether another message can be taken: not while a buffer is in use."""
+        return True
+
+    # called by the learner
+    def begin(self) -> None:
+        """Start to serve, unless the activity runs. Not collective."""
+        if self.is_running:
+            return
+        self.is_ending = self._is_over = False
+        self._barrier = None
+        self._activity = self.world.start(self._run, self.name)
+
+    def end(self) -> None:
+        """Ask no more; serve until nobody asks; nothing stays in flight.
+
+        A rank on which it does not run takes part in the barrier.
+
+        Communicates: collective, one barrier, blocking.
+        """
+        if self._activity is None:
+            self.comm.Barrier()
+            return
+        with self.lock:
+            self.is_ending = True
+        self._activity.join()
+        self._activity = None
+
+    # the activity
+    def _run(self) -> None:
+        while not self._is_over:
+            work = self.world.wait(self._next_work, self.waits_for)
+            work()
+
+    def _next_work(self) -> Work | None:
+        """Return what can be done now without waiting."""
+        work = self.next_question()
+        if work is not None:
+            return work
+        if self.is_ending and self._barrier is None and not self.is_asking:
+            return self._announce_end
+        if not self.can_answer:
+            return None
+        if self._barrier is not None and self._barrier.Test():
+            return self._stop
+        message = self.comm.Improbe()
+        return partial(self.answer, message) if message else None
+
+    def _announce_end(self) -> None:
+        self._barrier = self.comm.Ibarrier()
+
+    def _stop(self) -> None:
+        self._is_over = True
