@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,16 @@ class Trainer:
                 f"stopped early at {samples:,} samples; --resume goes on from here"
             )
             return False
-        summary = summarise(self)  # collective
+        summary = summarise(
+            config,
+            self.task,
+            learner,
+            self.recorder,
+            strategy.metrics(),
+            num_dropped=self.batches.num_dropped,
+            quality=partial(self.quality, source=strategy),
+            ema_quality=partial(self.quality, source=self.ema) if self.ema else None,
+        )
         if self.world.rank == 0:
             write_summary(self.folder.summary, summary)
         for text in closing_lines(summary):

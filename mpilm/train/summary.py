@@ -6,18 +6,21 @@ docs/metrics.md says what every number means.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpilm.train.evaluate import Quality, evaluate_each
-from mpilm.train.metrics import Totals
+from mpilm.train.metrics import MetricsRecorder, Totals
 from mpilm.train.run import versions
 from mpilm.train.screen import clock, count
 
 if TYPE_CHECKING:
-    from mpilm.train.loop import Trainer
+    from mpilm.config import Config
+    from mpilm.learner.learner import Learner
+    from mpilm.train.task import Task
 
 
 @dataclass(frozen=True)
@@ -29,26 +32,48 @@ class RankSummary:
     metrics: dict[str, Any]
 
 
-def summarise(trainer: Trainer) -> dict[str, Any]:
+def summarise(
+    config: Config,
+    task: Task,
+    learner: Learner,
+    recorder: MetricsRecorder,
+    metrics: dict[str, Any],
+    *,
+    num_dropped: int,
+    quality: Callable[[str], Quality],
+    ema_quality: Callable[[str], Quality] | None,
+) -> dict[str, Any]:
     """Measure what is left to measure; return what the run came to: name -> value.
+
+    Args:
+        config: of the run.
+        task: what it learned.
+        learner: this rank's.
+        recorder: what the run has taken, on this rank.
+        metrics: of the strategy, on this rank.
+        num_dropped: samples of the train split that no rank saw.
+        quality: measures the final model on a split; collective.
+        ema_quality: the same for its moving average; None: there is none.
 
     Communicates: collective.
     """
-    config, world, task = trainer.config, trainer.world, trainer.task
-    learner, totals = trainer.learner, trainer.totals
-    own = RankSummary(totals, learner.samples, trainer.strategy.metrics())
-    reports = world.comm.allgather(own)
+    world, totals = recorder.world, recorder.totals
+    reports = world.comm.allgather(RankSummary(totals, learner.samples, metrics))
     splits = ["valid"]
     results: dict[str, Any] = {"test_perplexity": math.nan}
-    with trainer.recorder.paused():
+    with recorder.paused():
         if config.train.test and "test" in task.splits:
             splits.append("test")
-            results = split_results("test", trainer.quality("test", trainer.strategy))
-            if trainer.ema:
-                ema = trainer.quality("test", trainer.ema)
-                results["ema_test_perplexity"] = ema.perplexity
-        each = evaluate_ranks(trainer, reports, splits)
-    if trainer.ema:
+            results = split_results("test", quality("test"))
+            if ema_quality:
+                results["ema_test_perplexity"] = ema_quality("test").perplexity
+        each = {}
+        if config.train.worst_rank and differ(reports):  # on all ranks: the same
+            each = {
+                split: evaluate_each(learner, task, split, config.train, world)
+                for split in splits
+            }
+    if ema_quality:
         results["ema_valid_perplexity"] = totals.ema_valid_perplexity
     if not math.isnan(totals.valid_error):
         results["valid_frame_error"] = totals.valid_error
@@ -62,34 +87,20 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         **results,
         **worst_rank(each),
         "perplexity_floor": task.floor,
-        f"{task.sample}s_left_out": trainer.batches.num_dropped,
+        f"{task.sample}s_left_out": num_dropped,
         "device": learner.device.type,
         "versions": versions(),
         **account(reports),
     }
     if each:
-        own_models = [quality.perplexity for quality in each["valid"]]
+        own_models = [own.perplexity for own in each["valid"]]
         summary["per_rank"]["valid_perplexity"] = own_models
     return summary
 
 
-def evaluate_ranks(
-    trainer: Trainer, reports: list[RankSummary], splits: list[str]
-) -> dict[str, list[Quality]]:
-    """Return how good every rank's own model is: split -> by rank.
-
-    Nothing if the ranks do not differ, or the configuration does not ask for it.
-
-    Communicates: collective; every rank evaluates alone, then a small allgather.
-    """
-    train = trainer.config.train
-    differ = any(report.totals.consensus_distance > 0.0 for report in reports)
-    if not (differ and train.worst_rank):
-        return {}  # on all ranks: the reports are the same
-    return {
-        split: evaluate_each(trainer.learner, trainer.task, split, train, trainer.world)
-        for split in splits
-    }
+def differ(reports: list[RankSummary]) -> bool:
+    """Return whether the ranks' own models differ."""
+    return any(report.totals.consensus_distance > 0.0 for report in reports)
 
 
 def worst_rank(each: dict[str, list[Quality]]) -> dict[str, Any]:
