@@ -204,7 +204,7 @@ class Strategy(ABC):
         steps. Not collective.
         """
         if self.service is not None and self.comm.size > 1:
-            self.service.begin()
+            self.service.retire()
 
     def metrics(self) -> dict[str, Any]:
         """Return counts of this rank for log and summary: name -> number or array.

@@ -4,8 +4,9 @@
     rank 1   begin | ask, answer .................... | end: Ibarrier ..... | stop
 
 A rank that has nothing more to ask goes on answering: nobody waits for an answer that
-does not come, whatever the order in which ranks end. When the barrier is done nobody of
-this time asks any more; a message that arrives later belongs to the next `begin`.
+does not come, whatever the order in which ranks end. When the barrier is done all ranks
+have had their answers, and none is on its way. A rank that hears of it first may begin
+again and ask before this one has stopped: that question is answered as any other.
 
 `Pairwise` (adpsgd), `ParameterServer` (async_sgd) and the pool's `LeaseCounter` are
 services.
@@ -71,27 +72,37 @@ class Service(ABC):
 
     # called by the learner
     def begin(self) -> None:
-        """Start to serve, unless the activity runs. Not collective."""
-        if self.is_running:
+        """Start to serve, unless it runs or there is nobody else. Not collective."""
+        if self.is_running or self.comm.size == 1:
             return
         self.is_ending = self._is_over = False
         self._barrier = None
         self._activity = self.world.start(self._run, self.name)
+
+    def retire(self) -> None:
+        """Serve, and let nobody wait for this rank to ask: its learner is still.
+
+        Not collective; what it communicates is the service's.
+        """
+        self.begin()
 
     def end(self) -> None:
         """Ask no more; serve until nobody asks; nothing stays in flight.
 
         A rank on which it does not run takes part in the barrier.
 
+        Raises:
+            Exception: what `answer`, or another method, raised in the activity.
+
         Communicates: collective, one barrier, blocking.
         """
-        if self._activity is None:
-            self.comm.Barrier()
+        activity, self._activity = self._activity, None
+        if activity is None:
+            self.comm.Ibarrier().Wait()  # the others' is one: MPI keeps the two apart
             return
         with self.lock:
             self.is_ending = True
-        self._activity.join()
-        self._activity = None
+        activity.join()
 
     # the activity
     def _run(self) -> None:
