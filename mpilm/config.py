@@ -27,7 +27,7 @@ from mpilm.convert import Choice, convert, fields_of, unknown
 from mpilm.errors import ConfigError
 from mpilm.models.configs import MODELS, PretrainConfig
 from mpilm.optim.configs import OPTIMIZERS, SCHEDULES
-from mpilm.strategies import STRATEGIES
+from mpilm.strategies import STRATEGIES, find_strategy
 from mpilm.strategies.ema import EmaConfig
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
@@ -138,13 +138,26 @@ class Config:
         return tomli_w.dumps(without_none(self.to_dict()))
 
 
+class StrategyConfigs(dict[str, type]):
+    """The settings of every strategy by name; "my_module:MyStrategy" is a name too."""
+
+    def __init__(self) -> None:
+        super().__init__((name, kind.Config) for name, kind in STRATEGIES.items())
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or ":" in str(name)
+
+    def __missing__(self, name: str) -> type:
+        return find_strategy(name).Config
+
+
 # section -> its dataclass, or the choices by name and the default one
 SECTIONS: dict[str, Any] = {
     "data": DataConfig,
     "model": (MODELS, "lstm_lm"),
     "optim": (OPTIMIZERS, "sgd"),
     "schedule": (SCHEDULES, "constant"),
-    "strategy": ({name: s.Config for name, s in STRATEGIES.items()}, "allreduce"),
+    "strategy": (StrategyConfigs(), "allreduce"),
     "train": TrainConfig,
     "pretrain": PretrainConfig,
     "checkpoint": CheckpointConfig,

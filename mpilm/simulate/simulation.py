@@ -30,7 +30,7 @@ from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.storage.runlog import write_summary
-from mpilm.strategies import STRATEGIES
+from mpilm.strategies import find_strategy
 from mpilm.train.run import RunFolder
 from mpilm.train.task import open_task
 from mpilm.world.machine import Machine
@@ -101,7 +101,7 @@ def simulate_protocol(
         eager_bytes=int(config.machine.eager_bytes / scale),
     )
     per_step = samples_per_step(config)
-    kind = STRATEGIES[config.strategy.name]
+    kind = find_strategy(config.strategy.name)
     settings = scaled_settings(config.strategy.settings, scale)
 
     def main(world: VirtualWorld) -> tuple[float, float, int]:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpilm.errors import ConfigError
-from mpilm.strategies.base import Strategy
-from mpilm.strategies.hierarchical import INNER, Hierarchical
+from mpilm.strategies.base import Learner, Pace, Strategy
+from mpilm.strategies.hierarchical import Hierarchical
 from mpilm.strategies.local import Local
+from mpilm.strategies.registry import INNER, find
 from mpilm.world.base import World
+
+__all__ = [
+    "INNER",
+    "STRATEGIES",
+    "Learner",
+    "Pace",
+    "Strategy",
+    "find_strategy",
+    "strategy",
+]
 
 STRATEGIES: dict[str, type[Strategy]] = {
     Local.name: Local,
@@ -17,16 +27,25 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
+def find_strategy(name: str) -> type[Strategy]:
+    """Return the strategy `name`, or one of somebody's own: "my_module:MyStrategy".
+
+    Raises:
+        ConfigError: no such strategy.
+    """
+    return find(name, STRATEGIES)
+
+
 def strategy(name: str, world: World, **settings: Any) -> Strategy:
     """Return the strategy `name` in `world`, with settings of its Config.
+
+    Args:
+        name: one of `STRATEGIES`, or "my_module:MyStrategy".
 
     Communicates: collective (it duplicates the world's communicator), blocking.
 
     Raises:
         ConfigError: no such strategy.
     """
-    if name not in STRATEGIES:
-        known = ", ".join(STRATEGIES)
-        raise ConfigError(f"strategy.name: {name!r} is not one of {known}")
-    found = STRATEGIES[name]
+    found = find_strategy(name)
     return found(world, found.Config(**settings))

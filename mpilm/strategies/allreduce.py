@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
+from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, allreduced_bytes
 from mpilm.world.base import IN_PLACE, Comm, Request, World
 
 
@@ -66,10 +66,8 @@ class Allreduce(Strategy):
         return self.averages(self.rounds)
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
-        buckets = layout.buckets(elements(self.config.bucket_bytes))
-        sizes = [bucket[-1].stop - bucket[0].start for bucket in buckets]
-        moved = self.rounds * sum(map(self.allreduced_bytes, sizes))
-        return moved, moved
+        once = summed_bytes(layout, self.config.bucket_bytes, self.comm.size)
+        return self.rounds * once, self.rounds * once
 
 
 class OverlappedSum:
@@ -117,3 +115,10 @@ class OverlappedSum:
 def elements(num_bytes: int) -> int:
     """Return how many float32 are in so many bytes, at least one."""
     return max(1, num_bytes // ITEM_BYTES)
+
+
+def summed_bytes(layout: Layout, bucket_bytes: int, size: int) -> int:
+    """Return what an `OverlappedSum` over `size` ranks moves on each, each way."""
+    buckets = layout.buckets(elements(bucket_bytes))
+    sizes = [bucket[-1].stop - bucket[0].start for bucket in buckets]
+    return sum(allreduced_bytes(num, size) for num in sizes)

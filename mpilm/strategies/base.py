@@ -177,8 +177,7 @@ class Strategy(ABC):
 
     def allreduced_bytes(self, num_elements: int) -> int:
         """Return what an Allreduce of so many float32 moves on this rank, each way."""
-        size = self.comm.size
-        return 2 * ITEM_BYTES * num_elements * (size - 1) // size
+        return allreduced_bytes(num_elements, self.comm.size)
 
     def synchronised(self, where: slice, model: Any) -> None:
         """Show the observer, if there is one, a synchronised part of the model."""
@@ -244,3 +243,12 @@ class Strategy(ABC):
             CheckpointError: it was made with other settings.
         """
         restore_state_(self, self.saves, state, f"strategy {self.name}")
+
+
+def allreduced_bytes(num_elements: int, size: int) -> int:
+    """Return what an Allreduce of so many float32 moves on each of `size` ranks.
+
+    >>> allreduced_bytes(1000, 4)
+    6000
+    """
+    return 2 * ITEM_BYTES * num_elements * (size - 1) // size

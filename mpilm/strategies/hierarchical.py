@@ -27,41 +27,22 @@ Lockstep    The ranks of a node are in lockstep whatever the inner strategy is: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
 from msgspec import Meta
 
-from mpilm.convert import convert, unknown
-from mpilm.errors import CheckpointError, ConfigError, MpilmError
-from mpilm.learner.flat import copy_of
-from mpilm.strategies.adpsgd import Adpsgd
-from mpilm.strategies.allreduce import Allreduce, OverlappedSum
-from mpilm.strategies.async_sgd import AsyncSgd
-from mpilm.strategies.base import Learner, Strategy
-from mpilm.strategies.bmuf import Bmuf
-from mpilm.strategies.delay_by_one import DelayByOne
-from mpilm.strategies.dpsgd import Dpsgd
-from mpilm.strategies.gossip_bmuf import GossipBmuf
-from mpilm.strategies.model_averaging import ModelAveraging
-from mpilm.world.base import Comm, World
-
-INNER: dict[str, type[Strategy]] = {
-    strategy.name: strategy
-    for strategy in (
-        Allreduce,
-        ModelAveraging,
-        Bmuf,
-        GossipBmuf,
-        Dpsgd,
-        DelayByOne,
-        Adpsgd,
-        AsyncSgd,
-    )
-}
-PREFIX = "inner/"  # of the inner strategy's state
+from mpilm.convert import convert
+from mpilm.errors import ConfigError, MpilmError
+from mpilm.learner.flat import Layout, copy_of
+from mpilm.storage.saved import State, nested, under
+from mpilm.strategies.allreduce import summed_bytes
+from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
+from mpilm.strategies.nodes import Nodes
+from mpilm.strategies.registry import INNER, find
+from mpilm.strategies.super_learner import SuperLearner
+from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,79 +59,53 @@ class HierarchicalConfig:
     """of the inner strategy: a table [strategy.settings]"""
 
     def __post_init__(self) -> None:
-        if self.inner not in INNER:
-            problem = unknown("name", self.inner, INNER)
-            raise ConfigError(f"strategy.inner: {problem}")
+        try:
+            find(self.inner, INNER)
+        except ConfigError as error:
+            raise ConfigError(f"strategy.inner: {error}") from None
         object.__setattr__(self, "settings", asdict(self.inner_config))
 
     @property
     def inner_config(self) -> Any:
         """The inner strategy's settings, checked."""
-        kind = INNER[self.inner].Config
+        kind = find(self.inner, INNER).Config
         return convert(kind, self.settings, "strategy.settings")
 
 
 class Hierarchical(Strategy):
     """A strategy of nodes.
 
-    node     the ranks of this node; rank 0 is its leader
-    leaders  the leaders of all nodes; None on other ranks
-    node_of  number of the node of every rank
-    inner    the strategy between the leaders; None on other ranks
-    heard    the leader's metrics, as its node last heard of them
+    nodes         how the ranks are cut into nodes
+    node          the ranks of this node; rank 0 is its leader
+    inner         the strategy between the leaders; None on other ranks
+    steps         taken so far
+    num_bcasts    broadcasts of theta in the node so far
+    node_metrics  the leader's metrics when the final model was last made
+    observed      the parts that the leader saw synchronised in this step
+    seen          their values, (P,)
     """
 
     name = "hierarchical"
     Config = HierarchicalConfig
+    saves = ("nodes.node_of", "num_bcasts", "steps")
 
     def __init__(self, world: World, config: HierarchicalConfig) -> None:
         super().__init__(world, config)
-        kind, comm = INNER[config.inner], self.comm
-        self.node = cut(comm, config.node_size)
-        self.leaders = comm.Split(0 if self.node.rank == 0 else None, comm.rank)
-        leader = self.node.allgather(comm.rank)[0]
-        leader_of = comm.allgather(leader)
-        order = sorted(set(leader_of))
-        self.node_of = [order.index(leader) for leader in leader_of]
+        self.nodes = Nodes(self.comm, config.node_size)
+        self.node = self.nodes.mine
+        kind = find(config.inner, INNER)
         self.inner: Strategy | None = None
-        if self.leaders is not None:
-            self.inner = kind(world.within(self.leaders), config.inner_config)
-        facts = self.inner.pace if self.inner else None
-        told = comm.allgather(facts)[0]  # rank 0 leads its node
-        assert told is not None
-        self.pace = replace(told, node=self.node)
+        if self.nodes.leaders is not None:
+            inner_world = world.within(self.nodes.leaders)
+            self.inner = kind(inner_world, config.inner_config)
+        pace = self.comm.allgather(self.inner.pace if self.inner else None)[0]
+        assert pace is not None, "rank 0 leads its node"
+        self.pace = replace(pace, node=self.node)
         self.lockstep, self.synchronises = kind.lockstep, kind.synchronises
-        self.steps = 0
-        self.heard: dict[str, Any] = {}
-        self.parts: list[slice] = []  # synchronised in this step, for `ema`
-        self.seen: Any = None  # their values, (P,)
-        self.number = np.zeros(1, np.int64)
-
-    def require(self, learner: Learner) -> None:
-        """Raise unless all nodes have as many ranks, and the inner strategy can train.
-
-        Raises:
-            ConfigError, WorldError: one line with the remedy.
-        """
-        size, sizes = len(self.node_of), np.bincount(self.node_of)
-        wish = self.config.node_size
-        if sizes.min() != sizes.max() or (wish > size > 1):
-            whole = " or ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-            problem = f"{size} ranks make no whole nodes of {wish}"
-            if not wish:
-                found = ", ".join(map(str, sizes))
-                problem = f"the machines have different numbers of ranks ({found})"
-            raise ConfigError(
-                f"strategy.node_size: {problem}; nodes of {whole} would do, or as many"
-                " ranks on each machine"
-            )
-        if self.inner is None:
-            return
-        try:
-            self.inner.require(self.super_learner(learner))
-        except MpilmError as error:
-            name = f"{self.config.inner} between {len(sizes)} nodes"
-            raise type(error)(f"strategy hierarchical, {name}: {error}") from error
+        self.steps = self.num_bcasts = 0
+        self.node_metrics: dict[str, Any] = {}
+        self.observed: list[slice] = []
+        self.seen: Any = None
 
     def start(self, learner: Learner) -> None:
         if self.inner is not None:
@@ -158,17 +113,17 @@ class Hierarchical(Strategy):
         self.bcast_(learner.theta)
 
     def step(self, learner: Learner) -> Any:
-        observed = self.on_synchronised is not None
-        if observed and self.seen is None:
+        if self.on_synchronised is not None and self.seen is None:
             self.seen = copy_of(learner.theta)
         super_learner = self.super_learner(learner)
         if self.inner is None:
             loss = super_learner.gradient()  # (1)
         else:
-            self.inner.on_synchronised = self.note if observed else None
+            self.inner.on_synchronised = self.note if self.on_synchronised else None
             loss = self.inner.step(super_learner)  # (1), (2)
         self.bcast_(learner.theta)  # (3)
-        if observed:
+        self.num_bcasts += 2 if self.pace.moves_first else 1
+        if self.on_synchronised is not None:
             self.show()
         self.steps += 1
         return loss
@@ -177,7 +132,12 @@ class Hierarchical(Strategy):
         """Return the node as a learner; alone, the learner itself."""
         if self.node.size == 1:
             return learner
-        return SuperLearner(self, learner)
+        return SuperLearner(
+            learner,
+            self.node,
+            bucket_bytes=self.config.bucket_bytes,
+            moves_first=self.pace.moves_first,
+        )
 
     def bcast_(self, vector: Any) -> None:
         """Replace `vector` by the leader's.
@@ -195,6 +155,7 @@ class Hierarchical(Strategy):
         if self.inner is not None:
             self.inner.finish(self.super_learner(learner))
         self.bcast_(learner.theta)
+        self.num_bcasts += 1
 
     def final_model_(self, learner: Learner, out: Any) -> None:
         """Write the final model of the inner strategy into `out`, (P,).
@@ -204,14 +165,35 @@ class Hierarchical(Strategy):
         """
         if self.inner is not None:
             self.inner.final_model_(self.super_learner(learner), out)
-            self.heard = self.inner.metrics()
+            self.node_metrics = self.inner.metrics()
         self.bcast_(out)
-        self.heard = self.node.allgather(self.heard)[0]
+        self.node_metrics = self.node.allgather(self.node_metrics)[0]
+
+    def moved_bytes(self, layout: Layout) -> tuple[int, int] | None:
+        found = self.inner.moved_bytes(layout) if self.inner is not None else (0, 0)
+        if found is None or self.node.size == 1:
+            return found
+        size, model = self.node.size, ITEM_BYTES * layout.size
+        sums = self.steps * summed_bytes(layout, self.config.bucket_bytes, size)
+        is_leader = self.inner is not None
+        sent = found[0] + sums + self.num_bcasts * model * is_leader
+        return sent, found[1] + sums + self.num_bcasts * model * (not is_leader)
+
+    def require(self, learner: Learner) -> None:
+        """Raise unless the nodes are equal, and the inner strategy can train them."""
+        self.nodes.require_equal()
+        if self.inner is None:
+            return
+        try:
+            self.inner.require(self.super_learner(learner))
+        except MpilmError as error:
+            name = f"{self.config.inner} between {self.nodes.num_nodes} nodes"
+            raise type(error)(f"strategy hierarchical, {name}: {error}") from error
 
     # for the observer
     def note(self, where: slice, model: Any) -> None:
         """Keep a part of the model that the leaders have just synchronised."""
-        self.parts.append(where)
+        self.observed.append(where)
         self.seen[where] = model
 
     def show(self) -> None:
@@ -220,137 +202,49 @@ class Hierarchical(Strategy):
         Communicates: collective in the node, a Bcast of 8 bytes and, if there is
         anything, of 16 bytes a part and of the parts; blocking.
         """
-        self.number[0] = len(self.parts)
-        self.bcast_(self.number)
-        ends = np.zeros(2 * int(self.number[0]), np.int64)
+        number = np.array([len(self.observed)], np.int64)
+        self.bcast_(number)
+        ends = np.zeros(2 * int(number[0]), np.int64)
         if len(ends) == 0:
             return
-        if self.parts:
-            ends[:] = [end for part in self.parts for end in (part.start, part.stop)]
+        if self.observed:
+            ends[:] = [end for part in self.observed for end in (part.start, part.stop)]
         self.bcast_(ends)
         for start, stop in ends.reshape(-1, 2).tolist():
             self.bcast_(self.seen[start:stop])
             self.synchronised(slice(start, stop), self.seen[start:stop])
-        self.parts.clear()
+        self.observed.clear()
 
     # metrics and state
     def metrics(self) -> dict[str, Any]:
         """Return the counts of this rank; a leader has those of its node.
 
-        A rank that is no leader mixes with nobody. Its `shares` and `rounds` are those
+        A rank that is no leader mixes with nobody. Its `weights` and `rounds` are those
         of its node when the final model was last made.
         """
-        if max(self.node_of) == 0:
+        if self.nodes.num_nodes == 1:
             return self.averages(self.steps)
-        own = self.heard if self.inner is None else self.inner.metrics()
+        own = self.node_metrics if self.inner is None else self.inner.metrics()
         found = dict(own) if self.inner is not None else {}
         if "partners" in found:
-            found["partners"] = self.of_leaders(found["partners"])
+            found["partners"] = self.nodes.counts_of_ranks(found["partners"])
         if "weights" in own:
-            found |= {"rounds": own["rounds"], "weights": self.of_ranks(own)}
+            weights = self.nodes.weights_of_ranks(own["weights"], own["rounds"])
+            found |= {"rounds": own["rounds"], "weights": weights}
         return found
 
-    def of_leaders(self, counts: Any) -> Any:
-        """Return counts of leaders as counts of all ranks, int64 (K,)."""
-        spread = np.zeros(len(self.node_of), np.int64)
-        for number, count in enumerate(counts):
-            spread[self.node_of.index(number)] = count
-        return spread
+    def state(self) -> State:
+        state = super().state()
+        return state | nested("inner", self.inner.state() if self.inner else {})
 
-    def of_ranks(self, own: dict[str, Any]) -> Any:
-        """Return the shares that ranks had: each 1/m of its node's, float64 (K,)."""
-        shares = np.array(own["weights"], np.float64)
-        mine = self.node_of[self.comm.rank]
-        shares[mine] = own["rounds"] - shares.sum()  # the node's own, on the diagonal
-        spread = shares[self.node_of] / self.node.size
-        spread[self.comm.rank] = 0.0
-        return spread
-
-    def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"steps": self.steps, "node_of": np.array(self.node_of)}
-        if self.inner is not None:
-            state |= {PREFIX + k: v for k, v in self.inner.state().items()}
-        return state
-
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         """Take up what `state` returned.
 
         Raises:
-            CheckpointError: the nodes were others.
+            CheckpointError: the nodes were others, or settings of the inner strategy.
         """
-        if state["node_of"].tolist() != self.node_of:
-            sizes = np.bincount(state["node_of"])
-            raise CheckpointError(
-                f"the checkpoint was made with {len(sizes)} nodes of {sizes[0]} ranks:"
-                f" set strategy.node_size = {sizes[0]}"
-            )
-        self.steps = int(state["steps"])
+        self.nodes.require_same(state["nodes/node_of"])
+        inner = under("inner", state)
+        super().load_state({k: v for k, v in state.items() if "inner/" not in k})
         if self.inner is not None:
-            own = {
-                name.removeprefix(PREFIX): value
-                for name, value in state.items()
-                if name.startswith(PREFIX)
-            }
-            self.inner.load_state(own)
-
-
-class SuperLearner:
-    """A node as one learner: the leader's model, the mean gradient of all its ranks.
-
-    On the other ranks it takes part in `gradient`, and nothing else.
-    """
-
-    def __init__(self, strategy: Hierarchical, learner: Learner) -> None:
-        self.strategy, self.learner = strategy, learner
-        self.theta, self.grad = learner.theta, learner.grad
-        self.layout = learner.layout
-
-    @property
-    def samples(self) -> int:
-        """Samples that the leader has processed."""
-        return self.learner.samples
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next update."""
-        return self.learner.lr
-
-    def gradient(
-        self, ready: Callable[[slice], None] | None = None, *, scale: float = 1.0
-    ) -> Any:
-        """Set `grad` to `scale` times the node's mean; return the own mean loss (1).
-
-        Communicates: collective in the node, as `allreduce`; a Bcast of 4P bytes before
-        it if the inner strategy has moved theta; blocking.
-        """
-        strategy, learner = self.strategy, self.learner
-        node, config = strategy.node, strategy.config
-        if strategy.pace.moves_first:
-            strategy.bcast_(learner.theta)
-        reduction = OverlappedSum(node, learner, config.bucket_bytes)
-        share = 1.0 / node.size
-        loss = learner.gradient(ready=reduction.segment_is_ready, scale=share)
-        reduction.finish()
-        if scale != 1.0:
-            learner.grad *= scale
-        if ready is not None:
-            for segment in reversed(self.layout.segments):
-                ready(segment.slice)
-        return loss
-
-    def update(self) -> None:
-        """Take one step of the leader's optimiser."""
-        self.learner.update()
-
-    def moments(self) -> dict[str, Any]:
-        """Return the leader's moment vectors."""
-        return self.learner.moments()
-
-
-def cut(comm: Comm, node_size: int) -> Comm:
-    """Return the ranks of my node; see `HierarchicalConfig.node_size`. Collective."""
-    if node_size == 0:
-        return comm.Split_node()
-    found = comm.Split(comm.rank // node_size, comm.rank)
-    assert found is not None
-    return found
+            self.inner.load_state(inner)

@@ -20,7 +20,7 @@ from mpilm.errors import CheckpointError, DivergenceError, MpilmError
 from mpilm.storage.checkpoint import Checkpoints
 from mpilm.storage.runlog import RunLog, write_summary
 from mpilm.storage.saved import State, nested, under
-from mpilm.strategies import STRATEGIES, Strategy
+from mpilm.strategies import Strategy, find_strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
 from mpilm.train.consensus import measure_consensus
@@ -57,7 +57,7 @@ class Trainer:
         self, config: Config, world: World, out: Path, *, resume: bool = False
     ) -> None:
         self.config, self.world, self.folder = config, world, RunFolder(out)
-        kind = STRATEGIES[config.strategy.name]
+        kind = find_strategy(config.strategy.name)
         self.strategy = kind(world, config.strategy.settings)
         lockstep = self.strategy.lockstep
         with world.all_or_none():

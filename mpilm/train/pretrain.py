@@ -17,7 +17,7 @@ from mpilm.learner.learner import Learner
 from mpilm.models.configs import DnnConfig
 from mpilm.models.rbm import Rbm, RbmStack
 from mpilm.models.weights import save_weights
-from mpilm.strategies import STRATEGIES
+from mpilm.strategies import find_strategy
 from mpilm.train.evaluate import evaluate, swapped
 from mpilm.train.screen import count
 from mpilm.train.task import FrameTask, open_task
@@ -117,7 +117,7 @@ class Pretrainer:
     ) -> tuple[Tensor, Tensor]:
         """Train one RBM; return its weight and hidden bias. Collective."""
         pretrain, world = self.config.pretrain, self.world
-        kind = STRATEGIES[self.config.strategy.name]
+        kind = find_strategy(self.config.strategy.name)
         strategy = kind(world, self.config.strategy.settings)
         with world.all_or_none():
             strategy.require(learner)

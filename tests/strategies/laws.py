@@ -76,7 +76,7 @@ def nodes(ranks):
     """All ranks of a node are equal; the leaders keep the law of the inner strategy."""
     leaders = {}
     for rank in ranks:
-        number = rank.strategy.node_of[rank.world.rank]
+        number = rank.strategy.nodes.node_of[rank.world.rank]
         leader = leaders.setdefault(number, rank)
         assert np.array_equal(rank.learner.theta, leader.learner.theta), "node apart"
     inner = [replace(rank, strategy=rank.strategy.inner) for rank in leaders.values()]

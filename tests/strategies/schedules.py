@@ -25,7 +25,7 @@ import numpy as np
 from mpilm.learner.quadratic import layers
 from mpilm.strategies import STRATEGIES
 from mpilm.strategies.ema import Ema, EmaConfig
-from mpilm.strategies.hierarchical import INNER
+from mpilm.strategies.registry import INNER
 from mpilm.strategies.topology import TOPOLOGIES
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine

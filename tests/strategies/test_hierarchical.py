@@ -15,7 +15,7 @@ from mpilm.storage.runlog import read_run
 from mpilm.strategies import strategy
 from mpilm.strategies.adpsgd import AdpsgdConfig
 from mpilm.strategies.ema import Ema, EmaConfig
-from mpilm.strategies.hierarchical import INNER
+from mpilm.strategies.registry import INNER
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine

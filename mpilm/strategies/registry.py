@@ -1,0 +1,68 @@
+"""The strategies that stand for themselves, by name, and those of others.
+
+`INNER` are all that can also work between the nodes of `hierarchical`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+
+from mpilm.convert import unknown
+from mpilm.errors import ConfigError
+from mpilm.strategies.adpsgd import Adpsgd
+from mpilm.strategies.allreduce import Allreduce
+from mpilm.strategies.async_sgd import AsyncSgd
+from mpilm.strategies.base import Strategy
+from mpilm.strategies.bmuf import Bmuf
+from mpilm.strategies.delay_by_one import DelayByOne
+from mpilm.strategies.dpsgd import Dpsgd
+from mpilm.strategies.gossip_bmuf import GossipBmuf
+from mpilm.strategies.model_averaging import ModelAveraging
+
+Kind = type[Strategy]
+
+INNER: dict[str, Kind] = {
+    strategy.name: strategy
+    for strategy in (
+        Allreduce,
+        ModelAveraging,
+        Bmuf,
+        GossipBmuf,
+        Dpsgd,
+        DelayByOne,
+        Adpsgd,
+        AsyncSgd,
+    )
+}
+
+
+def find(name: str, known: Mapping[str, Kind]) -> Kind:
+    """Return the strategy `name` of `known`, or "module:Class" of somebody's own.
+
+    A module is looked for where Python looks, and in the current folder. Importing it
+    runs its code.
+
+    Raises:
+        ConfigError: no such strategy; one line.
+    """
+    if ":" not in name:
+        if name not in known:
+            raise ConfigError(f"strategy: {unknown('name', name, known)}")
+        return known[name]
+    module_name, _, class_name = name.partition(":")
+    if "" not in sys.path:
+        sys.path.append("")
+    try:
+        kind = getattr(import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"strategy {name}: cannot be loaded: {error}") from None
+    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
+        raise ConfigError(
+            f"strategy {name}: is no subclass of mpilm.strategies.Strategy"
+        )
+    for attribute in ("name", "Config"):
+        if not hasattr(kind, attribute):
+            raise ConfigError(f"strategy {name}: the class has no {attribute}")
+    return kind
