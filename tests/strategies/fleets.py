@@ -215,9 +215,9 @@ def fleet(
 def assert_quiet(simulation):
     """Raise unless nothing is under way: no message, no receive, no collective."""
     assert simulation.undelivered == [], "messages that nobody received"
-    for group in simulation.network.groups:
-        assert not group.open, "collectives that some rank never entered"
-        for comm in group.comms:
+    for communicator in simulation.network.communicators:
+        assert not communicator.open, "collectives that some rank never entered"
+        for comm in communicator.comms:
             assert not comm.receives, "receives without a message"
 
 

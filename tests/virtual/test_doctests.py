@@ -11,7 +11,6 @@ MODULES = [
     "mpilm.world.faults",
     "mpilm.world.machine",
     "mpilm.world.parts",
-    "mpilm.world.virtual.collectives",
 ]
 
 

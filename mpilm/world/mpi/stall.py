@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from mpilm.world.mpi.progress import clock
+from mpilm.world.parts import named_ranks
 
 if TYPE_CHECKING:
     from mpilm.world.mpi.comm import MpiComm
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 QUESTION, ANSWER = 1, 2  # tags: (token, communicator, 0), (token, entered, waited_us)
 ANSWER_S = 2.0  # a live progress thread answers within milliseconds; chosen, not tuned
 SENIOR = 0.75  # a lower rank that has waited for this share of our time will report
-MAX_NAMED = 16  # ranks in a line
 
 Answer = tuple[int, float]  # collectives entered, seconds waited in the last one
 
@@ -187,9 +187,9 @@ class StallInspector:
         if not missing:  # they came while we asked
             self._postpone(waiting, now_s)
             return
-        text = f"in {waiting.what} for {names(missing)}"
+        text = f"in {waiting.what} for {named_ranks(missing)}"
         if silent:
-            text += f" (no answer from {names(silent)})"
+            text += f" (no answer from {named_ranks(silent)})"
         self._report(waiting, now_s, text)
 
     def _report(self, waiting: Waiting, now_s: float, text: str) -> None:
@@ -210,18 +210,6 @@ class StallInspector:
         abort_at_s = waiting.since_s + self.abort_s
         if now_s < abort_at_s < waiting.report_s:
             waiting.report_s = abort_at_s
-
-
-def names(ranks: list[int]) -> str:
-    """Return ranks as people write them.
-
-    >>> names([2]), names([2, 5])
-    ('rank 2', 'ranks 2, 5')
-    """
-    shown = ", ".join(str(rank) for rank in ranks[:MAX_NAMED])
-    if len(ranks) > MAX_NAMED:
-        shown += f" and {len(ranks) - MAX_NAMED} more"
-    return f"rank{'s' * (len(ranks) > 1)} {shown}"
 
 
 def say(text: str) -> None:

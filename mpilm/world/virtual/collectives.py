@@ -8,18 +8,35 @@ once and shared.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from mpilm.errors import WorldError
 from mpilm.world import machine as costs
 from mpilm.world.base import Op
 from mpilm.world.buffers import reduce_, snapshot, write_
-from mpilm.world.machine import Cost
-from mpilm.world.virtual.engine import NETWORK, VirtualRequest
+from mpilm.world.machine import Cost, Link, Machine
+from mpilm.world.parts import named_ranks
+from mpilm.world.virtual.engine import NETWORK, Engine, RankState, VirtualRequest
 
-if TYPE_CHECKING:
-    from mpilm.world.virtual.comm import Group
+
+class Group:
+    """The ranks of a communicator, in order, and what connects them.
+
+    name  of the communicator, in reports of deadlocks
+    link  the slowest between two of its ranks
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        states: Sequence[RankState],
+        machine: Machine,
+        link: Link,
+        name: str,
+    ) -> None:
+        self.engine, self.states = engine, states
+        self.machine, self.link, self.name = machine, link, name
 
 
 class Call(NamedTuple):
@@ -58,7 +75,7 @@ class CollectiveRequest(VirtualRequest):
             for rank, request in enumerate(collective.requests)
             if request is None
         ]
-        return f"{listed(missing)} in {collective.call} on {group.name}"
+        return f"{named_ranks(missing)} in {collective.call} on {group.name}"
 
 
 class Collective(ABC):
@@ -195,15 +212,3 @@ class Reduction(Collective):
 
     def cost(self) -> Cost:
         return costs.allreduce(self.group.link, len(self.requests), self.call.nbytes)
-
-
-def listed(ranks: Iterable[int], limit: int = 8) -> str:
-    """Return ranks in words.
-
-    >>> listed([3]), listed([1, 2]), listed(range(10))
-    ('rank 3', 'ranks 1, 2', 'ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more')
-    """
-    found = list(ranks)
-    text = ", ".join(map(str, found[:limit]))
-    more = f" and {len(found) - limit} more" if len(found) > limit else ""
-    return f"rank{'s' if len(found) > 1 else ''} {text}{more}"

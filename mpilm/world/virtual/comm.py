@@ -36,6 +36,7 @@ from mpilm.world.virtual.collectives import (
     Call,
     Collective,
     CollectiveRequest,
+    Group,
     Reduction,
 )
 from mpilm.world.virtual.engine import NETWORK, Engine, RankState, VirtualRequest
@@ -53,38 +54,42 @@ class Envelope(NamedTuple):
 
 
 class Network:
-    """The groups of one simulation and the machine they run on."""
+    """The communicators of one simulation and the machine they run on."""
 
     def __init__(self, engine: Engine, machine: Machine, faults: Faults) -> None:
         self.engine, self.machine, self.faults = engine, machine, faults
-        self.groups: list[Group] = []
+        self.communicators: list[Communicator] = []
 
     def undelivered(self) -> list[Envelope]:
         """Return the messages that nobody received."""
         return [
             message.envelope
-            for group in self.groups
-            for comm in group.comms
+            for communicator in self.communicators
+            for comm in communicator.comms
             for message in comm.arrived
         ]
 
 
-class Group:
-    """The ranks of a communicator, in order, and what they share."""
+class Communicator(Group):
+    """A group with a message space of its own, and its collectives under way.
+
+    comms  its ends, by rank
+    open   collectives that not all ranks have entered, by number
+    """
 
     def __init__(
         self, network: Network, states: Sequence[RankState], kind: str
     ) -> None:
-        self.network, self.states = network, states
-        self.engine, self.machine = network.engine, network.machine
-        self.name = f"{kind} (communicator {len(network.groups)})"
-        self.faults = network.faults
         same_node = len({state.node for state in states}) == 1
-        fault = self.faults.link_within([state.rank for state in states])
-        self.link = self.machine.link(same_node=same_node).after(fault)
+        fault = network.faults.link_within([state.rank for state in states])
+        machine = network.machine
+        link = machine.link(same_node=same_node).after(fault)
+        name = f"{kind} (communicator {len(network.communicators)})"
+        super().__init__(network.engine, states, machine, link, name)
+        self.network, self.faults = network, network.faults
         self.comms = [VirtualComm(self, rank) for rank in range(len(states))]
-        self.open: dict[int, Collective] = {}  # by number: not all ranks have come
-        network.groups.append(self)
+        self.open: dict[int, Collective] = {}
+        network.communicators.append(self)
 
 
 class VirtualMessage(Message):
@@ -190,7 +195,7 @@ class VirtualComm(Comm):
     receives   receives without their message yet, in the order of posting
     """
 
-    def __init__(self, group: Group, rank: int) -> None:
+    def __init__(self, group: Communicator, rank: int) -> None:
         self.group, self.rank, self.size = group, rank, len(group.states)
         self.engine, self.machine = group.engine, group.machine
         self.state = group.states[rank]
@@ -332,8 +337,8 @@ class VirtualComm(Comm):
 
     # groups
     def Dup(self) -> VirtualComm:
-        def combine(_: list[Any]) -> Group:
-            return Group(self.group.network, self.group.states, "Dup")
+        def combine(_: list[Any]) -> Communicator:
+            return Communicator(self.group.network, self.group.states, "Dup")
 
         group = self._exchange("Dup", None).combined(combine)
         return group.comms[self.rank]
@@ -356,7 +361,7 @@ class VirtualComm(Comm):
         for color in sorted(members):
             ranks = [rank for _, rank in sorted(members[color])]
             states = [self.group.states[rank] for rank in ranks]
-            group = Group(self.group.network, states, "Split")
+            group = Communicator(self.group.network, states, "Split")
             for rank, comm in zip(ranks, group.comms, strict=True):
                 comms[rank] = comm
         return comms

@@ -23,7 +23,7 @@ from mpilm.world.base import Activity, Notify, World
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.parts import completion_shares
-from mpilm.world.virtual.comm import Envelope, Group, Network, VirtualComm
+from mpilm.world.virtual.comm import Communicator, Envelope, Network, VirtualComm
 from mpilm.world.virtual.engine import Engine, RankState, VirtualActivity
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Simulation:
         states = [RankState(r, self.machine.node(r), seed) for r in range(size)]
         self.engine.ranks = states
         self.network = Network(self.engine, self.machine, self.faults)
-        comms = Group(self.network, states, "world").comms
+        comms = Communicator(self.network, states, "world").comms
         self.worlds = [VirtualWorld(self, comm) for comm in comms]
 
     def run(self, main: Callable[[VirtualWorld], T]) -> list[T]:
