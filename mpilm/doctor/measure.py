@@ -97,23 +97,23 @@ def busy(seconds: float) -> None:
 def hidden_share(
     exchange: Callable[[], list[Any]],
     compute: Callable[[float], None],
-    meet: Callable[[], None],
+    barrier: Callable[[], None],
 ) -> float:
     """Return the share of an exchange that is over after computing beside it, 0 to 1.
 
     Args:
         exchange: starts it; returns its requests.
         compute: computes for so many seconds.
-        meet: waits for the other side.
+        barrier: waits for the other side.
     """
     shares = []
     for _ in range(4):
-        meet()
+        barrier()
         start_s = clock()
         for request in exchange():
             request.Wait()
         alone_s = clock() - start_s
-        meet()
+        barrier()
         requests = exchange()
         compute(max(BUSY_S, 2 * alone_s))
         start_s = clock()
@@ -137,10 +137,10 @@ def overlap(comm: Any, peer: int, compute: Callable[[float], None]) -> float | N
     send, receive = np.zeros(LONG_BYTES, np.uint8), np.zeros(LONG_BYTES, np.uint8)
     ping, pong = send[:1].copy(), send[:1].copy()
 
-    def meet() -> None:
+    def barrier() -> None:
         comm.Sendrecv(ping, other, 8, pong, other, 8)
 
     def exchange() -> list[Any]:
         return [comm.Irecv(receive, other, 7), comm.Isend(send, other, 7)]
 
-    return hidden_share(exchange, compute, meet)
+    return hidden_share(exchange, compute, barrier)

@@ -75,4 +75,4 @@ def test_pinned_buffers_are_used_again(
     x = torch.ones(1234, device=device)
     for _ in range(5):
         world.comm.Allreduce(IN_PLACE, x)
-    agree.append(len(world.staging._free[x.dtype, 1234]) == 1)
+    agree.append(len(world.resources.staging._free[x.dtype, 1234]) == 1)

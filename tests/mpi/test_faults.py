@@ -18,7 +18,7 @@ LATE_S = 0.1  # chosen: well above the pauses of whoever polls
 @pytest.fixture(autouse=True)
 def no_faults_afterwards(world: MpiWorld) -> Iterator[None]:
     yield
-    world.faults = None
+    world.configure(faults=None)
 
 
 def test_a_profile_delays_its_steps_only(world: MpiWorld, agree: list[bool]) -> None:

@@ -63,7 +63,7 @@ def is_quiet(world: MpiWorld) -> bool:
     """Return whether no message has come that nobody received."""
     world.comm.Barrier()
     time.sleep(1e-3)
-    return not any(handle.Iprobe() for handle in world.handles)
+    return not any(handle.Iprobe() for handle in world.resources.handles)
 
 
 def simulated(world: MpiWorld, main: Callable[[World], Any]) -> list[Any]:

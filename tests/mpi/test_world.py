@@ -151,7 +151,7 @@ def test_a_slow_rank_sleeps_in_the_compute_path(
     start_s = world.now_s()
     world.compute(work, note)
     note("end")
-    world.faults = None
+    world.configure(faults=None)
     names = [name for name, _ in events]
     parts = ["slice(50, 100, None)", "slice(0, 50, None)"]
     if world.rank == slow:

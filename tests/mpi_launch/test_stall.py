@@ -26,7 +26,7 @@ def test_a_rank_that_computes_too_long(launch: Launch) -> None:
 
 
 def test_rank_0_is_missing_from_a_group(launch: Launch) -> None:
-    """Ranks are those of the world; the wait is in a lane."""
+    """Ranks are those of the world; the wait is in a queue."""
     run = launch(
         4,
         """

@@ -8,16 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from mpilm.errors import MpilmError, WorldError
 from mpilm.world.mpi.stall import say
-
-if TYPE_CHECKING:
-    from mpilm.world.mpi.world import MpiWorld
 
 ERROR, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 
@@ -29,8 +26,33 @@ LAUNCHERS = {
 }
 
 
+class Abortable(Protocol):
+    """A world, as far as its end goes.
+
+    on_failure  is called with an error of an activity, if it is set
+    """
+
+    on_failure: Callable[[BaseException], None] | None
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    def close(self) -> None:
+        """End in order. Collective."""
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once. Does not return."""
+
+
 @contextmanager
-def abort_on_error(world: MpiWorld, folder: Path | str | None = None) -> Iterator[None]:
+def abort_on_error(
+    world: Abortable, folder: Path | str | None = None
+) -> Iterator[None]:
     """End all ranks when one raises, with one line on stderr that names it.
 
     An error that every rank raises alike (`error.everywhere`) ends the run in order:
@@ -54,7 +76,7 @@ def abort_on_error(world: MpiWorld, folder: Path | str | None = None) -> Iterato
         world.on_failure = None
 
 
-def _end(world: MpiWorld, error: BaseException, folder: Path | str | None) -> None:
+def _end(world: Abortable, error: BaseException, folder: Path | str | None) -> None:
     """Print, close or abort; return only if `error` is no failure."""
     code, text = exit_line(error)
     if code == 0:

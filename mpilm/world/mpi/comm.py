@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, TypeVar
+from time import sleep
+from typing import Any, TypeVar
 
 from mpi4py import MPI
 
@@ -22,20 +23,12 @@ from mpilm.world.base import (
     Op,
     Request,
 )
-from mpilm.world.mpi.progress import Progress
-from mpilm.world.mpi.requests import (
-    CollectiveQueue,
-    QueuedCollective,
-    Transfer,
-    perform,
-)
-from mpilm.world.mpi.slow_links import delay_collective
-from mpilm.world.mpi.staging import Stage, Staging
+from mpilm.world.mpi.requests import CollectiveQueue, Transfer, perform
+from mpilm.world.mpi.resources import Resources
+from mpilm.world.mpi.slow_links import collective_delay_s
+from mpilm.world.mpi.staging import Stage
 from mpilm.world.mpi.stall import Waiting
 from mpilm.world.profiles import NO_FAULT
-
-if TYPE_CHECKING:
-    from mpilm.world.mpi.world import MpiWorld
 
 T = TypeVar("T")
 
@@ -50,22 +43,20 @@ class MpiComm(Comm):
     entered  collectives that this rank has entered
     """
 
-    def __init__(self, world: MpiWorld, handle: MPI.Comm, name: str) -> None:
-        self.world, self.handle, self.name = world, handle, name
+    def __init__(self, resources: Resources, handle: MPI.Comm, name: str) -> None:
+        self.resources, self.handle, self.name = resources, handle, name
         self.rank, self.size = handle.rank, handle.size
-        self.progress: Progress = world.progress
-        self.staging: Staging = world.staging
-        self.meter = world.meter
-        self.traffic = world.meter.traffic
-        self.inspector = world.inspector
-        self.members = world_ranks(handle, world.control)
+        self.progress, self.staging = resources.progress, resources.staging
+        self.meter = resources.meter
+        self.traffic = resources.meter.traffic
+        self.members = world_ranks(handle, resources.control)
         digest = blake2b(f"{name} {self.members}".encode(), digest_size=7).digest()
         self.key = int.from_bytes(digest, "big")
         self.entered = 0
         self._num_children = 0
         self._queue: CollectiveQueue | None = None
-        world.handles.append(handle)
-        self.inspector.register(self)
+        resources.handles.append(handle)
+        resources.inspector.register(self)
 
     # point to point
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
@@ -100,13 +91,19 @@ class MpiComm(Comm):
         nbytes, peer = stage.host.nbytes, self.members[dest]
         self.meter.count(sent=nbytes, messages=1)
         what = f"rank {peer} to receive a message (tag {tag})"
-        faults = self.world.faults
+        faults = self.resources.faults
         if faults is not None and faults.profile:
             link = faults.link(self.members[self.rank], peer)
             if link is not NO_FAULT:
                 start = partial(self.handle.Isend, stage.host, dest, tag)
-                return self.world.slow_links.send(
-                    self, start, peer, link, what, stage=stage, waited_for=waited_for
+                return self.resources.slow_links.send(
+                    start,
+                    self.key,
+                    peer,
+                    link,
+                    what,
+                    stage=stage,
+                    waited_for=waited_for,
                 )
         return Transfer(
             self.progress,
@@ -148,11 +145,10 @@ class MpiComm(Comm):
             def call() -> None:
                 self.handle.Allreduce(send, recv.host, OPS[op])
 
-            job = QueuedCollective(self, "Iallreduce", call, stages, recv)
             if self._queue is None:
                 self._queue = CollectiveQueue(self.progress, f"mpilm {self.name}")
-            self._queue.submit(job)
-            return job
+            work = partial(perform, self._enter, "Iallreduce", call, stages, recv)
+            return self._queue.submit("Iallreduce", work)
         for stage in stages:
             stage.arrived()
         self.entered += 1
@@ -191,9 +187,7 @@ class MpiComm(Comm):
     def Ibarrier(self) -> Request:
         self.meter.count(messages=1)
         if self._queue is not None and not self._queue.idle:
-            job = QueuedCollective(self, "Ibarrier", lambda: None)
-            self._queue.submit(job)
-            return job
+            return self._queue.submit("Ibarrier", partial(self._enter, "Ibarrier"))
         self.entered += 1
         return Transfer(
             self.progress,
@@ -204,7 +198,7 @@ class MpiComm(Comm):
 
     def Barrier(self) -> None:
         self.meter.count(messages=1)
-        self._do("Barrier", lambda: None)  # to meet is all there is to it
+        self._do("Barrier", lambda: None)  # to enter is all there is to it
 
     def allgather(self, value: T) -> list[T]:
         self.meter.count(messages=1)
@@ -213,7 +207,7 @@ class MpiComm(Comm):
     # groups
     def Dup(self) -> MpiComm:
         name = self._child_name("Dup")
-        return MpiComm(self.world, self._do("Dup", self.handle.Dup), name)
+        return MpiComm(self.resources, self._do("Dup", self.handle.Dup), name)
 
     def Split(self, color: int | None, key: int = 0) -> MpiComm | None:
         name = self._child_name("Split")
@@ -221,7 +215,7 @@ class MpiComm(Comm):
         handle = self._do("Split", lambda: self.handle.Split(number, key))
         if handle == MPI.COMM_NULL:
             return None
-        return MpiComm(self.world, handle, name)
+        return MpiComm(self.resources, handle, name)
 
     def Split_node(self) -> MpiComm:
         name = self._child_name("Split_node")
@@ -229,20 +223,23 @@ class MpiComm(Comm):
             "Split_node",
             lambda: self.handle.Split_type(MPI.COMM_TYPE_SHARED, self.rank),
         )
-        return MpiComm(self.world, handle, name)
+        return MpiComm(self.resources, handle, name)
 
     # how
-    def meet(self, name: str) -> None:
-        """Block until all ranks are here, politely; tell the inspector of the wait."""
+    def _enter(self, name: str, msg_bytes: int = 0) -> None:
+        """Enter a collective: block until all ranks have, and a slow link's delay.
+
+        The barrier is polled with pauses, and the inspector knows of the wait.
+        """
         self.entered += 1
         if self.size == 1:
             return
         request = self.handle.Ibarrier()
         self.progress.wait(request.Test, Waiting(name, self, self.entered))
-
-    def delay(self, name: str, msg_bytes: int) -> None:
-        """Let the time pass that a declared slow link takes."""
-        delay_collective(self, name, msg_bytes)
+        faults = self.resources.faults
+        delay_s = collective_delay_s(faults, self.members, self.rank, name, msg_bytes)
+        if delay_s > 0.0:
+            sleep(delay_s)
 
     def _do(
         self,
@@ -253,20 +250,20 @@ class MpiComm(Comm):
     ) -> T:
         """Make a blocking collective call; return its result.
 
-        It runs on this thread, unless the lane is busy: collectives of a communicator
+        It runs on this thread, unless the queue is busy: collectives of a communicator
         must start in the same order on all ranks.
         """
+        work = partial(perform, self._enter, name, call, stages, target)
         if self._queue is not None and not self._queue.idle:
-            job = QueuedCollective(self, name, call, stages, target)
-            self._queue.submit(job)
+            job = self._queue.submit(name, work)
             job.Wait()
             return job.result
         if not self.progress.is_learner():
-            return perform(self, name, call, stages, target)
+            return work()
         self.meter.begin()
         self.meter.block()
         try:
-            return perform(self, name, call, stages, target)
+            return work()
         finally:
             self.meter.unblock()
             self.meter.end()

@@ -5,11 +5,11 @@ that is whoever waits; and, while the learner computes, threads of this page:
 
     learner    compute ................. Wait
     progress   Test . Test .  . Test               every pending request, with pauses
-    lane       Ibarrier ...|==Allreduce==|         one per communicator, in order
+    queue      Ibarrier ...|==Allreduce==|         one per communicator, in order
 
-A lane is used for collectives that must go on beside the learner. It first *meets* the
-other ranks (an Ibarrier polled with pauses, so that nobody spins while waiting for a
-late rank) and then calls the fast blocking collective. docs/mpi-world.md has the
+Collectives that must go on beside the learner have a queue and a thread. It first
+enters a barrier (an Ibarrier polled with pauses, so that nobody spins while waiting for
+a late rank) and then calls the fast blocking collective. docs/mpi-world.md has the
 measurements behind this.
 
 Without MPI_THREAD_MULTIPLE there are no threads: requests go on in Test and Wait.
@@ -20,37 +20,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 from mpilm.world.base import Traffic
-
-if TYPE_CHECKING:
-    from mpilm.world.mpi.requests import Transfer
-    from mpilm.world.mpi.stall import StallInspector, Waiting
+from mpilm.world.mpi.clock import (
+    BESIDE_PAUSE_S,
+    BESIDE_SHARE,
+    LAST_PAUSE_S,
+    SPIN_S,
+    TICK_S,
+    clock,
+    pause_s,
+)
+from mpilm.world.mpi.stall import StallInspector, Waiting
 
 T = TypeVar("T")
 
-# Pauses between two looks grow with the time waited. Each look costs some 45 us beside
-# computing (measured, docs/mpi-world.md).
-SPIN_S = 2e-4  # look without pausing for so long, if the learner has nothing to do
-FIRST_PAUSE_S = 20e-6
-LAST_PAUSE_S = 1e-3
-BESIDE_PAUSE_S = 3e-3  # while the learner computes
-WAIT_SHARE, BESIDE_SHARE = 1 / 8, 1 / 2  # of the time waited; overshoots by as much
-TICK_S = 0.05  # between two looks at control messages
 
-clock = time.perf_counter
+class Pending(Protocol):
+    """Something under way that goes on when it is looked at."""
 
-
-def pause_s(
-    waited_s: float, share: float = WAIT_SHARE, longest_s: float = LAST_PAUSE_S
-) -> float:
-    """Return how long to sleep before the next look, in seconds.
-
-    >>> pause_s(0.0), pause_s(0.004), pause_s(60.0)
-    (2e-05, 0.0005, 0.001)
-    """
-    return min(longest_s, max(FIRST_PAUSE_S, waited_s * share))
+    def look(self) -> bool:
+        """Return whether it is done. Never blocks."""
 
 
 class Stopped(BaseException):
@@ -115,16 +106,21 @@ class Meter:
 class Progress:
     """All that is under way on one rank, and the threads that move it.
 
-    inspector  is told of every wait; set by the world before anything starts
     computing  whether the learner computes, so that others should leave it the core
+
+    Args:
+        meter: counts the time of waits.
+        inspector: watches every wait.
+        background: whether threads may call MPI beside the learner.
     """
 
-    inspector: StallInspector
     computing = False
 
-    def __init__(self, meter: Meter, *, background: bool) -> None:
-        self.meter, self.background = meter, background
-        self._pending: dict[int, Transfer] = {}
+    def __init__(
+        self, meter: Meter, inspector: StallInspector, *, background: bool
+    ) -> None:
+        self.meter, self.inspector, self.background = meter, inspector, background
+        self._pending: dict[int, Pending] = {}
         self._polling = threading.Lock()
         self._changed = threading.Condition()  # for `wait`
         self._needed = threading.Event()  # for the progress thread
@@ -169,14 +165,14 @@ class Progress:
         """Return whether the learner calls (autograd's own threads are the learner)."""
         return threading.get_ident() not in self._beside
 
-    def add(self, transfer: Transfer, *, waited_for: bool) -> None:
-        """Have `transfer` tested until it is done.
+    def add(self, pending: Pending, *, waited_for: bool) -> None:
+        """Have `pending` looked at until it is done.
 
         Args:
-            transfer: not done yet.
+            pending: not done yet.
             waited_for: the caller waits at once, so the progress thread may sleep on.
         """
-        self._pending[id(transfer)] = transfer
+        self._pending[id(pending)] = pending
         if not waited_for:
             self._needed.set()
 
@@ -185,9 +181,9 @@ class Progress:
         if not self._pending or not self._polling.acquire(blocking=False):
             return
         try:
-            for transfer in list(self._pending.values()):
-                if transfer.look():
-                    del self._pending[id(transfer)]
+            for pending in list(self._pending.values()):
+                if pending.look():
+                    del self._pending[id(pending)]
         finally:
             self._polling.release()
 

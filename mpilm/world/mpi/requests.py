@@ -8,20 +8,19 @@ CollectiveQueue   runs the collectives of one communicator in order, beside the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mpilm.errors import WorldError
 from mpilm.world.base import Request
 from mpilm.world.mpi.progress import Progress, Stopped
 from mpilm.world.mpi.staging import Stage
-
-if TYPE_CHECKING:
-    from mpilm.world.mpi.comm import MpiComm
-    from mpilm.world.mpi.stall import Waiting
+from mpilm.world.mpi.stall import Waiting
 
 T = TypeVar("T")
+Enter = Callable[
+    [str, int], None
+]  # a collective: its name, bytes; blocks for all ranks
 
 
 class Operation(Request):
@@ -125,16 +124,16 @@ class Transfer(Operation):
 
 
 def perform(
-    comm: MpiComm,
+    enter: Enter,
     name: str,
     call: Callable[[], T],
     stages: Sequence[Stage],
     target: Stage | None,
 ) -> T:
-    """Meet all ranks, then make an MPI call that blocks; return its result.
+    """Wait for all ranks, then make an MPI call that blocks; return its result.
 
     Args:
-        comm: the communicator.
+        enter: enters a collective of the communicator; returns when all ranks have.
         name: the MPI name of the call.
         call: makes it.
         stages: buffers that MPI reads or writes.
@@ -143,8 +142,7 @@ def perform(
     try:
         for stage in stages:
             stage.arrived()
-        comm.meet(name)
-        comm.delay(name, stages[-1].host.nbytes if stages else 0)
+        enter(name, stages[-1].host.nbytes if stages else 0)
         result = call()
         if target is not None:
             target.deliver()
@@ -155,23 +153,16 @@ def perform(
 
 
 class QueuedCollective(Operation):
-    """A collective in a lane; arguments as for `perform`."""
+    """A collective in a queue, and its result."""
 
     result: Any = None
 
-    def __init__(
-        self,
-        comm: MpiComm,
-        name: str,
-        call: Callable[[], Any],
-        stages: Sequence[Stage] = (),
-        target: Stage | None = None,
-    ) -> None:
-        super().__init__(comm.progress, name)
-        self._perform = partial(perform, comm, name, call, stages, target)
+    def __init__(self, progress: Progress, name: str, work: Callable[[], Any]) -> None:
+        super().__init__(progress, name)
+        self.work = work
 
     def Wait(self) -> None:
-        # `meet` tells the inspector; the lane needs the core
+        # the inspector knows from `enter`; the queue's thread needs the core
         self.progress.wait(lambda: self.done or None, spin=False)
         self._verdict()
 
@@ -179,7 +170,7 @@ class QueuedCollective(Operation):
         """Do it on this thread."""
         error: BaseException | None = None
         try:
-            self.result = self._perform()
+            self.result = self.work()
         except BaseException as failed:
             error = failed
         self.complete(error)
@@ -189,6 +180,7 @@ class CollectiveQueue:
     """One communicator's collectives that go on beside the learner, in order."""
 
     def __init__(self, progress: Progress, name: str) -> None:
+        self.progress = progress
         self._jobs: SimpleQueue[QueuedCollective | None] = SimpleQueue()
         self._last: QueuedCollective | None = None
         progress.thread(self._run, name, end=lambda: self._jobs.put(None))
@@ -198,10 +190,11 @@ class CollectiveQueue:
         """Whether everything submitted is done."""
         return self._last is None or self._last.done
 
-    def submit(self, job: QueuedCollective) -> None:
-        """Run `job` after all that were submitted before."""
-        self._last = job
-        self._jobs.put(job)
+    def submit(self, name: str, work: Callable[[], Any]) -> QueuedCollective:
+        """Run `work` after all that was submitted before; return its request."""
+        self._last = QueuedCollective(self.progress, name, work)
+        self._jobs.put(self._last)
+        return self._last
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

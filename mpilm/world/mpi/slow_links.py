@@ -11,18 +11,18 @@ communicator to one rank start in the order of their calls, as MPI promises.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mpilm.world import machine
-from mpilm.world.mpi.progress import Progress, clock
+from mpilm.world.mpi.clock import clock
+from mpilm.world.mpi.progress import Progress
 from mpilm.world.mpi.requests import Transfer
 from mpilm.world.mpi.staging import Stage
 
 if TYPE_CHECKING:
+    from mpilm.world.faults import Faults
     from mpilm.world.machine import Link
-    from mpilm.world.mpi.comm import MpiComm
 
 
 class SlowSend(Transfer):
@@ -69,15 +69,16 @@ class SlowSend(Transfer):
 class SlowLinks:
     """The slow links that end at one rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
         self._lock = threading.Lock()
         self._free_s: dict[int, float] = {}  # by world rank: its link is free again
         self._last: dict[tuple[int, int], SlowSend] = {}  # by communicator and peer
 
     def send(
         self,
-        comm: MpiComm,
         start: Callable[[], Any],
+        key: int,
         peer: int,
         link: Link,
         what: str,
@@ -85,40 +86,57 @@ class SlowLinks:
         stage: Stage,
         waited_for: bool,
     ) -> SlowSend:
-        """Return a send to world rank `peer` that is under way, slowly."""
+        """Return a send that is under way, slowly.
+
+        Args:
+            start: begins it; returns mpi4py's request.
+            key: of the communicator.
+            peer: the receiver's rank in the world.
+            link: to it.
+            what: for reports of stalls.
+            stage: the buffer.
+            waited_for: the caller waits for it at once.
+        """
         with self._lock:
             begins_s = max(clock(), self._free_s.get(peer, 0.0))
             free_s = begins_s + stage.host.nbytes / link.bandwidth_Bps
             self._free_s[peer] = free_s
-            key = (comm.key, peer)
             sent = SlowSend(
-                comm.progress,
+                self.progress,
                 start,
                 free_s + link.latency_s,
-                self._last.get(key),
+                self._last.get((key, peer)),
                 what,
                 stage=stage,
                 waited_for=waited_for,
             )
-            self._last[key] = sent
+            self._last[key, peer] = sent
         return sent
 
 
-def delay_collective(comm: MpiComm, name: str, msg_bytes: int) -> None:
-    """Sleep as long as a collective takes longer by the slow links of this rank.
+def collective_delay_s(
+    faults: Faults | None, members: list[int], rank: int, name: str, msg_bytes: int
+) -> float:
+    """Return how much longer a collective takes by the slow links of a rank, seconds.
 
     The costs are those of machine.py on a link with the declared figures alone.
+
+    Args:
+        faults: what is declared.
+        members: the world ranks of the group.
+        rank: in the group.
+        name: the MPI name of the collective.
+        msg_bytes: length of its buffer.
     """
-    faults = comm.world.faults
     if faults is None or not faults.profile:
-        return
-    if not faults.ends_link(comm.members[comm.rank], comm.members):
-        return
-    link = faults.link_within(comm.members)
+        return 0.0
+    if not faults.ends_link(members[rank], members):
+        return 0.0
+    link, size = faults.link_within(members), len(members)
     if name.endswith("llreduce"):
-        cost = machine.allreduce(link, comm.size, msg_bytes)
+        cost = machine.allreduce(link, size, msg_bytes)
     elif name == "Bcast":
-        cost = machine.broadcast(link, comm.size, msg_bytes)
+        cost = machine.broadcast(link, size, msg_bytes)
     else:
-        cost = machine.barrier(link, comm.size)
-    time.sleep(cost.total_s)
+        cost = machine.barrier(link, size)
+    return cost.total_s

@@ -17,22 +17,34 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from mpilm.world.mpi.progress import clock
+from mpilm.world.mpi.clock import clock
 from mpilm.world.parts import named_ranks
-
-if TYPE_CHECKING:
-    from mpilm.world.mpi.comm import MpiComm
 
 QUESTION, ANSWER = 1, 2  # tags: (token, communicator, 0), (token, entered, waited_us)
 ANSWER_S = 2.0  # a live progress thread answers within milliseconds; chosen, not tuned
 SENIOR = 0.75  # a lower rank that has waited for this share of our time will report
 
 Answer = tuple[int, float]  # collectives entered, seconds waited in the last one
+
+
+class Watched(Protocol):
+    """A communicator, as far as the inspector looks at it.
+
+    key      the same number on all ranks of the group, another for each communicator
+    members  the world ranks of the group, in its order
+    entered  collectives that this rank has entered
+    """
+
+    rank: int
+    size: int
+    key: int
+    members: list[int]
+    entered: int
 
 
 @dataclass(eq=False)
@@ -45,7 +57,7 @@ class Waiting:
     """
 
     what: str
-    comm: MpiComm | None = None
+    comm: Watched | None = None
     number: int = 0
     since_s: float = 0.0
     report_s: float = 0.0  # when to report next
@@ -74,7 +86,7 @@ class StallInspector:
     ) -> None:
         self.control, self.rank = control, control.rank
         self.stall_s, self.abort_s, self.abort = stall_s, abort_s, abort
-        self.comms: WeakValueDictionary[int, MpiComm] = WeakValueDictionary()
+        self.comms: WeakValueDictionary[int, Watched] = WeakValueDictionary()
         self._waits: dict[int, Waiting] = {}
         self._sends: list[tuple[Any, np.ndarray]] = []
         self._token = 0
@@ -85,7 +97,7 @@ class StallInspector:
         """Whether all questions asked here were answered."""
         return self._num_open == 0
 
-    def register(self, comm: MpiComm) -> None:
+    def register(self, comm: Watched) -> None:
         """Answer questions about `comm`."""
         self.comms[comm.key] = comm
 
@@ -168,7 +180,7 @@ class StallInspector:
                 self._send(member, QUESTION, waiting.token, waiting.comm.key, 0)
                 self._num_open += 1
 
-    def _judge(self, waiting: Waiting, comm: MpiComm, now_s: float) -> None:
+    def _judge(self, waiting: Waiting, comm: Watched, now_s: float) -> None:
         """Report the ranks that are missing, unless a lower rank will."""
         senior_s = SENIOR * (waiting.asked_s - waiting.since_s)
         waiting.asked_s = 0.0

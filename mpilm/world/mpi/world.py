@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mpilm.errors import WorldError
 from mpilm.world.base import Activity, Notify, World
 from mpilm.world.mpi.abort import abort_on_error, check_launch
-from mpilm.world.mpi.progress import Meter, Progress, Stopped, clock, pause_s
-from mpilm.world.mpi.slow_links import SlowLinks
-from mpilm.world.mpi.staging import Staging
-from mpilm.world.mpi.stall import StallInspector, Waiting, say
+from mpilm.world.mpi.clock import clock, pause_s
+from mpilm.world.mpi.progress import Progress, Stopped
+from mpilm.world.mpi.resources import Resources
+from mpilm.world.mpi.stall import Waiting, say
 from mpilm.world.parts import completion_shares
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class MpiWorld(World):
 
     Args:
         comm: mpi4py communicator of its ranks; all of MPI_COMM_WORLD if None. It is
-            duplicated: the world's messages never meet anybody else's.
+            duplicated: the world's messages never match anybody else's.
         faults: what is wrong with the ranks (`mpilm.world.faults.Faults`).
         step_s: computing takes at least so long, seconds; for learners that sleep.
         stall_s: a wait of so many seconds is reported on stderr; 0: never.
@@ -84,23 +84,22 @@ class MpiWorld(World):
         from mpilm.world.mpi.comm import MpiComm
 
         self.background = mpi.Query_thread() >= mpi.THREAD_MULTIPLE
-        self.faults, self.step_s = faults, step_s
+        self.step_s = step_s
         self.on_failure: Callable[[BaseException], None] | None = None
-        self.handles: list[MPI.Comm] = []
         self.control: MPI.Comm = comm.Dup()
-        self.staging, self.meter = Staging(), Meter()
-        self.slow_links = SlowLinks()
-        self.progress = Progress(self.meter, background=self.background)
-        self.inspector = self.progress.inspector = StallInspector(
+        self.resources = Resources(
             self.control,
+            faults,
             stall_s=stall_s,
-            abort_s=stall_abort_s,
+            stall_abort_s=stall_abort_s,
             abort=lambda: self.abort(STALLED),
+            background=self.background,
         )
+        self.progress = self.resources.progress
         node = comm.Split_type(mpi.COMM_TYPE_SHARED, comm.rank)
         self.local_rank, self.local_size = node.rank, node.size
         node.Free()
-        self.comm: MpiComm = MpiComm(self, comm.Dup(), "world")
+        self.comm: MpiComm = MpiComm(self.resources, comm.Dup(), "world")
         self.activities: list[ThreadActivity] = []
         self._num_steps = 0
         self._closed = False
@@ -112,14 +111,20 @@ class MpiWorld(World):
     def __enter__(self) -> MpiWorld:
         return self
 
-    def configure(self, *, faults: Faults) -> None:
+    @property
+    def faults(self) -> Faults | None:
+        """What is wrong with the ranks."""
+        return self.resources.faults
+
+    def configure(self, *, faults: Faults | None) -> None:
         """Declare what is wrong with the ranks in this run.
 
         Raises:
             ConfigError: they speak of a rank that does not exist.
         """
-        faults.check(self.size)
-        self.faults = faults
+        if faults is not None:
+            faults.check(self.size)
+        self.resources.faults = faults
 
     def device(self, kind: str = "auto") -> str:
         """Return the torch device of this rank: local rank modulo visible GPUs, or CPU.
@@ -213,12 +218,12 @@ class MpiWorld(World):
         waiting = Waiting("close", self.comm, self.comm.entered)
         self.progress.wait(self.control.Ibarrier().Test, waiting)
         # nobody asks any more; when all have their answers, nothing is on its way
-        self.progress.wait(lambda: self.inspector.idle)
+        self.progress.wait(lambda: self.resources.inspector.idle)
         self.progress.wait(self.control.Ibarrier().Test)
         self._closed = True
         atexit.unregister(self._leave)
         self.progress.stop(JOIN_S)
-        for handle in (*reversed(self.handles), self.control):
+        for handle in (*reversed(self.resources.handles), self.control):
             handle.Free()
 
     def _die(self, step: int) -> None:

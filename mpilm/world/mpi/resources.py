@@ -1,0 +1,56 @@
+"""What all communicators of one rank share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mpilm.world.mpi.progress import Meter, Progress
+from mpilm.world.mpi.slow_links import SlowLinks
+from mpilm.world.mpi.staging import Staging
+from mpilm.world.mpi.stall import StallInspector
+
+if TYPE_CHECKING:  # starts MPI
+    from mpi4py import MPI
+
+    from mpilm.world.faults import Faults
+
+
+class Resources:
+    """What all communicators of one rank share.
+
+    control     communicator of all ranks, for questions and the end only
+    inspector   reports waits that last too long
+    meter       counts what the rank communicates
+    progress    what is under way, and the threads that move it
+    staging     buffers in main memory
+    slow_links  declared slow links that end here
+    faults      what is wrong with the ranks; None: nothing
+    handles     mpi4py's communicators, to be freed at the end
+
+    Args:
+        stall_s: a wait of so many seconds is reported; 0: never.
+        stall_abort_s: a wait of so many seconds ends all ranks; 0: never.
+        abort: ends all ranks.
+        background: whether threads may call MPI beside the learner.
+    """
+
+    def __init__(
+        self,
+        control: MPI.Comm,
+        faults: Faults | None,
+        *,
+        stall_s: float,
+        stall_abort_s: float,
+        abort: Callable[[], None],
+        background: bool,
+    ) -> None:
+        self.control, self.faults = control, faults
+        self.inspector = StallInspector(
+            control, stall_s=stall_s, abort_s=stall_abort_s, abort=abort
+        )
+        self.meter = Meter()
+        self.progress = Progress(self.meter, self.inspector, background=background)
+        self.staging = Staging()
+        self.slow_links = SlowLinks(self.progress)
+        self.handles: list[MPI.Comm] = []
