@@ -98,8 +98,9 @@ def train(world: MpiWorld, seconds: float) -> dict[str, Any]:
     method = Adpsgd(world, AdpsgdConfig())
     method.start(learner)
     watch, sleeper, late = Stopwatch(), Sleeper(), []
-    method.mixer.lock = TimedLock(method.mixer.lock, watch)
-    method.mixer.begin = watch.timed("begin", method.mixer.begin)  # type: ignore
+    service: Any = method.service
+    service.lock = TimedLock(service.lock, watch)
+    service.begin = watch.timed("begin", service.begin)
     learner.gradient = watch.timed("the sleep", learner.gradient)  # type: ignore
     thread = threading.Thread(target=sleeper.run)
     should_s = STEP_S * (FACTOR if world.rank == SLOW else 1.0)

@@ -56,8 +56,11 @@ class Service(ABC):
     def answer(self, message: Message) -> None:
         """Take a message that has arrived; answer it, if it asks for that."""
 
-    def next_question(self) -> Work | None:
-        """Return what can be done now about questions of its own; None: nothing."""
+    def own_work(self) -> Work | None:
+        """Return what can be done now without another message; None: nothing.
+
+        That is to ask, to take an answer, to answer what was held back.
+        """
         return None
 
     @property
@@ -70,6 +73,14 @@ class Service(ABC):
         """Whether another message can be taken: not while a buffer is in use."""
         return True
 
+    @property
+    def open_requests(self) -> list[Request]:
+        """What it has started and not waited for: nothing, once it has ended."""
+        return []
+
+    def renew(self) -> None:
+        """Make ready to serve once more; `begin` calls it before the activity runs."""
+
     # called by the learner
     def begin(self) -> None:
         """Start to serve, unless it runs or there is nobody else. Not collective."""
@@ -77,6 +88,7 @@ class Service(ABC):
             return
         self.is_ending = self._is_over = False
         self._barrier = None
+        self.renew()
         self._activity = self.world.start(self._run, self.name)
 
     def retire(self) -> None:
@@ -112,7 +124,7 @@ class Service(ABC):
 
     def _next_work(self) -> Work | None:
         """Return what can be done now without waiting."""
-        work = self.next_question()
+        work = self.own_work()
         if work is not None:
             return work
         if self.is_ending and self._barrier is None and not self.is_asking:

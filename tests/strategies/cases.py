@@ -103,8 +103,8 @@ def groups(vectors: int, period: int, group_size: int, components: Any) -> Bytes
     return moved
 
 
-def meetings(rank: Any, size: int, steps: int) -> tuple[int, int]:
-    """A model either way in every meeting: docs/adpsgd.md."""
+def exchanges(rank: Any, size: int, steps: int) -> tuple[int, int]:
+    """A model either way in every exchange: docs/adpsgd.md."""
     return (int(rank.strategy.metrics()["partners"].sum()) * MODEL_BYTES,) * 2
 
 
@@ -224,7 +224,7 @@ CASES = {
     ),
     "adpsgd": Case(
         "adpsgd", {"mixing": "fixed_ring"}, lambda *of: references.adpsgd(*of[:3]),
-        meetings, exact=False, mixes=True,
+        exchanges, exact=False, mixes=True,
     ),
     "async_sgd": Case(
         "async_sgd", {}, None, pulls_and_pushes, (0.05, 150, 0.1), exact=False

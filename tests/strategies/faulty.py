@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from mpilm.strategies.adpsgd import Adpsgd
 from mpilm.strategies.async_sgd import AsyncSgd
 from mpilm.strategies.dpsgd import Dpsgd
@@ -12,16 +14,17 @@ from mpilm.strategies.model_averaging import ModelAveraging
 class LosesMass(Adpsgd):
     """Every fifth delta that comes back is not added."""
 
-    def __init__(self, world, config):
-        super().__init__(world, config)
-        take_delta = self.mixer.take_delta
+    def start(self, learner):
+        super().start(learner)
+        service, numbers = self.service, count()
+        take_delta = service.take_delta
 
         def sometimes():
-            if self.mixer.num_changes % 5 == 4:
-                self.mixer.asking[:] = 0.0
+            if next(numbers) % 5 == 4:
+                service.asking[:] = 0.0
             take_delta()
 
-        self.mixer.take_delta = sometimes
+        service.take_delta = sometimes
 
 
 class WaitsForEver(ModelAveraging):

@@ -236,8 +236,8 @@ def open_requests(strategy):
     if strategy is None:  # not a leader
         return []
     found = list(getattr(strategy, "exchanges", []))
-    if mixer := getattr(strategy, "mixer", None):
-        found += [request for request in (mixer.under_way, mixer.reply) if request]
+    if strategy.service is not None:
+        found += strategy.service.open_requests
     if server := getattr(strategy, "server", None):
         found += server.sends
     return found
@@ -253,11 +253,11 @@ def check_accounts(name, ranks, steps):
         partners = np.array([own["partners"] for own in accounts])
         assert (partners == partners.T).all(), "one met whom the other did not"
     if name == "adpsgd":
-        begun = sum(rank.strategy.mixer.round for rank in ranks)
-        assert partners.sum() == 2 * begun, "meetings without an end"
+        begun = sum(rank.strategy.service.round for rank in ranks)
+        assert partners.sum() == 2 * begun, "exchanges without an end"
         most = ranks[0].strategy.config.mixes_per_step
         for rank, num in zip(ranks, steps, strict=True):
-            assert rank.strategy.mixer.round <= num * most, "too many meetings"
+            assert rank.strategy.service.round <= num * most, "too many exchanges"
 
 
 def replay(kind, seed):

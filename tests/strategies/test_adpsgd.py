@@ -42,11 +42,11 @@ def firsts(ranks):
 
 @pytest.mark.parametrize("weight", [0.5, 1 / 3, 0.1])
 @pytest.mark.parametrize("pieces", [1, 3])
-def test_a_meeting_is_the_2x2_matrix(weight, pieces):
-    # leave to mix comes after a step, and the last step is not mixed: one meeting
+def test_an_exchange_is_the_2x2_matrix(weight, pieces):
+    # credit comes with a step, and that of the last step is not used: one exchange
     ranks = train(2, [2, 0], lr=0.0, settings={"weight": weight, "pieces": pieces})
     matrix = np.array([[1 - weight, weight], [weight, 1 - weight]])
-    assert ranks[0].strategy.mixer.round == 1
+    assert ranks[0].strategy.service.round == 1
     np.testing.assert_allclose(thetas(ranks), matrix @ firsts(ranks), atol=1e-6, rtol=0)
 
 
@@ -68,7 +68,7 @@ def test_mixing_brings_all_models_together(mixing, size):
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_mean_model_stays_under_any_delays(seed):
-    """Stragglers, jitter, slow links, uneven steps, meetings; learning rate 0."""
+    """Stragglers, jitter, slow links, uneven steps, sync points; learning rate 0."""
     chosen = schedule("adpsgd", seed)
     learner = {**chosen.plan["learner"], "lr": 0.0}
     chosen.plan.update(learner=learner, scatter=True)
@@ -118,7 +118,7 @@ def test_communication_as_long_as_computing_is_hidden(pieces):
     assert max(rank.seconds for rank in ranks) <= 1.05 * 50 * STEP_S
 
 
-def test_staleness_counts_the_meetings_within_a_step():
+def test_staleness_counts_the_exchanges_within_a_step():
     ranks = train(2, [20, 2], faults=Faults(slow={"1": 10.0}))
     assert ranks[1].strategy.metrics()["staleness"][8:13].sum() == 2
     assert ranks[0].strategy.metrics()["staleness"][3:].sum() == 0
@@ -129,11 +129,12 @@ def test_state_goes_on_where_it_was():
 
     def main(world):
         strategy = Adpsgd(world, AdpsgdConfig())
+        strategy.start(ProtocolLearner(23, compute=world.compute, seed=9))
         strategy.load_state(kept)
         return strategy.state()
 
     state = run_virtual(main, 3)[1]
-    assert kept["round"] > 0
+    assert kept["service/round"] > 0
     assert kept.keys() == state.keys()
     for name, value in kept.items():
         np.testing.assert_array_equal(state[name], value)

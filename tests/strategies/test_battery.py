@@ -9,7 +9,7 @@ from mpilm.strategies import STRATEGIES
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from tests.strategies.cases import CASES
-from tests.strategies.fleets import P, fleet, targets, thetas
+from tests.strategies.fleets import LAYOUT, P, fleet, targets, thetas
 
 NOISY = {"noise": 0.5, "momentum": 0.5}
 ROUNDING = 2e-5  # absolute, on models of size 1: float32 against float64
@@ -81,6 +81,8 @@ def test_bytes_are_as_declared(case, size):
     for rank in fleet(case.name, size, steps=steps, **case.of(size)):
         found = (rank.bytes_sent, rank.bytes_received)
         assert found == case.moved(rank, size, steps)
+        declared = rank.strategy.moved_bytes(LAYOUT)
+        assert declared in (None, found)
 
 
 @every_case

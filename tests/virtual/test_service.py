@@ -32,7 +32,7 @@ class Doubling(Service):
     def is_asking(self):
         return self.under_way is not None
 
-    def next_question(self):
+    def own_work(self):
         if self.under_way is None:
             return self.ask if self.to_ask else None
         return self.take if self.under_way.Test() else None

@@ -1,0 +1,187 @@
+"""Exchanges between two ranks: a snapshot there, a delta back, in the background.
+
+Notation    x_i -> x, the model of rank i, shared by two activities, (P,)
+            s   -> a snapshot of it, d -> a delta: (P,), sent in pieces
+            a   -> weight of an exchange
+Update      asks      s <- x_i; send s to j                    (under i's lock) (1)
+            answers   d <- a (x_j - s); x_j <- x_j - d         (under j's lock) (2)
+            asks      x_i <- x_i + d                           (under i's lock) (3)
+            Had nothing else happened to x_i meanwhile: x_i <- (1 - a) x_i + a x_j, and
+            x_j <- (1 - a) x_j + a x_i, both from the old ones.
+Messages    4P bytes there and 4P bytes back, in pieces one after the other.
+
+            i: s = x ====> s          x += d
+            j:             x -= d, d ====> d
+Invariants  the sum of x over ranks and of the deltas under way stays, whatever the
+            delays. Nobody holds a lock while waiting, and a rank that waits for an
+            answer goes on answering: no graph can deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mpilm.learner.flat import copy_of
+from mpilm.strategies.base import ITEM_BYTES
+from mpilm.world.base import Comm, Message, Request, World
+from mpilm.world.service import Service, Work
+
+
+class Pairwise(Service):
+    """One rank's part: it asks whenever it has credit, and answers whoever asks.
+
+    x           the model, (P,); read and written under the lock
+    credit      exchanges that may begin; the learner adds to it, under the lock
+    num_unread  pieces mixed into x since the learner has read it, likewise
+    round       exchanges begun so far
+    partners    int64 (K,): exchanges with each rank, whoever began them
+
+    Args:
+        theta: (P,), what x is at every `begin`.
+        partner: from the round to the rank to ask.
+        weight: a, 0 to 1/2.
+        pieces: parts that a model is sent in.
+
+    Communicates: collective when made: it duplicates the communicator.
+    """
+
+    waits_for = "a snapshot, a delta or credit"
+
+    def __init__(
+        self,
+        world: World,
+        comm: Comm,
+        theta: Any,
+        *,
+        partner: Callable[[int], int],
+        weight: float,
+        pieces: int,
+    ) -> None:
+        super().__init__(world, comm, "exchanges")
+        self.deltas = comm.Dup()  # apart: whoever looks for a snapshot must not get one
+        self.theta, self.partner, self.weight = theta, partner, weight
+        self.x: Any = None  # it and the buffers: none before the first `begin`
+        self.asking: Any = None  # a snapshot, then the delta of the own exchange
+        self.answering: Any = None  # somebody's snapshot, then the delta for it
+        cuts = [index * len(theta) // pieces for index in range(pieces + 1)]
+        self.slices = [slice(*ends) for ends in pairwise(cuts)]
+        self.under_way: Request | None = None  # what the own exchange waits for
+        self.reply: Request | None = None  # the answer that is being sent
+        self.is_sending = False  # the own exchange sends its snapshot
+        self.peer = self.piece = 0  # of the own exchange
+        self.credit = 0.0
+        self.num_unread = self.round = 0
+        self.partners = np.zeros(comm.size, np.int64)
+
+    def renew(self) -> None:
+        """Start from theta; a checkpoint of this moment holds no credit."""
+        if self.x is None:
+            self.x = copy_of(self.theta)
+            longest = max(part.stop - part.start for part in self.slices)
+            self.asking = copy_of(self.theta[:longest])
+            self.answering = copy_of(self.theta[:longest])
+        self.x[:] = self.theta
+        self.credit, self.num_unread = 0.0, 0
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes sent, and as many received, by the exchanges that are over."""
+        return ITEM_BYTES * len(self.theta) * int(self.partners.sum())
+
+    @property
+    def open_requests(self) -> list[Request]:
+        """What it has started and not waited for."""
+        return [request for request in (self.under_way, self.reply) if request]
+
+    # it asks
+    @property
+    def is_asking(self) -> bool:
+        """Whether an own exchange is under way."""
+        return self.under_way is not None
+
+    def own_work(self) -> Work | None:
+        """Return the next part of the own exchange, or its begin."""
+        if self.under_way is None:
+            return self.ask if self.credit >= 1.0 and not self.is_ending else None
+        if not self.under_way.Test():
+            return None
+        return self.receive_delta if self.is_sending else self.take_delta
+
+    def ask(self) -> None:
+        """Begin an exchange."""
+        with self.lock:
+            self.credit -= 1.0
+        self.peer, self.piece = self.partner(self.round), 0
+        self.round += 1
+        self.send_snapshot()
+
+    def send_snapshot(self) -> None:
+        """(1) for one piece."""
+        part = self.slices[self.piece]
+        snapshot = self.asking[: part.stop - part.start]
+        with self.lock:
+            snapshot[:] = self.x[part]
+        self.under_way = self.comm.Isend(snapshot, self.peer, self.piece)
+        self.is_sending = True
+
+    def receive_delta(self) -> None:
+        """The snapshot has gone: its buffer is free for the delta."""
+        part = self.slices[self.piece]
+        delta = self.asking[: part.stop - part.start]
+        self.under_way = self.deltas.Irecv(delta, self.peer, self.piece)
+        self.is_sending = False
+
+    def take_delta(self) -> None:
+        """(3) for one piece; go on with the next."""
+        part = self.slices[self.piece]
+        with self.lock:
+            self.x[part] += self.asking[: part.stop - part.start]
+            self.num_unread += 1
+        self.piece += 1
+        if self.piece < len(self.slices):
+            self.send_snapshot()
+        else:
+            self.under_way = None
+            self.partners[self.peer] += 1
+
+    # it answers
+    @property
+    def can_answer(self) -> bool:
+        """Whether the last answer has gone: its buffer is in use before."""
+        if self.reply is not None and self.reply.Test():
+            self.reply = None
+        return self.reply is None
+
+    def answer(self, message: Message) -> None:
+        """(2) for one piece."""
+        part = self.slices[message.tag]
+        buffer = self.answering[: part.stop - part.start]
+        message.Recv(buffer)
+        with self.lock:
+            answer_(self.x[part], buffer, weight=self.weight)
+            self.num_unread += 1
+        self.reply = self.deltas.Isend(buffer, message.source, message.tag)
+        if message.tag == len(self.slices) - 1:
+            self.partners[message.source] += 1
+
+
+def answer_(x: Any, snapshot: Any, *, weight: float) -> None:
+    """Move x towards a snapshot; turn the snapshot into the delta of its sender: (2).
+
+    Args:
+        x: (n,), a piece of the own model.
+        snapshot: (n,), the same piece of the other's.
+
+    >>> x, s = np.array([4.0]), np.array([0.0])
+    >>> answer_(x, s, weight=0.25)
+    >>> x, s
+    (array([3.]), array([1.]))
+    """
+    snapshot *= -1.0
+    snapshot += x
+    snapshot *= weight
+    x -= snapshot
