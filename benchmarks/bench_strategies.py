@@ -13,7 +13,7 @@ Fixed before anything was measured, the same in every row:
                the first, and distances to the mean vanish with the second
     data       from the common pool, so that every rank sees all of the text
     rate       base * ranks / gain: the mean model is to move as fast per sample as that
-               of `local`, the linear scaling of PAPERS.md, 1.1 and 4.1
+               of `local`, the linear scaling of docs/references.md
 
 The gain is what a strategy multiplies a rank's step by in the mean model:
 
@@ -84,7 +84,7 @@ def entries(ranks: int) -> list[Entry]:
         Entry("model_averaging", "model_averaging"),
     ]
     for momentum, short in ("classical", "CBM"), ("nesterov", "NBM"):
-        # blocks of plain averages first, as CNTK's authors advise (PAPERS.md, 4.1)
+        # blocks of plain averages first, as CNTK's authors advise (docs/references.md)
         settings = {"momentum": momentum, "warmup": 5}
         found.append(Entry(f"bmuf, {short}", "bmuf", ranks, settings))
     pairs = {"group_size": min(GROUP, ranks)}

@@ -16,8 +16,8 @@ Order       Epoch e: the utterances in an order drawn from (seed, e); their item
 Splicing    Input of frame t: frames t-c to t+c; beyond the ends of the utterance its
             first and last frame again. It is done when a minibatch is made, so that the
             cache holds each frame once.
-Source      partition and cache: H. Su and H. Chen, arXiv 1507.01239, 2015 (PAPERS.md,
-            1.4); sub-sequences: X. Cui et al., arXiv 2110.11199, 2021.
+Source      partition and cache: H. Su and H. Chen, arXiv 1507.01239, 2015;
+            sub-sequences: X. Cui et al., arXiv 2110.11199, 2021 (docs/references.md).
 Departs     from Su and Chen: the order of utterances is new in every epoch, and items
             are not carried over from one cache to the next.
 """

@@ -1,7 +1,7 @@
 """Restricted Boltzmann machines, trained greedily one on another, to begin a DNN with.
 
 Source      G. Hinton, "A Practical Guide to Training Restricted Boltzmann Machines",
-            2010; recipe: H. Su and H. Chen, arXiv 1507.01239, 2015 (PAPERS.md, 1.2).
+            2010; recipe: H. Su and H. Chen, arXiv 1507.01239, 2015.
 Notation    v_ND, h_NH -> visible, hidden units   a_D, b_H -> their biases   W_HD
             s -> sigmoid;  mean over the N rows of a minibatch: < >
 Energy      Bernoulli visible  E(v, h) = -a v - b h - h W v                      (1)

@@ -103,7 +103,7 @@ def test_the_gradient_is_that_of_the_reference(kind, utterances):
 
 
 def test_the_network_of_the_adpsgd_papers_has_their_size():
-    """Some 43 million parameters (PAPERS.md, 3.2); made without memory."""
+    """Some 43 million parameters (docs/references.md); made without memory."""
     with torch.device("meta"):
         model = LstmAm(
             260, 32_000, hidden=1024, layers=6, bottleneck=256, bidirectional=True
