@@ -1,6 +1,7 @@
 # make demo           train a language model on 2 ranks, evaluate it, let it write
 # make test           every test, on Open MPI and MPICH
-# make lint           ruff, mypy, shellcheck
+# make lint           ruff, mypy, shellcheck, every link of the documentation
+# make docs           the documentation as a site: build/site/index.html
 # make cluster-test   the job scripts; installs SLURM as root on Debian
 # make bench          every benchmark; make bench-smoke: seconds of each
 # make soak           random schedules in the virtual world, SOAK of each kind
@@ -22,7 +23,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help demo test lint cluster-test bench bench-smoke soak clean
+.PHONY: help demo test lint docs cluster-test bench bench-smoke soak clean
 .NOTPARALLEL:
 
 help:
@@ -43,6 +44,10 @@ lint: .venv/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run tools/*.sh jobs/slurm/* jobs/pbs/*
+	$(BIN)/mkdocs build
+
+docs: .venv/test.stamp
+	$(BIN)/mkdocs build
 
 cluster-test: .venv/test.stamp
 	tools/slurm.sh

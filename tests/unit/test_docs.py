@@ -1,0 +1,60 @@
+"""The documentation as it lies there: links, files and pages that it names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mpilm.strategies import STRATEGIES
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("jobs/*.md")],
+    key=str,
+)
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+LINK = re.compile(r"\]\(([^)#\s:]*)(#[^)\s]*)?\)")
+FOLDERS = "mpilm|docs|tests|benchmarks|jobs|examples|tools"
+FILE = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w/.-]*\.(?:py|md|toml|json|sh|css)\b")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what links may name after a #: the headings, as code hosts write them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    words = (re.sub(r"[^\w\s-]", "", heading).lower() for heading in headings)
+    return {"#" + re.sub(r"[-\s]+", "-", text.strip()) for text in words}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for link, anchor in LINK.findall(page.read_text()):
+        target = (page.parent / link).resolve() if link else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link + anchor)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = set(FILE.findall(page.read_text()))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", [*STRATEGIES, "ema"])
+def test_a_strategy_page_shows_the_header_of_its_module(name: str) -> None:
+    """The site fills it in (docs/hooks.py); readers of the file follow the link."""
+    module = f"../mpilm/strategies/{name}.py"
+    page = (ROOT / f"docs/{name}.md").read_text()
+    assert f"<!-- header: {module} -->" in page
+    assert f"]({module})" in page
+    assert f"]({name}.md)" in (ROOT / "docs/README.md").read_text()
+    assert f"{name}.md" in (ROOT / "mkdocs.yml").read_text()
+
+
+def test_every_page_is_in_the_index() -> None:
+    linked = {link for link, _ in LINK.findall((ROOT / "docs/README.md").read_text())}
+    pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert pages - linked == set()
