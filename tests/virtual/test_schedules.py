@@ -141,7 +141,7 @@ def test_random_programs(size, program, machine, faults, seed):
 
 
 def gossip(world, rounds, delays):
-    """Snapshot and delta (docs/design.md) until all ranks are done; return the model."""
+    """Snapshot and delta until all ranks are done; return the model."""
     comm, size = world.comm, world.size
     x = np.random.default_rng(world.rank).standard_normal(4)
     start = x.copy()
