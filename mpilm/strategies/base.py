@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from mpilm.learner.flat import Layout
+from mpilm.learner.flat import Layout, to_array
 from mpilm.storage.saved import State, restore_state_, saved_state
 from mpilm.world.base import IN_PLACE, Comm, World, require_background
 from mpilm.world.service import Service
@@ -164,6 +164,14 @@ class Strategy(ABC):
         is not. None: not declared.
         """
         return None
+
+    def conserved(self, learner: Learner) -> Any:
+        """Return what the strategy conserves, (P,) float64; None: nothing.
+
+        Whatever the timing, its mean over ranks changes by the learners' own steps and
+        nothing else. Asked before the first step and after `finish`.
+        """
+        return np.asarray(to_array(learner.theta), np.float64)
 
     # what it may use
     def mean_(self, vector: Any) -> None:

@@ -179,6 +179,12 @@ class Hierarchical(Strategy):
         sent = found[0] + sums + self.num_bcasts * model * is_leader
         return sent, found[1] + sums + self.num_bcasts * model * (not is_leader)
 
+    def conserved(self, learner: Learner) -> Any:
+        """Return what the inner strategy conserves; other ranks have nothing."""
+        if self.inner is None:
+            return np.zeros(learner.layout.size)
+        return self.inner.conserved(self.super_learner(learner))
+
     def require(self, learner: Learner) -> None:
         """Raise unless the nodes are equal, and the inner strategy can train them."""
         self.nodes.require_equal()

@@ -22,13 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.learner.quadratic import layers
 from mpilm.strategies import STRATEGIES
 from mpilm.strategies.ema import Ema, EmaConfig
 from mpilm.strategies.registry import INNER
 from mpilm.strategies.topology import TOPOLOGIES
-from mpilm.world.faults import Faults
-from mpilm.world.machine import Machine
+from mpilm.testing.schedules import draw_plan, draw_size
 from tests.strategies.fleets import fleet, thetas
 from tests.strategies.laws import LAWS, check_mass
 
@@ -139,55 +137,16 @@ def schedule(kind, seed):
     strategy = find(kind)
     name = strategy.name
     draw = random.Random(f"{name} {seed}")
-    size = draw.randint(2, draw.choice([4, 4, 6, 6, 8, 16]))
-    machine = Machine(
-        latency_s=draw.choice([0.0, 1e-3, 0.5]),
-        bandwidth_Bps=draw.choice([50.0, 1e4, float("inf")]),
-        ranks_per_node=draw.randint(1, 4),
-        node_latency_s=draw.choice([0.0, 0.1]),
-        step_s=draw.choice([0.0, 1e-3, 0.25]),
-        jitter=draw.choice([0.0, 0.3, 1.0]),
-        eager_bytes=draw.choice([0, 64, 65_536]),
-    )
+    size = draw_size(draw)
     settings = SETTINGS[name](draw, size) if name in SETTINGS else {}
-    steps = draw.randint(0, 12)  # of every rank, in lockstep
-    if not STRATEGIES[settings.get("inner", name)].lockstep:
+    lockstep = STRATEGIES[settings.get("inner", name)].lockstep
+    plan = draw_plan(draw, size, lockstep=lockstep)
+    if not lockstep:
         members = settings.get("node_size", 1)  # in lockstep with each other
-        steps = [draw.randint(0, 8) for _ in range(size // members)]
-        steps = [num for num in steps for _ in range(members)]
-    plan = {
-        "steps": steps,
-        "parts": draw.choice([1, 1, 2, 3]),
-        "retire": draw.random() < 0.5,
-        "scatter": name not in LAWS and draw.random() < 0.7,
-        "machine": machine,
-        "faults": faults(draw, size),
-        "world_seed": seed,
-        "learner": {
-            "layout": layers(draw.choice([5, 11, 23])),
-            "lr": draw.choice([0.0, 0.1, 0.1]),
-            "momentum": draw.choice([0.0, 0.9]),
-            "noise": draw.choice([0.0, 0.3]),
-        },
-    }
+        plan["steps"] = np.repeat(plan["steps"][::members], members).tolist()
+    plan["scatter"] = name not in LAWS and draw.random() < 0.7
+    plan["world_seed"] = seed
     return Schedule(kind, name, size, settings, plan)
-
-
-def faults(draw, size):
-    """Return up to two slow ranks; some are slow now and then, or have a slow link."""
-    slow = {
-        str(draw.randrange(size)): draw.choice([1.0, 5.0, 100.0])
-        for _ in range(draw.randint(0, 2))
-    }
-    ranks = [draw.randrange(size)]
-    profiles = (
-        {"kind": "spikes", "probability": 0.3, "factor": 50.0},
-        {"kind": "periodic", "every_steps": 3, "for_steps": 1, "factor": 10.0},
-        {"kind": "slow_start", "steps": 2, "factor": 20.0},
-        {"kind": "slow_link", "latency_s": 0.3, "bandwidth_Bps": 100.0},
-    )
-    chosen = draw.sample(profiles, draw.choice([0, 0, 1, 2]))
-    return Faults(slow=slow, profile=tuple({**p, "ranks": ranks} for p in chosen))
 
 
 def run(kind, seed):
