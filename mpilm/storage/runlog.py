@@ -4,7 +4,7 @@
       /         attributes: format, version, rank
       /num      (2,) int64: rows and events that count
       /rows     one record per row; the fields are the caller's, "step" among them
-      /events   one record per event: name, lane, step, start_s, stop_s
+      /events   one record per event: name, activity, step, start_s, stop_s
 
 A killed rank leaves a sound file. The HDF5 library only makes the file, closed and
 renamed into place, with room for more records than there are. From then on records are
@@ -39,12 +39,12 @@ from mpilm.storage.files import (
 )
 
 FORMAT = "mpilm log"
-VERSION = 1
+VERSION = 2
 
 EVENT = np.dtype(
     [
         ("name", "S24"),  # compute, communicate, evaluate, checkpoint, ...
-        ("lane", "S24"),  # the activity it happened in
+        ("activity", "S24"),  # in which it happened
         ("step", "i8"),
         ("start_s", "f8"),
         ("stop_s", "f8"),
@@ -160,7 +160,13 @@ class RunLog:
             self._flush_if_due()
 
     def event(
-        self, name: str, start_s: float, stop_s: float, *, step: int, lane: str = "main"
+        self,
+        name: str,
+        start_s: float,
+        stop_s: float,
+        *,
+        step: int,
+        activity: str = "main",
     ) -> None:
         """Append an event: what this rank did from `start_s` to `stop_s`.
 
@@ -168,14 +174,14 @@ class RunLog:
             name: what was done, up to 24 bytes, such as "compute".
             start_s, stop_s: by the clock of this rank's world.
             step: minibatch it belongs to.
-            lane: the activity that did it, up to 24 bytes; a row in the trace.
+            activity: the activity that did it, up to 24 bytes; a row in the trace.
 
         Raises:
             CheckpointError: the log cannot be written.
         """
         start_s, stop_s = start_s + self.earlier_s, stop_s + self.earlier_s
         with self.lock:
-            record = (name.encode(), lane.encode(), step, start_s, stop_s)
+            record = (name.encode(), activity.encode(), step, start_s, stop_s)
             self.events.waiting.append(record)
             self._flush_if_due()
 
@@ -327,7 +333,7 @@ def read_log(path: Path | str) -> RankLog:
         {name: rows[name] for name in rows.dtype.names or ()},
         {name: events[name] for name in EVENT.names or ()},
     )
-    for name in ("name", "lane"):
+    for name in ("name", "activity"):
         log.events[name] = np.char.decode(log.events[name], "utf-8", "replace")
     return log
 
@@ -349,7 +355,7 @@ def chrome_trace(folder: Path | str, out: Path | str) -> int:
     """Write the events of all ranks as a Chrome trace; return how many there were.
 
     Open it in chrome://tracing or ui.perfetto.dev: a process per rank, a thread per
-    lane. The clocks of the ranks are taken as they are.
+    activity. The clocks of the ranks are taken as they are.
 
     Raises:
         CheckpointError: a log cannot be read, or `out` not be written.
@@ -359,11 +365,11 @@ def chrome_trace(folder: Path | str, out: Path | str) -> int:
     for rank, log in read_run(folder).items():
         name: dict[str, Any] = {"name": f"rank {rank}"}
         trace.append({"ph": "M", "name": "process_name", "pid": rank, "args": name})
-        lanes = {str(lane): n for n, lane in enumerate(np.unique(log.events["lane"]))}
-        for lane, number in lanes.items():
+        activities = list(map(str, np.unique(log.events["activity"])))
+        for number, activity in enumerate(activities):
             about = {"ph": "M", "name": "thread_name", "pid": rank, "tid": number}
-            trace.append({**about, "args": {"name": lane}})
-        for name_, lane, step, start_s, stop_s in zip(
+            trace.append({**about, "args": {"name": activity}})
+        for name_, activity, step, start_s, stop_s in zip(
             *log.events.values(), strict=True
         ):
             trace.append(
@@ -371,7 +377,7 @@ def chrome_trace(folder: Path | str, out: Path | str) -> int:
                     "ph": "X",
                     "name": str(name_),
                     "pid": rank,
-                    "tid": lanes[str(lane)],
+                    "tid": activities.index(str(activity)),
                     "ts": start_s * 1e6,
                     "dur": (stop_s - start_s) * 1e6,
                     "args": {"step": int(step)},

@@ -44,7 +44,7 @@ def test_what_was_written_is_read(tmp_path):
     for rank in 0, 1:
         with RunLog(tmp_path / "log" / f"rank-{rank:04d}.h5", rank, FIELDS) as log:
             fill(log, 1, 10)
-            log.event("checkpoint", 20.0, 21.5, step=10, lane="na\u00efve")
+            log.event("checkpoint", 20.0, 21.5, step=10, activity="na\u00efve")
             log.row(step=11)
     logs = read_run(tmp_path)
     assert list(logs) == [0, 1]
@@ -55,7 +55,7 @@ def test_what_was_written_is_read(tmp_path):
     assert log.rows["bytes_sent"][-1] == -1
     assert log.rows["staleness"][-1].tolist() == [-1] * 4
     assert log.events["name"].tolist() == ["compute"] * 10 + ["checkpoint"]
-    assert log.events["lane"][-1] == "na\u00efve"
+    assert log.events["activity"][-1] == "na\u00efve"
     assert (log.events["start_s"][-1], log.events["stop_s"][-1]) == (20.0, 21.5)
 
 
@@ -183,7 +183,7 @@ def test_two_activities_share_a_log(tmp_path):
 
         def mix():
             for step in range(2000):
-                log.event("mix", step, step, step=step, lane="mixer")
+                log.event("mix", step, step, step=step, activity="mixer")
 
         thread = threading.Thread(target=mix)
         thread.start()
@@ -318,7 +318,7 @@ def test_chrome_trace(tmp_path):
     for rank in 0, 1:
         with RunLog(tmp_path / "log" / f"rank-{rank:04d}.h5", rank, FIELDS) as log:
             log.event("compute", 1.0, 1.5, step=3)
-            log.event("mix", 1.25, 2.0, step=3, lane="mixer")
+            log.event("mix", 1.25, 2.0, step=3, activity="mixer")
     assert chrome_trace(tmp_path, tmp_path / "trace.json") == 4
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
