@@ -57,6 +57,15 @@ class Trainer:
         self, config: Config, world: World, out: Path, *, resume: bool = False
     ) -> None:
         self.config, self.world, self.folder = config, world, RunFolder(out)
+        try:
+            self.set_up(resume=resume)
+        except BaseException:
+            self.folder.release()
+            raise
+
+    def set_up(self, *, resume: bool) -> None:
+        """Make the parts, or take them up where they were. Collective."""
+        config, world = self.config, self.world
         kind = find_strategy(config.strategy.name)
         self.strategy = kind(world, config.strategy.settings)
         lockstep = self.strategy.lockstep
@@ -64,7 +73,7 @@ class Trainer:
             self.task = open_task(config.data.corpus, config.model)
             self.batches = self.task.batches(config, world, lockstep=lockstep)
             self.schedule = make_schedule(config, world.size)
-            self.folder.claim(resume=resume)
+            self.folder.claim(world.rank, resume=resume)
         keep = config.checkpoint.keep
         self.checkpoints = Checkpoints(self.folder.checkpoints, world, keep=keep)
         saved = self.find() if resume else None
@@ -142,8 +151,16 @@ class Trainer:
             DivergenceError: the loss or the model is not finite any more.
             CheckpointError: a file cannot be written. Both are raised on all ranks.
         """
-        config, totals, learner = self.config, self.totals, self.learner
-        strategy, stop = self.strategy, stop or StopRequest()
+        with self.folder:
+            if not self.run(stop or StopRequest()):
+                return False
+            self.conclude()
+        return True
+
+    def run(self, stop: StopRequest) -> bool:
+        """Take steps to the end, or until a stop; save. As `train`."""
+        config, totals = self.config, self.totals
+        learner, strategy = self.learner, self.strategy
         with self.screen, self.log:
             vote = Agreement(
                 self.world,
@@ -187,22 +204,26 @@ class Trainer:
             self.screen.line(
                 f"stopped early at {samples:,} samples; --resume goes on from here"
             )
-            return False
+        return not vote.stopped
+
+    def conclude(self) -> None:
+        """Measure what is left to measure; write the summary. Collective."""
         summary = summarise(
-            config,
+            self.config,
             self.task,
-            learner,
+            self.learner,
             self.recorder,
-            strategy.metrics(),
+            self.strategy.metrics(),
             num_dropped=self.batches.num_dropped,
-            quality=partial(self.quality, source=strategy),
+            quality=partial(self.quality, source=self.strategy),
             ema_quality=partial(self.quality, source=self.ema) if self.ema else None,
         )
-        if self.world.rank == 0:
-            write_summary(self.folder.summary, summary)
+        with self.world.all_or_none():
+            if self.world.rank == 0:
+                self.folder.require_own()
+                write_summary(self.folder.summary, summary)
         for text in closing_lines(summary):
             self.screen.line(text)
-        return True
 
     def sync(self, samples: int) -> None:
         """Validate and write a checkpoint, if it is time. Collective.
@@ -320,6 +341,7 @@ class Trainer:
         with self.paused("checkpoint"):
             with self.world.all_or_none():
                 self.log.flush()
+                self.folder.require_own()
             shared = {
                 "theta": self.final_theta(self.strategy),
                 "fingerprint": self.task.fingerprint,

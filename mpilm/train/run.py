@@ -1,6 +1,7 @@
 """A run: its folder, and its parts built from the configuration.
 
 runs/x/
+  owner.json        who is at work here, see storage/owner.py
   config.toml       the resolved configuration
   vocabulary.json   the words, in the order of their ids; or what the frames are
   checkpoints/      see checkpoint.py
@@ -28,6 +29,7 @@ from mpilm.errors import CheckpointError, ConfigError
 from mpilm.optim.schedules import Schedule, build_schedule
 from mpilm.storage.checkpoint import load_shared
 from mpilm.storage.files import reason, replace_file
+from mpilm.storage.owner import Owner
 from mpilm.train.task import Task, frame_view
 
 if TYPE_CHECKING:
@@ -35,10 +37,14 @@ if TYPE_CHECKING:
 
 
 class RunFolder:
-    """Paths of a run."""
+    """Paths of a run. As a context manager it is released at the end.
+
+    owner  this run's ownership of the folder, on rank 0
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.owner: Owner | None = None
         self.config = self.path / "config.toml"
         self.vocabulary = self.path / "vocabulary.json"
         self.checkpoints = self.path / "checkpoints"
@@ -48,11 +54,14 @@ class RunFolder:
         """Return the path of a rank's log."""
         return self.path / "log" / f"rank-{rank:04d}.h5"
 
-    def claim(self, *, resume: bool) -> None:
+    def claim(self, rank: int, *, resume: bool) -> None:
         """Make the folder; what is there already stays as it is.
 
+        Rank 0 owns it for all ranks from now on, until `release`.
+
         Raises:
-            CheckpointError: it cannot be made, or holds a run that is not resumed.
+            CheckpointError: it cannot be made, another run is at work in it, or it
+                holds a run that is not resumed.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -60,11 +69,33 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path}: cannot write: {reason(error)}"
             ) from None
+        if rank == 0:
+            self.owner = Owner(self.path).take()
         if self.has_checkpoint() and not resume:
             raise CheckpointError(
                 f"{self.path}: holds a run; --resume goes on with it, another --out"
                 " starts a new one"
             )
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def require_own(self) -> None:
+        """Raise if another run has taken the folder over; rank 0 looks.
+
+        Raises:
+            CheckpointError: one line that names it.
+        """
+        if self.owner:
+            self.owner.require()
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self.owner:
+            self.owner.release()
 
     def write_description(self, config: Config, task: Task) -> None:
         """Write the configuration and the vocabulary.

@@ -1,0 +1,66 @@
+"""Run folders under mpirun: two starts in one, kills at bad moments."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from .conftest import (
+    Running,
+    first_checkpoint,
+    mpirun,
+    training_state,
+)
+from .test_bad_input import contents
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+STOPPED_EARLY = 75
+
+
+def test_the_second_start_is_refused_and_the_first_goes_on(
+    inputs: Path, tmp_path: Path
+) -> None:
+    train = ("train", inputs / "tiny.toml", "--out", tmp_path / "x")
+    seen = []
+
+    def start_again(running: Running) -> None:
+        first_checkpoint(tmp_path / "x")
+        rank_0 = f"pid {running.ranks[0]} on {os.uname().nodename}"
+        os.kill(running.pid, signal.SIGSTOP)  # mpirun; the ranks are stopped as well
+        for rank in running.ranks:
+            os.kill(rank, signal.SIGSTOP)
+        before = contents(tmp_path / "x")
+        for options in ((), ("--resume",)):
+            second = mpirun(2, *train, *options)
+            second.refused(str(tmp_path / "x"), "is in use by", rank_0)
+        seen.append(contents(tmp_path / "x") == before)
+        for pid in (*running.ranks, running.pid):
+            os.kill(pid, signal.SIGCONT)
+        running.signal(signal.SIGUSR1)
+
+    first = mpirun(2, *train, during=start_again)
+    assert seen == [True]
+    assert first.code == STOPPED_EARLY, first
+    assert len(training_state(tmp_path / "x", 0)["learner/theta"]) == 3080
+    assert not (tmp_path / "x" / "owner.json").exists()
+
+
+def test_a_killed_run_leaves_its_folder_to_the_next(
+    inputs: Path, tmp_path: Path
+) -> None:
+    train = ("train", inputs / "tiny.toml", "--out", tmp_path)
+
+    def kill(running: Running) -> None:
+        first_checkpoint(tmp_path)
+        for rank in running.ranks:  # as KILL does, but `mpirun` below takes that for
+            os.kill(rank, signal.SIGQUIT)  # the end of its patience
+
+    assert mpirun(2, *train, during=kill).code != 0
+    assert (tmp_path / "owner.json").exists()
+    resumed = mpirun(2, *train, "--resume")
+    assert resumed.code == 0, resumed
+    assert "resumed at step" in resumed.out
+    assert not (tmp_path / "owner.json").exists()
