@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from mpilm.errors import DataError
-from mpilm.storage.files import reason, replace_file
+from mpilm.storage.files import new_output
 
 
 def export(
@@ -95,11 +95,8 @@ def export_model(run: Path, out: Path, *, ema: bool = False) -> None:
         "model": model.config.model.name,
     }
     beside = out.with_suffix(".json")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, save(arrays, metadata=kept))
-        replace_file(beside, f"{json.dumps(about, indent=1)}\n".encode())
-    except OSError as error:
-        raise DataError(f"{out}: cannot write: {reason(error)}") from None
+    with new_output(out) as tensors, new_output(beside) as meaning:
+        tensors.write_bytes(save(arrays, metadata=kept))
+        meaning.write_text(f"{json.dumps(about, indent=1)}\n", encoding="utf-8")
     print(f"{out}: {len(arrays)} tensors, {model.theta_P.size:,} parameters")
     print(f"{beside}: what they mean")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from mpilm.errors import ConfigError, DataError
-from mpilm.storage.files import reason, replace_file
+from mpilm.errors import ConfigError
+from mpilm.storage.files import new_output
 
 
 def report(
@@ -40,11 +40,8 @@ def report(
     if len(found) > 3:
         names = f"{found[0].name} and {len(found) - 1} more runs"
     text = page(found, title or names)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, text.encode())
-    except OSError as error:
-        raise DataError(f"{out}: cannot write: {reason(error)}") from None
+    with new_output(out) as partial:
+        partial.write_text(text, encoding="utf-8")
     print(f"{out}: {count(len(found), 'run')}, {len(text) / 1e3:,.0f} kB")
     if trace is not None:
         print(f"{trace}: {chrome_trace(found[0].path, trace):,} events")

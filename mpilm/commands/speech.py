@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mpilm.commands.prepare import Paths, progress_bar
-from mpilm.errors import CheckpointError, DataError
+from mpilm.errors import DataError
 
 if TYPE_CHECKING:
     from mpilm.data.frames import FrameSummary
@@ -234,9 +234,9 @@ def write_results(
     """Write the figures into the run folder, and the words to `out`.
 
     Raises:
-        CheckpointError: they cannot be written.
+        DataError: they cannot be written.
     """
-    from mpilm.storage.files import reason, replace_file
+    from mpilm.storage.files import new_output
 
     figures = [result.to_json() for result in results]
     lines = [
@@ -244,14 +244,12 @@ def write_results(
         for result in wanted
         for name, words in result.recognised.items()
     ]
-    path = run / "decode.json"
-    try:
-        replace_file(path, (json.dumps(figures, indent=1) + "\n").encode())
-        if out is not None:
-            path = out
-            replace_file(path, "".join(lines).encode())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot write: {reason(error)}") from None
+    contents = {run / "decode.json": json.dumps(figures, indent=1) + "\n"}
+    if out is not None:
+        contents[out] = "".join(lines)
+    for path, text in contents.items():
+        with new_output(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager

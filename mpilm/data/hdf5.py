@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.errors import DataError
-from mpilm.storage.files import create_hdf5, reason, sync_folder
+from mpilm.storage.files import create_hdf5, new_output, reason
 
 T = TypeVar("T")
 
@@ -332,25 +331,11 @@ class CorpusWriter:
 def new_hdf5(path: Path) -> Iterator[h5py.File]:
     """Yield a new HDF5 file that takes the place of `path` if the block succeeds.
 
-    It has a temporary name beside `path`, and is fsynced and renamed at the end. If the
-    block raises, nothing is left of it, and what stood at `path` stays.
-
     Raises:
         DataError: it cannot be written (no folder, no permission, disk full).
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with create_hdf5(part) as file:
-                yield file
-            part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {reason(error)}") from error
+    with new_output(path) as partial, create_hdf5(partial) as file:
+        yield file
 
 
 def library_version() -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 from kaldiio.matio import write_array, write_array_ascii
 from numpy.typing import NDArray
 
 from mpilm.data.frame_corpus import FrameSplit
-from mpilm.errors import DataError
-from mpilm.storage.files import reason, sync_folder
+from mpilm.storage.files import new_output
 
 Score = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -37,36 +34,13 @@ def write_scores(
         DataError: they cannot be written; earlier ones stand.
     """
     with ExitStack() as files:
-        archive = files.enter_context(new_file(out))
-        listing = files.enter_context(new_file(out.with_suffix(".scp")))
-        priors = files.enter_context(new_file(out.with_suffix(".priors")))
+        archive, listing, priors = (
+            files.enter_context(files.enter_context(new_output(path)).open("wb"))
+            for path in (out, out.with_suffix(".scp"), out.with_suffix(".priors"))
+        )
         for index, name in enumerate(split.names):
             archive.write(f"{name} ".encode())
             listing.write(f"{name} {out}:{archive.tell()}\n".encode())
             write_array(archive, score(split.features(index)))
             progress(index + 1, len(split))
         write_array_ascii(priors, counts_C / max(1, counts_C.sum()))
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[IO[Any]]:
-    """Yield a new file that takes the place of `path` if the block succeeds.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {reason(error)}") from error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.errors import CheckpointError, DataError
-from mpilm.storage.files import reason, sync_folder
+from mpilm.storage.files import new_output
 from mpilm.storage.state_file import read_state, write_state
 
 
@@ -18,17 +18,8 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     Raises:
         DataError: the file cannot be written; an earlier one stands.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_state(partial, {n: w.cpu().numpy() for n, w in weights.items()})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {reason(error)}") from error
+    with new_output(path) as partial:
+        write_state(partial, {n: w.cpu().numpy() for n, w in weights.items()})
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Files that are on the disk as a whole or not at all.
 
 A file is written under a temporary name, forced to the disk (fsync) and renamed, which
-is atomic; then its folder is forced to the disk, so that the name survives too.
+is atomic; then its folder is forced to the disk, so that the name survives too
+(`new_file`; checkpoint.py does the same with folders).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mpilm.errors import CheckpointError
+from mpilm.errors import CheckpointError, DataError
 
 NUMBERS = re.compile(r"\[\n[-+.,eEnul\d\s]*\]")  # an indented list; null is one too
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -43,6 +45,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _sync_file(path: Path) -> None:
+    """Force the content of a file to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_fully(descriptor: int, data: Any, offset: int) -> None:
     """Write all of `data` at `offset`; os.pwrite may write a part only."""
     view = memoryview(data).cast("B")
@@ -51,26 +62,57 @@ def write_fully(descriptor: int, data: Any, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name for a file that takes the place of `path`.
+
+    Where the block succeeds, its file is forced to the disk and renamed; if it raises,
+    nothing is left of it, and what stood at `path` stays. A link at `path` stays too:
+    the file that it names is replaced.
+
+    Raises:
+        OSError: it cannot be written, or at `path` stands what is no file.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "is no regular file")  # such as /dev/null
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        _sync_file(partial)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def new_output(path: Path) -> Iterator[Path]:
+    """Do as `new_file` for a file that a user named; its folder is made if need be.
+
+    Raises:
+        DataError: one line with the path: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as partial:
+            yield partial
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {reason(error)}") from error
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Make `data` the content of `path`: a reader sees the old content or the new.
 
     Raises:
         OSError: it could not be written; the old content stands.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            write_fully(descriptor, data, 0)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-    sync_folder(path.parent)
+    with new_file(path) as partial:
+        partial.write_bytes(data)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:

@@ -31,9 +31,9 @@ import numpy as np
 from mpilm.errors import CheckpointError
 from mpilm.storage.files import (
     create_hdf5,
+    new_file,
     open_hdf5,
     reason,
-    sync_folder,
     write_fully,
     write_json,
 )
@@ -237,10 +237,9 @@ class RunLog:
 
     def _renew(self, rows: np.ndarray, events: np.ndarray, *, room: int) -> None:
         """Put a file with these records, and room for more, in the place of the old."""
-        partial = self.path.with_name(self.path.name + ".partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with create_hdf5(partial) as file:
+            with new_file(self.path) as partial, create_hdf5(partial) as file:
                 file.attrs["format"] = np.bytes_(FORMAT)
                 file.attrs["version"] = VERSION
                 file.attrs["rank"] = self.rank
@@ -249,12 +248,8 @@ class RunLog:
                 for table, records in (self.rows, rows), (self.events, events):
                     table.room = max(room, len(records))
                     table.offset = _reserve(file, table, records)
-            partial.replace(self.path)
-            sync_folder(self.path.parent)
             descriptor = os.open(self.path, os.O_WRONLY)
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             raise self._error(error) from error
         if self.descriptor >= 0:
             os.close(self.descriptor)

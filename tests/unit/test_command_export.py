@@ -67,7 +67,7 @@ def test_generate_leaves_unk_out_unless_asked(trained, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "/proc/no/model.safetensors"], "cannot write"),
+        (["--out", "/proc/no/model.safetensors"], "cannot be written"),
         (["--out", "x.ark"], "say --corpus"),
         (["--out", "x.safetensors", "--ema"], "has no moving average"),
     ],

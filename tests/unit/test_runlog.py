@@ -367,7 +367,7 @@ def test_summary(tmp_path):
 def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "summary.json"
     write_summary(path, {"run": 1})
-    (tmp_path / "summary.json.partial").mkdir()
+    (tmp_path / f".summary.json.{os.getpid()}.partial").mkdir()
     with pytest.raises(CheckpointError, match=f"{path}: cannot write: Is a directory"):
         write_summary(path, {"run": 2})
     assert json.loads(path.read_text()) == {"run": 1}
