@@ -112,6 +112,11 @@ class Config:
     machine: Machine
     notes: tuple[str, ...] = field(default=(), compare=False)
 
+    def inputs(self, *more: Path) -> list[Path]:
+        """Return the files that are read where this is carried out, and `more`."""
+        init = getattr(self.model.settings, "init", None)
+        return [*more, Path(self.data.corpus), *([Path(init)] if init else [])]
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return it as plain sections, the form that TOML and JSON hold."""
         sections: dict[str, dict[str, Any]] = {}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from mpilm.errors import DataError
-from mpilm.storage.files import new_output
+from mpilm.storage.files import new_output, require_apart
 
 
 def export(
@@ -69,7 +69,7 @@ def export_model(run: Path, out: Path, *, ema: bool = False) -> None:
     import json
 
     from mpilm import __version__
-    from mpilm.train.run import TrainedModel
+    from mpilm.train.run import RunFolder, TrainedModel
 
     try:
         from safetensors.numpy import save
@@ -77,6 +77,8 @@ def export_model(run: Path, out: Path, *, ema: bool = False) -> None:
         raise DataError(
             "--format safetensors: the library is missing: pip install safetensors"
         ) from None
+    beside = out.with_suffix(".json")
+    require_apart([out, beside], RunFolder(run).files())
     model = TrainedModel.read(run, ema=ema)
     learner = model.learner()
     arrays: dict[str, Any] = {
@@ -94,7 +96,6 @@ def export_model(run: Path, out: Path, *, ema: bool = False) -> None:
         "made_by": about["made_by"],
         "model": model.config.model.name,
     }
-    beside = out.with_suffix(".json")
     with new_output(out) as tensors, new_output(beside) as meaning:
         tensors.write_bytes(save(arrays, metadata=kept))
         meaning.write_text(f"{json.dumps(about, indent=1)}\n", encoding="utf-8")

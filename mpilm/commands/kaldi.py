@@ -112,11 +112,11 @@ def export(
         ema: use the moving average of the models in the place of the last one
     """
     from mpilm.data.frame_corpus import FrameCorpus
-    from mpilm.data.kaldi_export import write_scores
-    from mpilm.train.run import TrainedModel
+    from mpilm.data.kaldi_export import write_scores, written_beside
+    from mpilm.storage.files import require_apart
+    from mpilm.train.run import RunFolder, TrainedModel
 
-    if out.suffix == ".scp":
-        raise DataError(f"{out}: name the archive; its .scp is written beside it")
+    require_apart(written_beside(out), [corpus, *RunFolder(run).files()])
     model = TrainedModel.read(run, ema=ema)
     with FrameCorpus.open(corpus) as frames:
         utterances = frames.split(split)

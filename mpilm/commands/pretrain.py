@@ -35,6 +35,7 @@ def pretrain(
         set_: override a setting: section.key=value
     """
     from mpilm.config import read_config
+    from mpilm.storage.files import require_apart
     from mpilm.train.pretrain import Pretrainer, write_layers
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
@@ -42,6 +43,7 @@ def pretrain(
     with MpiWorld() as world, abort_on_error(world):
         with world.all_or_none():
             settings = read_config(config, set_)
+            require_apart([out], settings.inputs(config))
             world.configure(faults=settings.faults)
         assert settings is not None
         speaks = world.rank == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from mpilm.errors import ConfigError
-from mpilm.storage.files import new_output
+from mpilm.storage.files import new_output, require_apart
 
 
 def report(
@@ -29,11 +29,15 @@ def report(
     from mpilm.report.page import page
     from mpilm.report.reader import read_all
     from mpilm.storage.runlog import chrome_trace
+    from mpilm.train.run import RunFolder
     from mpilm.train.screen import count
 
     if not runs:
         raise ConfigError("name one run folder or more")
     found = read_all(list(runs))
+    read = [path for run in found for path in RunFolder(run.path).files()]
+    read += [path / "simulate.json" for path in runs]
+    require_apart([out] if trace is None else [out, trace], read)
     if trace is not None and len(found) != 1:
         raise ConfigError(f"--trace: is of one run, not of {len(found)}")
     names = " and ".join(run.name for run in found[:3])

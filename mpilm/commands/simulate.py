@@ -41,8 +41,9 @@ def simulate(
     """
     from mpilm.config import read_config
     from mpilm.simulate import simulation
-    from mpilm.storage.files import reason
+    from mpilm.storage.files import reason, require_apart
     from mpilm.storage.runlog import write_summary
+    from mpilm.train.run import RunFolder
 
     numbers = rank_counts(ranks)
     settings = read_config(config, set_)
@@ -51,6 +52,9 @@ def simulate(
     simulation.ideal_samples_per_s(settings, 1)
     for count in numbers:
         settings.faults.check(count)
+    folders = [RunFolder(out / f"ranks-{count:04d}") for count in numbers]
+    written = [out / "simulate.json", *(p for f in folders for p in f.files())]
+    require_apart(written, settings.inputs(config))
     for note in settings.notes:
         print(f"note: {note}")
     try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpilm.data.frames import FrameSummary
 
 MOST_SHOWN = 10  # bad recordings
+RESULTS = "decode.json"
 
 
 def wav(
@@ -144,7 +145,7 @@ def align(
     from mpilm.speech.realign import realign
 
     with (
-        opened(run, corpus, prior_scale, ema) as (world, frames, scores, _),
+        opened(run, corpus, prior_scale, ema, [out]) as (world, frames, scores, _),
         speaking(world) as progress,
     ):
         summary, problems = realign(
@@ -196,7 +197,13 @@ def decode(
     from mpilm.speech import require
 
     splits = split or ("test",)
-    with opened(run, corpus, prior_scale, ema) as (world, frames, scores, hmms):
+    written = [run / RESULTS, *([out] if out else [])]
+    with opened(run, corpus, prior_scale, ema, written) as (
+        world,
+        frames,
+        scores,
+        hmms,
+    ):
         with world.all_or_none():
             require("jiwer", "jiwer")
             chosen = [frames.split(name) for name in splits]
@@ -244,7 +251,7 @@ def write_results(
         for result in wanted
         for name, words in result.recognised.items()
     ]
-    contents = {run / "decode.json": json.dumps(figures, indent=1) + "\n"}
+    contents = {run / RESULTS: json.dumps(figures, indent=1) + "\n"}
     if out is not None:
         contents[out] = "".join(lines)
     for path, text in contents.items():
@@ -254,13 +261,22 @@ def write_results(
 
 @contextmanager
 def opened(
-    run: Path, corpus: Path | None, prior_scale: float, ema: bool
+    run: Path,
+    corpus: Path | None,
+    prior_scale: float,
+    ema: bool,
+    written: list[Path],
 ) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Yield this rank's world, the corpus, the model's scores and the word HMMs."""
+    """Yield this rank's world, the corpus, the model's scores and the word HMMs.
+
+    Args:
+        written: files that will be, which may be none of those that are read.
+    """
     from mpilm.data.frame_corpus import FrameCorpus
     from mpilm.speech.hmm import WordHmms
     from mpilm.speech.scorer import ModelScores, require_fit
-    from mpilm.train.run import TrainedModel
+    from mpilm.storage.files import require_apart
+    from mpilm.train.run import RunFolder, TrainedModel
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     with MpiWorld() as world, abort_on_error(world):
@@ -270,6 +286,7 @@ def opened(
             model = TrainedModel.read(run, ema=ema)
             model.require("counts")
             frames = FrameCorpus.open(corpus or model.config.data.corpus)
+            require_apart(written, [frames.path, *RunFolder(run).files()])
             require_fit(model, frames)
             try:
                 hmms = WordHmms.from_json(frames.hmm)

@@ -158,6 +158,8 @@ def submit(
     previous = after
     for size in sizes:
         one = folder.with_name(f"{folder.name}-r{size.ranks}") if ranks else folder
+        if one.exists() and not one.is_dir():
+            raise ConfigError(f"--out {one}: is no folder")
         if (one / "summary.json").exists():
             say(f"note: {one} holds a run that is complete: the job goes on with it")
         job = build(

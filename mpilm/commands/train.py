@@ -35,6 +35,7 @@ def train(
     from mpilm.cli import STOPPED_EARLY
     from mpilm.config import read_config
     from mpilm.train.loop import Trainer
+    from mpilm.train.run import RunFolder
     from mpilm.train.signals import StopRequest
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
@@ -42,6 +43,7 @@ def train(
     with StopRequest() as stop, MpiWorld() as world, abort_on_error(world, out):
         with world.all_or_none():
             settings = read_config(config, set_)
+            RunFolder(out).require_apart(settings, config)
             world.configure(faults=settings.faults)
         assert settings is not None
         finished = Trainer(settings, world, out, resume=resume).train(stop)

@@ -30,6 +30,7 @@ from mpilm.data.sources import unreadable
 from mpilm.data.text import Progress, write_corpus
 from mpilm.data.vocabulary import Words
 from mpilm.errors import DataError
+from mpilm.storage.files import require_apart
 
 # Folders of the library that hold other things than its own documented modules.
 LEFT_OUT = {
@@ -93,6 +94,7 @@ def prepare_docs(
             be written.
     """
     library = library or Path(sysconfig.get_path("stdlib"))
+    require_apart([Path(out)], library.rglob("*.py"))
     texts: dict[str, list[str]] = {name: [] for name in SPLITS}
     seen: set[str] = set()
     num_documents = num_words = 0

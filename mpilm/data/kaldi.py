@@ -89,6 +89,23 @@ def read_list(path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}: {reason(error)}") from None
 
 
+def find_archive(name: str, beside: Path) -> Path:
+    """Return the path of an archive, looked for beside the list that names it too."""
+    path = Path(name)
+    if not path.exists() and (beside.parent / path).exists():
+        return beside.parent / path
+    return path
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """Yield a file and, if it is a list of places, the archives that it names."""
+    yield path
+    if path.suffix == ".scp" and path.exists():
+        places = (PLACE.fullmatch(place) for _, place in read_list(path))
+        for name in dict.fromkeys(match["path"] for match in places if match):
+            yield find_archive(name, path)
+
+
 class Archives:
     """Reads objects by their places; keeps the last archive open."""
 
@@ -110,9 +127,7 @@ class Archives:
         match = PLACE.fullmatch(place)
         if match is None or not match["path"]:
             raise DataError(f"{beside}: {place!r} is no place in an archive")
-        path = Path(match["path"])
-        if not path.exists() and (beside.parent / path).exists():
-            path = beside.parent / path
+        path = find_archive(match["path"], beside)
         file, offset = self._open(path), int(match["offset"] or 0)
         array = read_object(file, path, offset)
         for axis, part in enumerate((match["part"] or "").split(",")):
@@ -198,6 +213,11 @@ class KaldiFolder:
     def _optional(self, name: str) -> dict[str, str]:
         path = self.path / name
         return dict(read_list(path)) if path.exists() else {}
+
+    def files(self) -> Iterator[Path]:
+        """Yield the files that are read, archives too."""
+        for name in ("feats.scp", "utt2spk", "text", "cmvn.scp"):
+            yield from files_of(self.path / name)
 
     def names(self) -> Iterator[str]:
         """Yield the utterances, in the order of feats.scp."""

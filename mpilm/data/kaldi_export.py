@@ -16,6 +16,11 @@ from mpilm.storage.files import new_output
 Score = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
+def written_beside(out: Path) -> list[Path]:
+    """Return the files that `write_scores` writes: archive, list, priors."""
+    return [out, out.with_suffix(".scp"), out.with_suffix(".priors")]
+
+
 def write_scores(
     score: Score,
     split: FrameSplit,
@@ -36,7 +41,7 @@ def write_scores(
     with ExitStack() as files:
         archive, listing, priors = (
             files.enter_context(files.enter_context(new_output(path)).open("wb"))
-            for path in (out, out.with_suffix(".scp"), out.with_suffix(".priors"))
+            for path in written_beside(out)
         )
         for index, name in enumerate(split.names):
             archive.write(f"{name} ".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,16 @@ from numpy.typing import NDArray
 from mpilm.data.cmvn import Cmvn, CmvnMode
 from mpilm.data.frames import FrameSummary, FrameWriter
 from mpilm.data.hdf5 import new_hdf5
-from mpilm.data.kaldi import Alignments, Archives, Bad, KaldiFolder, utterance
+from mpilm.data.kaldi import (
+    Alignments,
+    Archives,
+    Bad,
+    KaldiFolder,
+    files_of,
+    utterance,
+)
 from mpilm.errors import DataError
+from mpilm.storage.files import require_apart
 
 Progress = Callable[[int, int], None]
 
@@ -47,6 +56,8 @@ def prepare_kaldi(
     """
     bad = bad or Bad()
     found = {split: KaldiFolder(path) for split, path in folders.items()}
+    read = (folder.files() for folder in found.values())
+    require_apart([out], chain(*read, *map(files_of, alignments)))
     labels = Alignments(alignments, bad) if alignments else None
     if num_classes is None:
         if labels is None:

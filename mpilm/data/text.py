@@ -22,6 +22,7 @@ from mpilm.data.hdf5 import (
 from mpilm.data.sources import Part, Paths, count_bytes, plan_parts, read_text
 from mpilm.data.vocabulary import ENCODERS, Encoder
 from mpilm.errors import DataError
+from mpilm.storage.files import require_apart
 
 Progress = Callable[[int, int], None]
 
@@ -68,6 +69,7 @@ def prepare_text(
         raise DataError(f"share: {share} is not between 0 and 0.5")
     out = Path(out)
     parts = plan_parts(train, valid, test, share)
+    require_apart([out], (part.source.path for name in SPLITS for part in parts[name]))
     total, done = 2 * count_bytes(parts), 0
 
     def read(num_bytes: int) -> None:

@@ -25,6 +25,7 @@ from mpilm.data.sources import unreadable
 from mpilm.errors import DataError
 from mpilm.storage.files import reason
 
+LISTS = ("wav.scp", "text", "utt2spk")
 NAMED = re.compile(r"([^_]+)_([^_]+)_.+")  # TEXT_SPEAKER_NUMBER
 
 

@@ -13,7 +13,7 @@ hold the end of one word and the beginning of the next.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +22,7 @@ from zlib import crc32
 import numpy as np
 
 from mpilm.data.hdf5 import SPLITS
-from mpilm.data.wav import Recording, list_recordings
+from mpilm.data.wav import LISTS, Recording, list_recordings
 from mpilm.errors import DataError
 
 T = TypeVar("T")
@@ -47,6 +47,11 @@ class SplitConfig:
     valid_names: str = ""
     test_names: str = ""
     valid_share: float = 0.05
+
+    def lists(self) -> Iterator[Path]:
+        """Yield the lists of all folders, where there are any."""
+        for folder in (*self.train, *self.valid, *self.test):
+            yield from (folder / name for name in LISTS)
 
     def __post_init__(self) -> None:
         if not 0 <= self.valid_share < 1:

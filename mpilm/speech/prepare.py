@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,7 +37,7 @@ from mpilm.speech.plan import (
     plan_splits,
     single,
 )
-from mpilm.storage.files import create_hdf5, reason
+from mpilm.storage.files import create_hdf5, reason, require_apart
 
 Progress = Callable[[int, int], None]
 
@@ -109,6 +110,8 @@ def prepare_wav(
         raise DataError("HMMs: one state or more; silence and rounds 0 or more")
     features = features or FeatureConfig()
     recordings = plan_splits(splits)
+    read = (recording.path for split in recordings.values() for recording in split)
+    require_apart([out], chain(splits.lists(), read))
     strings = strings or StringConfig()
     hmms = WordHmms.new(
         words or choose_words(recordings),

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,47 @@ def new_output(path: Path) -> Iterator[Path]:
             yield partial
     except OSError as error:
         raise DataError(f"{path} cannot be written: {reason(error)}") from error
+
+
+def require_apart(outputs: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
+    """Raise if a file to be written is also read, or stands for two outputs.
+
+    Links are followed, and all names of a file (hard links) are that file.
+
+    Args:
+        inputs: gone through only where an output is there already.
+
+    Raises:
+        DataError: one line with the names; also where an output is a folder.
+    """
+    taken: dict[Any, Path] = {}
+    is_there = False
+    for out in outputs:
+        if out.exists() and not out.is_file():
+            what = "a folder" if out.is_dir() else "no regular file"
+            raise DataError(f"{out} is {what}: name a file to write")
+        name = _identity(out)
+        if other := taken.get(name):
+            names = f"{other} and {out}" if str(other) != str(out) else f"{out}, twice,"
+            raise DataError(f"{names} would be one file to write: name another")
+        taken[name] = out
+        is_there = is_there or out.exists()
+    for path in inputs if is_there else ():
+        if path.is_file() and _identity(path) in taken:
+            out = taken[_identity(path)]
+            which = "" if str(out) == str(path) else f" as {path}"
+            raise DataError(
+                f"{out} is read{which}, and would be written: name another file"
+            )
+
+
+def _identity(path: Path) -> Any:
+    """Return what all names of a file have in common."""
+    try:
+        about = path.stat()
+    except OSError:
+        return os.path.realpath(path)
+    return about.st_dev, about.st_ino
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from mpilm.data.frame_items import View
 from mpilm.errors import CheckpointError, ConfigError
 from mpilm.optim.schedules import Schedule, build_schedule
 from mpilm.storage.checkpoint import load_shared
-from mpilm.storage.files import reason, replace_file
+from mpilm.storage.files import reason, replace_file, require_apart
 from mpilm.storage.owner import Owner
 from mpilm.train.task import Task, frame_view
 
@@ -53,6 +54,34 @@ class RunFolder:
     def log(self, rank: int) -> Path:
         """Return the path of a rank's log."""
         return self.path / "log" / f"rank-{rank:04d}.h5"
+
+    def files(self) -> Iterator[Path]:
+        """Yield what a run consists of, as far as it is there."""
+        yield from (self.config, self.vocabulary, self.summary)
+        yield from (self.path / "log").glob("*")
+        yield from self.checkpoints.glob("*/*")
+
+    def require_apart(self, config: Config, source: Path) -> None:
+        """Raise if a new run here would write over what it reads.
+
+        The configuration that a run wrote may be read again: it stays as it is.
+
+        Args:
+            source: file that the configuration comes from.
+
+        Raises:
+            DataError: one line with the file.
+        """
+        if self.has_checkpoint():
+            return
+        written = [self.vocabulary, self.summary]
+        try:
+            same = self.config.read_bytes() == config.to_toml().encode()
+        except OSError:
+            same = True  # nothing is there
+        require_apart(
+            written if same else [self.config, *written], config.inputs(source)
+        )
 
     def claim(self, rank: int, *, resume: bool) -> None:
         """Make the folder; what is there already stays as it is.

@@ -63,6 +63,11 @@ def test_from_wav_to_words(tmp_path: Path) -> None:
         assert old.splits == new.splits
         assert old.split("train").names == new.split("train").names
 
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for command, out in (("align", corpus), ("decode", run / "decode.json")):
+        mpirun(0, command, run, "--out", out).refused(str(out), "name another")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
     nowhere = mpirun(0, "decode", run, "--split", "no")
     nowhere.refused("has no split 'no'; it has train, valid, test, strings")
     mpirun(0, "decode", tmp_path / "other").refused("no run here")

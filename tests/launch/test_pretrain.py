@@ -30,6 +30,9 @@ def test_two_ranks_write_the_first_weights_of_a_dnn(tmp_path: Path) -> None:
     prepare_kaldi({"train": folder}, corpus, alignments=ali, shares={"valid": 0.3})
     config, weights = tmp_path / "c.toml", tmp_path / "w.h5"
     config.write_text(f'[data]\ncorpus = "{corpus}"\n{CONFIG}')
+    before = config.read_bytes()
+    mpirun(0, "pretrain", config, "--out", config).refused("is read")
+    assert config.read_bytes() == before
     made = mpirun(2, "pretrain", config, "--out", weights)
     assert made.code == 0, made
     made.has_no_traceback()

@@ -77,3 +77,35 @@ def test_bad_input_is_one_line(trained, capsys, options, message):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_an_export_takes_the_place_of_no_input(trained, capsys):
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    (checkpoint,) = trained.glob("checkpoints/*")
+    outputs = [trained / "config.toml", trained / "x.priors", checkpoint / "shared.h5"]
+    options = [["--format", "safetensors"], ["--corpus", str(trained.parent / "c.h5")]]
+    for out, option in (
+        *((out, options[0]) for out in (outputs[0], outputs[2], trained / "x.json")),
+        *((out, options[1]) for out in outputs),
+        (trained.parent / "corpus.h5", ["--corpus", str(trained.parent / "corpus.h5")]),
+    ):
+        assert main(["export", str(trained), "--out", str(out), *option]) == 2
+        said = capsys.readouterr().err
+        assert "name another" in said
+        assert said.count("\n") == 1
+    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+    beside = str(trained / "model.safetensors")
+    assert main(["export", str(trained), "--out", beside]) == 0
+
+
+def test_training_writes_over_no_configuration(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = "# my own words\n" + (trained / "config.toml").read_text()
+    (folder / "config.toml").write_text(text)
+    words = ["train", str(folder / "config.toml"), "--out", str(folder)]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "would be written: name another file" in capsys.readouterr().err
+    assert (folder / "config.toml").read_text() == text

@@ -181,3 +181,26 @@ def test_the_trace_is_of_one_run(tmp_path, capsys):
     for arguments in (["report", str(tmp_path)], ["report"]):
         assert main([*arguments, "--out", out]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_report_takes_the_place_of_no_input(tmp_path, capsys):
+    run, sim = write_run(tmp_path / "x"), tmp_path / "sim"
+    write_run(sim / "ranks-0002")
+    write_summary(sim / "simulate.json", {})
+    (tmp_path / "link").symlink_to("x/config.toml")
+    new = ["--out", str(tmp_path / "r.html"), "--trace"]
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for arguments in (
+        *([run, "--out", run / name] for name in ("config.toml", "log/rank-0001.h5")),
+        [run, "--out", tmp_path / "link"],
+        [sim, "--out", sim / "simulate.json"],
+        [sim, "--out", sim / "ranks-0002/summary.json"],
+        [run, "--out", tmp_path],
+        [run, *new, run / "summary.json"],
+        [run, *new, tmp_path / "r.html"],
+    ):
+        assert main(["report", *map(str, arguments)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    for _ in range(2):  # in the run's folder, beside its own files
+        assert main(["report", str(run), "--out", str(run / "report.html")]) == 0

@@ -112,3 +112,18 @@ def test_bad_input_is_one_line(folder, capsys, options, message):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_a_simulation_takes_the_place_of_no_input(folder, capsys):
+    out = folder / "own"
+    (out / "ranks-0002").mkdir(parents=True)
+    for name in ("simulate.json", "ranks-0002/config.toml"):
+        (folder / "train.toml").rename(out / name)
+        words = ["simulate", out / name, "--ranks", "2", "--out", out]
+        before = (out / name).read_bytes()
+        assert main([*map(str, words)]) == 2
+        said = capsys.readouterr().err
+        assert f"{out / name} is read, and would be written" in said
+        assert said.count("\n") == 1
+        assert (out / name).read_bytes() == before
+        (out / name).rename(folder / "train.toml")
