@@ -95,9 +95,9 @@ def simulate(
 
 
 def rank_counts(text: str) -> list[int]:
-    """Return the numbers in a list such as "4,8,16".
+    """Return the numbers in a list such as "4,8,16", each of them once.
 
-    >>> rank_counts("4,8, 16")
+    >>> rank_counts("4,8, 16,8")
     [4, 8, 16]
 
     Raises:
@@ -106,4 +106,4 @@ def rank_counts(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise ConfigError(f"--ranks {text}: write numbers of ranks, such as 4,8,16")
-    return [int(word) for word in words]
+    return list(dict.fromkeys(int(word) for word in words))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from mpilm.commands.queued import Submitted, make, require_free
 from mpilm.commands.simulate import rank_counts
 from mpilm.errors import ConfigError, WorldError
 
@@ -107,7 +108,8 @@ def submit(
 
     The job writes a checkpoint before its time limit and goes on by itself until the
     run is done (jobs/README.md). With --ranks there is one job, and one run folder, for
-    each number of ranks: a scaling sweep.
+    each number of ranks: a scaling sweep. Nothing is submitted if a run is at work in
+    one of the folders, or a job in the queue is for it.
 
     Args:
         config: TOML file
@@ -155,11 +157,15 @@ def submit(
             f" train.threads={cpus_per_rank}"
         )
     folder = out or Path("runs") / config.stem
-    previous = after
-    for size in sizes:
-        one = folder.with_name(f"{folder.name}-r{size.ranks}") if ranks else folder
+    runs = [folder.with_name(f"{folder.name}-r{s.ranks}") for s in sizes]
+    if not ranks:
+        runs = [folder]
+    for one in runs:
         if one.exists() and not one.is_dir():
             raise ConfigError(f"--out {one}: is no folder")
+        require_free(one, after=after)
+    previous = after
+    for size, one in zip(sizes, runs, strict=True):
         if (one / "summary.json").exists():
             say(f"note: {one} holds a run that is complete: the job goes on with it")
         job = build(
@@ -177,7 +183,9 @@ def submit(
             print(job)
             identifier = f"JOB_OF_{size.ranks}_RANKS"
         else:
+            make(one)
             identifier = start(job)
+            Submitted(kind, identifier).write(one)
             say(f"{size.ranks} ranks -> {one}, job {identifier}")
             print(identifier)
         previous = identifier if chain else after

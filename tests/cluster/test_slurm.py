@@ -211,3 +211,31 @@ def test_submitted_by_mpilm(cluster: Cluster, project: Project) -> None:
     assert "4 ranks on n[1-2]: train.toml -> runs/y" in log
     trained = f"-n 4 {BIN}/mpilm train train.toml --out runs/y --resume"
     assert f"launched: {trained} --set=train.seed=3" in log
+
+
+def test_what_is_in_the_queue_is_not_submitted_again(
+    cluster: Cluster, project: Project
+) -> None:
+    """A second job for a run folder is refused while the first one waits."""
+    held = ("train.toml", "--out=runs/z", "--time=0:10:00", "--option=--hold")
+
+    def submitted() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BIN / "mpilm", "submit", *held, "--env=environment.sh"],
+            cwd=project.folder,
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    first = submitted()
+    assert first.returncode == 0, first.stderr
+    second = submitted()
+    assert (second.returncode, second.stdout) == (2, "")
+    assert f"job {first.stdout.strip()} in the queue is for it" in second.stderr
+    cluster.run("scancel", first.stdout.strip())
+    third = submitted()
+    assert third.returncode == 0, third.stderr
+    cluster.run("scancel", third.stdout.strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from mpilm.commands import submit
 from mpilm.data.synthetic import prepare_synthetic
+from mpilm.storage.owner import Owner, Record
 
 PROGRAM = [sys.executable, "-m", "mpilm", "submit"]
 
@@ -150,3 +152,58 @@ def test_a_scheduler_that_is_not_here(folder):
     done = run(folder, "train.toml", *options, path=path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "mpilm: qsub: Unknown queue\n"
+
+
+@pytest.fixture
+def cluster(folder, tmp_path):
+    """Return a PATH with a scheduler whose jobs stay in the queue until told."""
+    queue = tmp_path / "queue"
+    queue.mkdir()
+    number = 'number=$(($(ls "$Q" | wc -l) + 41))'
+    sbatch = f'{number}; touch "$Q/$number"; echo $number'
+    squeue = 'for job; do :; done; [ -e "$Q/$job" ] && echo PENDING'
+    for name, script in {"sbatch": sbatch, "squeue": squeue}.items():
+        path = tmp_path / name
+        path.write_text(f'#!/bin/sh\nQ="{queue}"\n{script}\n')
+        path.chmod(0o755)
+    return queue, f"{tmp_path}:/usr/bin:/bin"
+
+
+def test_a_sweep_that_is_in_the_queue_is_not_submitted_again(folder, cluster, tmp_path):
+    queue, path = cluster
+    out = ("--out", str(tmp_path / "x"))
+    sweep = ("train.toml", "--scheduler", "slurm", "--time", "1:00:00", *out)
+    sweep += ("--ranks-per-node", "4", "--ranks")
+    assert run(folder, *sweep, "1,2,2", path=path).stdout == "41\n42\n"
+    for ranks in ("1,2", "4,2"):
+        again = run(folder, *sweep, ranks, path=path)
+        assert (again.returncode, again.stdout) == (2, ""), again
+        assert "job 42 in the queue is for it" in again.stderr or ranks == "1,2"
+        assert again.stderr.count("\n") == 1
+        assert "--after 4" in again.stderr
+    (queue / "42").unlink()  # it has ended
+    again = run(folder, *sweep, "2", path=path)
+    assert (again.returncode, again.stdout) == (0, "42\n"), again.stderr
+    after = run(folder, *sweep, "2", "--after", "42", path=path)
+    assert (after.returncode, after.stdout) == (0, "43\n"), after.stderr
+
+
+def test_a_folder_with_a_run_at_work_is_not_submitted(folder, cluster, tmp_path):
+    queue, path = cluster
+    command = ("train.toml", "--scheduler", "slurm", "--time", "1:00:00")
+    out = tmp_path / "y"
+    out.mkdir()
+    owner = Owner(out).take()
+    refused = run(folder, *command, "--out", str(out), path=path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"y: is in use by pid {os.getpid()} on" in refused.stderr
+    owner.release()
+    # the owner's job is what counts for a run that belongs to one
+    record = dataclasses.replace(Record.here(), boot="far", job="SLURM job 50")
+    (out / "owner.json").write_bytes(record.to_bytes())
+    (queue / "50").touch()
+    refused = run(folder, *command, "--out", str(out), path=path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "job 50 in the queue is for it" in refused.stderr
+    (queue / "50").unlink()
+    assert run(folder, *command, "--out", str(out), path=path).returncode == 0

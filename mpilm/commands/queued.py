@@ -1,0 +1,121 @@
+"""Which job was submitted for a run folder, and whether it is still to come.
+
+RUN/job.json   {"job": "17", "scheduler": "slurm"}: the one submitted last
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpilm.errors import CheckpointError, WorldError
+from mpilm.storage.files import reason, write_json
+from mpilm.storage.owner import JOBS, Owner, Record
+from mpilm.storage.owner import NAME as OWNER
+
+NAME = "job.json"
+ASK_S = 60.0  # a scheduler that has not answered by then is not well
+VARIABLES = {"slurm": "SLURM_JOB_ID", "pbs": "PBS_JOBID"}
+# scheduler -> the command that prints a job's state, and fails if there is no such job
+STATE = {
+    "slurm": ("squeue", "--noheader", "--format=%T", "--jobs"),
+    "pbs": ("qstat",),
+}
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that was submitted for a run.
+
+    scheduler  "slurm" or "pbs"
+    job        its number
+    """
+
+    scheduler: str
+    job: str
+
+    @classmethod
+    def read(cls, run: Path) -> Submitted | None:
+        """Return the job that was submitted last; None: none, as far as is known."""
+        try:
+            found = json.loads((run / NAME).read_bytes())
+            return cls(str(found["scheduler"]), str(found["job"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @classmethod
+    def of(cls, owner: Record) -> Submitted | None:
+        """Return the job that a run's owner belongs to; None: to none."""
+        for scheduler, variable in VARIABLES.items():
+            word, job = JOBS[variable], owner.job
+            if job.startswith(word):
+                return cls(scheduler, job.removeprefix(word).strip())
+        return None
+
+    def write(self, run: Path) -> None:
+        """Note it in the run folder.
+
+        Raises:
+            CheckpointError: that cannot be written.
+        """
+        write_json(run / NAME, {"job": self.job, "scheduler": self.scheduler})
+
+    def is_queued(self) -> bool:
+        """Ask the scheduler whether the job waits or runs.
+
+        Raises:
+            WorldError: it does not answer.
+        """
+        if self.scheduler not in STATE:
+            return False
+        command = [*STATE[self.scheduler], self.job]
+        try:
+            done = subprocess.run(
+                command,
+                check=False,
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                timeout=ASK_S,
+            )
+        except FileNotFoundError:
+            return False  # another cluster's
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise WorldError(f"{command[0]}: {reason(error)}") from None
+        return done.returncode == 0 and bool(done.stdout.strip())
+
+
+def require_free(run: Path, *, after: str = "") -> None:
+    """Raise if another job is at work in a run folder, or will be.
+
+    Args:
+        after: the job that the next one waits for.
+
+    Raises:
+        CheckpointError: one line that names it.
+        WorldError: the scheduler does not answer.
+    """
+    owner = Record.read(run / OWNER)
+    of_owner = Submitted.of(owner) if owner else None
+    for found in (Submitted.read(run), of_owner):
+        if found and found.job != after and found.is_queued():
+            raise CheckpointError(
+                f"{run}: job {found.job} in the queue is for it: cancel that one, or"
+                f" give --after {found.job}, or another --out"
+            )
+    if owner and not of_owner:  # a run that no scheduler knows
+        Owner(run).take().release()
+
+
+def make(run: Path) -> None:
+    """Make a run folder.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{run}: cannot write: {reason(error)}") from None
