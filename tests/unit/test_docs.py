@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,20 @@ def test_every_page_is_in_the_index() -> None:
     linked = {link for link, _ in LINK.findall((ROOT / "docs/README.md").read_text())}
     pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}
     assert pages - linked == set()
+
+
+def test_the_snippet_of_the_readme_is_part_of_the_example() -> None:
+    """A test runs the example: tests/launch/test_own_model.py."""
+    (snippet,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
+    assert (
+        textwrap.indent(snippet, 4 * " ")
+        in (ROOT / "examples/own_model.py").read_text()
+    )
+
+
+def test_the_tree_of_the_readme_has_every_folder() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
+    folders = {path.parent.name for path in ROOT.glob("mpilm/*/__init__.py")}
+    assert {name for name in folders if f" {name}/" not in tree} == set()
