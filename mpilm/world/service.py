@@ -5,8 +5,9 @@
 
 A rank that has nothing more to ask goes on answering: nobody waits for an answer that
 does not come, whatever the order in which ranks end. When the barrier is done all ranks
-have had their answers, and none is on its way. A rank that hears of it first may begin
-again and ask before this one has stopped: that question is answered as any other.
+have had their answers, and none is on its way. The rank that learns of it first may
+begin again and ask before another has stopped, so questions change between two
+communicators from one end to the next: what comes early waits for the next `begin`.
 
 `Pairwise` (adpsgd), `ParameterServer` (async_sgd) and the pool's `LeaseCounter` are
 services.
@@ -28,18 +29,22 @@ class Service(ABC):
 
     Args:
         world: this rank's world.
-        comm: a communicator for the questions alone.
+        comm: a communicator for the questions; collectives may use it as well.
         name: for debuggers and reports.
 
+    comm       where questions go until the next `end`
     lock       guards what learner and activity share; its release lets both look again
     waits_for  what the activity waits for, in reports of stalls and deadlocks
     is_ending  this rank asks nothing new
+
+    Communicates: collective when made: it duplicates the communicator.
     """
 
     waits_for = "a question"
 
     def __init__(self, world: World, comm: Comm, name: str) -> None:
         self.world, self.comm, self.name = world, comm, name
+        self._next_comm = comm.Dup()
         self.lock = world.lock(name)
         self.is_ending = False
         self._activity: Activity | None = None
@@ -111,10 +116,11 @@ class Service(ABC):
         activity, self._activity = self._activity, None
         if activity is None:
             self.comm.Ibarrier().Wait()  # the others' is one: MPI keeps the two apart
-            return
-        with self.lock:
-            self.is_ending = True
-        activity.join()
+        else:
+            with self.lock:
+                self.is_ending = True
+            activity.join()
+        self.comm, self._next_comm = self._next_comm, self.comm
 
     # the activity
     def _run(self) -> None:

@@ -141,6 +141,43 @@ def test_a_question_waits_for_a_rank_that_has_not_begun():
     assert run(main, 2)[0].doubled == [8.0]
 
 
+class Late:
+    """A request that says so 5 s after it is done, as a real network may."""
+
+    def __init__(self, world, request):
+        self.world, self.request = world, request
+        self.done_s = None
+
+    def Test(self):
+        if self.done_s is None and self.request.Test():
+            self.done_s = self.world.now_s()
+            self.world.start(lambda: self.world.sleep(5.0), "alarm")
+        return self.done_s is not None and self.world.now_s() >= self.done_s + 5.0
+
+
+def test_a_question_of_the_next_time_waits_for_the_next_begin():
+    """Rank 1 learns of the end 5 s after rank 0, which has begun and asks again."""
+
+    def main(world, service):
+        service.begin()
+        if world.rank == 1:
+            barrier, first = service.comm.Ibarrier, service.comm
+            service.comm.Ibarrier = lambda: Late(world, barrier())
+        service.end()
+        if world.rank == 1:
+            first.Ibarrier = barrier
+            assert world.now_s() > 5.0
+            assert service.num_answered == 0
+            world.sleep(20.0)
+        service.begin()
+        service.put(3.0)
+        service.end()
+        assert (world.now_s() > 20.0, service.num_answered) == (True, 1)
+
+    for service in run(main, 2):
+        assert service.doubled == [6.0]
+
+
 def test_ranks_on_which_it_does_not_run_take_part_in_the_end():
     def main(world, service):
         if world.rank == 0:
