@@ -53,7 +53,7 @@ def main() -> None:
         learner = ProtocolLearner(100_000, compute=compute, seed=world.rank)
         chosen: Any = strategy("async_sgd", world)
         chosen.start(learner)
-        server = chosen.server
+        server = chosen.service
         server.pull = timed("pull", server.pull)
         server.push = timed("push", server.push)
         world.comm.Barrier()

@@ -95,9 +95,7 @@ def entries(ranks: int) -> list[Entry]:
     ]
     for mixing in "fixed_ring", "random_ring", "random_pairs":
         found.append(Entry(f"adpsgd, {mixing}", "adpsgd", settings={"mixing": mixing}))
-    # its own gradient is not clipped, that of the learner's optimiser is
-    clipped = {"local_optimizer": True}
-    found.append(Entry("async_sgd", "async_sgd", gain=ranks, settings=clipped))
+    found.append(Entry("async_sgd", "async_sgd", gain=ranks))
     if "hierarchical" in STRATEGIES and ranks % 2 == 0:
         # this machine is one node: two ranks play one, adpsgd is between them
         nodes = {"node_size": 2, "inner": "adpsgd"}

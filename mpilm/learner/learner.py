@@ -147,6 +147,23 @@ class Learner:
             self._optimised["theta"].grad = self.grad
         self.optimizer.step()
 
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether `update` is theta <- theta - lr * grad and nothing else.
+
+        Hooks of the optimiser (clipping) are something else.
+        """
+        optimizer: Any = self.optimizer
+        groups = optimizer.param_groups
+        extras = ("momentum", "weight_decay", "maximize")
+        return (
+            type(optimizer) is torch.optim.SGD
+            and not optimizer._optimizer_step_pre_hooks
+            and not optimizer._optimizer_step_post_hooks
+            and not any(group[key] for group in groups for key in extras)
+            and all(group["lr"] == groups[0]["lr"] for group in groups)
+        )
+
     def moments(self) -> dict[str, Tensor]:
         """Return the optimiser's state vectors (momentum, ...), 1-D, by name.
 

@@ -116,6 +116,11 @@ class ProtocolLearner:
         for theta, step in chunked(self.theta, direction):
             theta -= np.float32(self.lr) * step
 
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether (3) is theta <- theta - lr * g."""
+        return not self.momentum
+
     def moments(self) -> dict[str, Any]:
         """Return the velocity, if there is one."""
         return {"velocity": self.velocity} if self.momentum else {}

@@ -4,12 +4,13 @@ Source      J. Dean et al., "Large Scale Distributed Deep Networks", NIPS 2012 (
             SGD); Q. Ho et al., "More Effective Distributed ML via a Stale Synchronous
             Parallel Parameter Server", NIPS 2013 (the bound); the baseline of T. Xiao
             et al., "Fast Parallel Training of Neural Language Models", IJCAI 2017.
-Notation    x      -> server.values, on each rank a shard of the model
+Notation    x      -> service.values, on each rank a shard of the model
             w_hat  -> theta, the copy that the gradient is taken at, (P,)
             u      -> what is pushed, (P,)
             m      -> momentum;  s -> staleness_bound
+            P      the optimiser of [optim], its moments this rank's own; plain SGD: g
 Update      worker  w_hat <- x, when its clock is at most s ahead              (1)
-                    g at w_hat;  u = lr * g                                    (2)
+                    g at w_hat;  u = lr * P(g)                                 (2)
             server  v <- m v + u;  x <- x - v         on arrival of each u     (3)
 Messages    8 bytes and 4P/K back for every other shard in (1), 4P/K there in (3).
 
@@ -18,8 +19,8 @@ Messages    8 bytes and 4P/K back for every other shard in (1), 4P/K there in (3
 Invariants  every push is applied once. Size 1 without momentum is `local`, to the bit.
             s >= 0: a rank begins step c when all others have finished step c - s.
 Departs     from the papers in: all ranks are workers and servers; the learning rate is
-            the worker's; `local_optimizer` pushes what the learner's own optimiser
-            does, whatever it is.
+            the worker's; so is the optimiser, where there is more to it than lr * g:
+            momentum, clipping, weight decay, AdamW, ...
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
-from mpilm.learner.flat import copy_of, fill_, to_array
-from mpilm.strategies.base import NUM_BINS, Learner, Strategy
+from mpilm.learner.flat import Layout, copy_of, to_array
+from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.world.base import World
 
@@ -43,9 +44,7 @@ class AsyncSgdConfig:
     staleness_bound: Annotated[int, Meta(ge=-1)] = -1
     """steps that a rank may be ahead of the slowest; -1: any number"""
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """of the server's update"""
-    local_optimizer: bool = False
-    """push the steps of [optim] (with clipping) instead of lr times the gradient"""
+    """of the server's update, beside that of [optim]"""
 
 
 class AsyncSgd(Strategy):
@@ -54,24 +53,35 @@ class AsyncSgd(Strategy):
     name = "async_sgd"
     Config = AsyncSgdConfig
     lockstep = False
+    saves = (
+        "clock",
+        "service.values",
+        "service.velocity",
+        "service.partners",
+        "service.staleness",
+        "service.num_pulls",
+        "service.num_served",
+        "service.num_ends",
+    )
+    service: ParameterServer
 
     def __init__(self, world: World, config: AsyncSgdConfig) -> None:
         super().__init__(world, config)
         self.pace.moves_first = True
-        self.server: ParameterServer | None = None
         self.clock = 0
         self.kept: Any = None  # w_hat, beside the learner's update of it
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
-        self.server = ParameterServer(
+        self.service = ParameterServer(
             self.world,
             self.comm,
             learner.layout,
             momentum=self.config.momentum,
             bound=self.config.staleness_bound,
         )
-        self.server.load(learner.theta)
+        if not self.is_local:
+            self.service.load(learner.theta)
 
     @property
     def is_local(self) -> bool:
@@ -83,17 +93,17 @@ class AsyncSgd(Strategy):
             loss = learner.gradient()
             learner.update()
             return loss
-        server = self.started()
-        server.begin()
-        server.pull(learner.theta, self.clock)  # (1)
+        service = self.service
+        service.begin()
+        service.pull(learner.theta, self.clock)  # (1)
         loss = learner.gradient()
-        server.push(self.pushed(learner))  # (2), (3)
+        service.push(self.pushed(learner))  # (2), (3)
         self.clock += 1
         return loss
 
     def pushed(self, learner: Learner) -> Any:
-        """Return u: the learning rate times the gradient, or the local step."""
-        if not self.config.local_optimizer:
+        """Return u, (P,): (2)."""
+        if learner.is_plain_sgd:
             learner.grad *= learner.lr
             return learner.grad
         if self.kept is None:
@@ -103,19 +113,14 @@ class AsyncSgd(Strategy):
         self.kept -= learner.theta
         return self.kept
 
-    def retire(self, learner: Learner) -> None:
-        """Tell all ranks not to wait for this one any more (`staleness_bound`)."""
-        if not self.is_local:
-            self.started().begin()  # a rank without a step serves as well
-            self.started().retire(self.clock)
-
     def finish(self, learner: Learner) -> None:
-        """Serve until nobody asks; theta is the model of the servers. Collective."""
-        if self.is_local:
-            return
-        self.retire(learner)
-        self.started().end()
-        self.final_model_(learner, learner.theta)
+        """Serve until nobody asks; theta is the model of the servers.
+
+        Communicates: collective, one barrier and a Bcast of every shard; blocking.
+        """
+        super().finish(learner)
+        if not self.is_local:
+            self.final_model_(learner, learner.theta)
 
     def final_model_(self, learner: Learner, out: Any) -> None:
         """Write the shards of all ranks into `out`, (P,).
@@ -125,43 +130,34 @@ class AsyncSgd(Strategy):
         if self.is_local:
             out[:] = learner.theta
             return
-        server = self.started()
-        out[server.own] = server.values
-        for rank, shard in enumerate(server.shards):
+        service = self.service
+        out[service.own] = service.values
+        for rank, shard in enumerate(service.shards):
             if shard.stop > shard.start:
                 self.comm.Bcast(out[shard], root=rank)
 
-    def started(self) -> ParameterServer:
-        """Return the server; `start` made it."""
-        assert self.server is not None, "start() comes before the first step"
-        return self.server
+    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        sent, received = self.service.moved_bytes()
+        own = ITEM_BYTES * (self.service.own.stop - self.service.own.start)
+        finished = self.service.num_ends  # as often `finish` has assembled the model
+        others = ITEM_BYTES * layout.size - own
+        return sent + finished * own, received + finished * others
+
+    def conserved(self, learner: Learner) -> Any:
+        """Return the own shard's (1 - m) x - m v, to which (3) adds -u."""
+        if self.is_local:
+            return super().conserved(learner)
+        service, m = self.service, self.config.momentum
+        kept = np.zeros(learner.layout.size)
+        kept[service.own] = (1.0 - m) * to_array(service.values)
+        if m:
+            kept[service.own] -= m * to_array(service.velocity)
+        return kept
 
     def metrics(self) -> dict[str, Any]:
-        server = self.server
-        size = self.comm.size
-        partners = server.partners.copy() if server else np.zeros(size, np.int64)
-        staleness = server.staleness.copy() if server else np.zeros(NUM_BINS, np.int64)
+        partners = self.service.partners.copy()
         return {
             "mixes": int(partners.sum()),
             "partners": partners,
-            "staleness": staleness,
+            "staleness": self.service.staleness.copy(),
         }
-
-    def state(self) -> dict[str, Any]:
-        state = {"clock": self.clock, **self.metrics()}
-        if not self.is_local:
-            server = self.started()
-            state["shard"] = to_array(server.values)
-            if self.config.momentum:
-                state["velocity"] = to_array(server.velocity)
-        return state
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        server = self.started()
-        self.clock = int(state["clock"])
-        server.partners[:] = state["partners"]
-        server.staleness[:] = state["staleness"]
-        if not self.is_local:
-            fill_(server.values, state["shard"])
-            if self.config.momentum:
-                fill_(server.velocity, state["velocity"])

@@ -39,11 +39,12 @@ ITEM_BYTES = 4  # of float32
 class Learner(Protocol):
     """What a strategy may ask of the learner (`mpilm.Learner` offers it).
 
-    theta    the model, (P,) float32, contiguous; the torch parameters are views of it
-    grad     the gradient, (P,) float32, contiguous
-    layout   where each parameter and component lies
-    samples  samples (tokens, frames) this rank has processed
-    lr       learning rate of the next update
+    theta         the model, (P,) float32, contiguous; torch's parameters are its views
+    grad          the gradient, (P,) float32, contiguous
+    layout        where each parameter and component lies
+    samples       samples (tokens, frames) this rank has processed
+    lr            learning rate of the next update
+    is_plain_sgd  whether the next update is theta <- theta - lr * grad, no more
     """
 
     theta: Any
@@ -51,6 +52,9 @@ class Learner(Protocol):
     layout: Layout
     samples: int
     lr: float
+
+    @property
+    def is_plain_sgd(self) -> bool: ...
 
     def gradient(
         self, ready: Callable[[slice], None] | None = None, *, scale: float = 1.0

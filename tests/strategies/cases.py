@@ -113,7 +113,7 @@ def pulls_and_pushes(rank: Any, size: int, steps: int) -> tuple[int, int]:
 
     Over all ranks it is 8P (K-1)/K + 8 (K-1) each way and rank in a step.
     """
-    own = rank.strategy.server.own
+    own = rank.strategy.service.own
     shard = 4 * (own.stop - own.start)
     others, peers = MODEL_BYTES - shard, size - 1
     sent = steps * (others + peers * shard + 8 * peers) + 16 * peers + shard

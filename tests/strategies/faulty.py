@@ -49,7 +49,7 @@ class RunsAhead(AsyncSgd):
 
     def start(self, learner):
         super().start(learner)
-        self.server.bound += self.server.bound >= 0
+        self.service.bound += self.service.bound >= 0
 
 
 class RollsDice(Local):

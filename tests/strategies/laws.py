@@ -59,7 +59,7 @@ def served(ranks):
     found = np.array(ranks[0].learner.theta, np.float64)
     moved = np.sum([rank.learner.moved for rank in ranks], axis=0)
     if momentum:
-        velocities = [rank.strategy.server.velocity for rank in ranks]
+        velocities = [rank.strategy.service.velocity for rank in ranks]
         moved = (moved + momentum * np.concatenate(velocities)) / (1.0 - momentum)
     expect(found, ranks[0].first + moved)
 

@@ -79,7 +79,6 @@ SETTINGS = {
     "async_sgd": lambda draw, size: {
         "staleness_bound": draw.choice([-1, 0, 1, 3]),
         "momentum": draw.choice([0.0, 0.5]),
-        "local_optimizer": draw.random() < 0.3,
     },
     "hierarchical": lambda draw, size: {
         "node_size": (
@@ -197,8 +196,6 @@ def open_requests(strategy):
     found = list(getattr(strategy, "exchanges", []))
     if strategy.service is not None:
         found += strategy.service.open_requests
-    if server := getattr(strategy, "server", None):
-        found += server.sends
     return found
 
 

@@ -13,7 +13,8 @@ from mpilm.errors import WorldError
 from mpilm.learner.flat import Layout
 from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies.async_sgd import AsyncSgd, AsyncSgdConfig
-from mpilm.strategies.parameter_server import ParameterServer, row_width, shards
+from mpilm.strategies.row_server import RowServer
+from mpilm.strategies.rows import row_width, shards
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, run_virtual
@@ -55,8 +56,8 @@ def test_one_rank_with_momentum_of_the_server_is_momentum_sgd():
     np.testing.assert_allclose(ranks[0].final, alone(20, momentum=0.9), atol=1e-5)
 
 
-def test_the_local_optimizer_may_make_the_step():
-    ranks = train(2, [20, 0], settings={"local_optimizer": True}, momentum=0.9)
+def test_an_optimizer_with_momentum_makes_the_step():
+    ranks = train(2, [20, 0], momentum=0.9)
     np.testing.assert_allclose(ranks[0].final, alone(20, momentum=0.9), atol=1e-5)
 
 
@@ -135,7 +136,7 @@ def test_rows_are_pulled_and_pushed_as_in_the_dense_model(size, choices):
 
     def main(world):
         comm = world.comm.Dup()
-        server = ParameterServer(world, comm, TABLES, momentum=0.0, bound=-1)
+        server = RowServer(world, comm, TABLES, momentum=0.0, bound=-1)
         server.load(begun.copy())
         server.begin()
         for index, ids in choices[world.rank]:
@@ -143,7 +144,7 @@ def test_rows_are_pulled_and_pushed_as_in_the_dense_model(size, choices):
             rows = np.full(len(of(name, ids)), world.rank + 1, np.float32)
             server.push_rows(name, sorted(ids), rows)
         server.settle()
-        server.retire(0)
+        server.retire()
         server.end()
         comm.Barrier()
         server.begin()
@@ -155,7 +156,7 @@ def test_rows_are_pulled_and_pushed_as_in_the_dense_model(size, choices):
             rows = np.zeros(len(where), np.float32)
             server.pull_rows(name, sorted(ids), rows, 0)
             np.testing.assert_array_equal(rows, dense[where])
-        server.retire(0)
+        server.retire()
         server.end()
         return dense
 
@@ -168,7 +169,7 @@ def test_rows_are_pulled_and_pushed_as_in_the_dense_model(size, choices):
 def test_momentum_of_rows_is_that_of_the_dense_model():
     def main(world, sparse):
         comm = world.comm.Dup()
-        server = ParameterServer(world, comm, TABLES, momentum=0.5, bound=0)
+        server = RowServer(world, comm, TABLES, momentum=0.5, bound=0)
         server.load(np.zeros(TABLES.size, np.float32))
         server.begin()
         step = np.ones(TABLES.size, np.float32)
@@ -181,7 +182,7 @@ def test_momentum_of_rows_is_that_of_the_dense_model():
                 for segment in TABLES:
                     ids = range(segment.shape[0])
                     server.push_rows(segment.name, list(ids), step[segment.slice])
-        server.retire(3)
+        server.retire()
         server.end()
         comm.Barrier()
         return server.values
@@ -197,7 +198,7 @@ def test_momentum_of_rows_is_that_of_the_dense_model():
 @pytest.mark.parametrize("ids", [[1, 1], [2, 0], [-1], [7]])
 def test_rows_that_do_not_ascend_or_do_not_exist_are_refused(ids):
     def main(world):
-        server = ParameterServer(world, world.comm, TABLES, momentum=0.0, bound=-1)
+        server = RowServer(world, world.comm, TABLES, momentum=0.0, bound=-1)
         with pytest.raises(ValueError, match=r"embed: ids must ascend in 0\.\.6"):
             server.push_rows("embed", ids, np.zeros(6, np.float32))
         return True
@@ -217,7 +218,7 @@ def test_state_goes_on_where_it_was():
 
     for state, before in zip(run_virtual(main, 3), kept, strict=True):
         assert before["clock"] == 10
-        assert np.abs(before["velocity"]).max() > 0
+        assert np.abs(before["service/velocity"]).max() > 0
         assert before.keys() == state.keys()
         for name, value in before.items():
             np.testing.assert_array_equal(state[name], value)

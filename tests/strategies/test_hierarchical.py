@@ -30,9 +30,8 @@ SETTINGS = {
     "gossip_bmuf": {"period": 3, "delay": 1},
     "dpsgd": {"topology": "random_ring"},
     "dpsgd-late": {"overlap": False},
-    "async_sgd-local": {"local_optimizer": True},
 }
-CASES = [*INNER, "dpsgd-late", "async_sgd-local"]
+CASES = [*INNER, "dpsgd-late"]
 
 
 def train(case, nodes, node_size, **options):

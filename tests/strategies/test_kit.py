@@ -27,8 +27,6 @@ WRONG = {
 PENDING = {
     "bmuf": ["mass is conserved"],
     "gossip_bmuf": ["mass is conserved", "bytes are declared"],
-    "adpsgd": ["bytes are declared"],
-    "async_sgd": ["mass is conserved", "bytes are declared"],
 }
 
 

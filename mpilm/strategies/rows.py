@@ -1,0 +1,85 @@
+"""Rows of matrices in a flat vector that is cut into shards, one a rank.
+
+A row is a step along the first axis of a segment, `row_width` elements; no shard ends
+within one. What is asked of a row is asked of the rank that owns it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mpilm.learner.flat import Layout, Segment
+
+
+def row_width(segment: Segment) -> int:
+    """Return the elements in a row: a step along the first axis."""
+    return segment.size // segment.shape[0]
+
+
+def shards(layout: Layout, num_ranks: int) -> list[slice]:
+    """Return equal slices of the flat vector, one a rank, cut between rows.
+
+    >>> shards(Layout.of([("embed", (3, 4), "embed")]), 2)
+    [slice(0, 4, None), slice(4, 12, None)]
+    """
+    starts = [segment.start for segment in layout]
+    cuts = []
+    for rank in range(num_ranks):
+        place = rank * layout.size // num_ranks
+        segment = layout.segments[bisect_left(starts, place + 1) - 1]
+        cuts.append(place - (place - segment.start) % row_width(segment))
+    return [slice(*ends) for ends in zip(cuts, [*cuts[1:], layout.size], strict=True)]
+
+
+def by_owner(
+    segment: Segment, shards_: Sequence[slice], ids: Any
+) -> Iterator[tuple[int, Any, slice]]:
+    """Yield (rank, its ids, where their rows lie among all) for each owner.
+
+    Args:
+        ids: (n,) int64, ascending, each once.
+
+    Raises:
+        ValueError: the ids do not ascend, or are no rows of the segment.
+
+    >>> (embed,) = Layout.of([("embed", (4, 2), "embed")])
+    >>> cut = [slice(0, 4), slice(4, 8)]
+    >>> for rank, own, where in by_owner(embed, cut, [0, 2, 3]):
+    ...     print(rank, own, where)
+    0 [0] slice(0, 2, None)
+    1 [2 3] slice(2, 6, None)
+    """
+    ids = np.asarray(ids, np.int64)
+    num_rows, width = segment.shape[0], row_width(segment)
+    if (ids[1:] <= ids[:-1]).any() or ((ids < 0) | (ids >= num_rows)).any():
+        raise ValueError(f"{segment.name}: ids must ascend in 0..{num_rows - 1}")
+    edges = np.array([shards_[0].start, *(shard.stop for shard in shards_)])
+    cuts = np.searchsorted(ids, -(-(edges - segment.start) // width)).tolist()
+    for rank, (first, last) in enumerate(pairwise(cuts)):
+        if last > first:
+            yield rank, ids[first:last], slice(first * width, last * width)
+
+
+def table(shard: Any, start: int, segment: Segment) -> tuple[Any, int]:
+    """Return the rows of a segment that lie in a shard, a 2-D view, and the first's id.
+
+    Args:
+        shard: (n,), the shard's values.
+        start: where it begins in the flat vector.
+
+    >>> layout = Layout.of([("bias", (3,), "out"), ("embed", (4, 2), "embed")])
+    >>> table(np.arange(6.0), 5, layout["embed"])
+    (array([[0., 1.],
+           [2., 3.],
+           [4., 5.]]), 1)
+    """
+    width = row_width(segment)
+    first = max(segment.start, start)
+    last = min(segment.stop, start + len(shard))
+    rows = shard[first - start : last - start].reshape(-1, width)
+    return rows, (first - segment.start) // width
