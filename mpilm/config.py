@@ -142,6 +142,10 @@ class Config:
 
         return tomli_w.dumps(without_none(self.to_dict()))
 
+    def encoded(self) -> bytes:
+        """Return the TOML as bytes, see `read_toml`."""
+        return self.to_toml().encode("utf-8", "surrogateescape")
+
 
 class StrategyConfigs(dict[str, type]):
     """The settings of every strategy by name; "my_module:MyStrategy" is a name too."""
@@ -172,6 +176,18 @@ SECTIONS: dict[str, Any] = {
 }
 
 
+def read_toml(path: Path) -> str:
+    """Return the text of a TOML file, without a byte order mark.
+
+    Bytes that are no UTF-8 stay, as Python keeps them in paths: so does a path of such
+    bytes that `Config.encoded` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+
+
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of a TOML file with `section.key=value` overrides.
 
@@ -180,14 +196,14 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{path}: {reason}") from None
-    try:
+        text = read_toml(path)
         document = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
+        has_raw_bytes = any("\udc80" <= c <= "\udcff" for c in text)
+        what = "UTF-8 text" if has_raw_bytes else "TOML"
+        raise ConfigError(f"{path}: not {what}: {error}") from None
     return resolve(document, overrides, origin=str(path))
 
 

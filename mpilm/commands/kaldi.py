@@ -47,7 +47,7 @@ def kaldi(
         test_share: of train, if there is no --test
         skip_bad: leave out bad utterances and count them, in the place of stopping
     """
-    from mpilm.data.kaldi import Bad
+    from mpilm.data.kaldi_archives import Bad
     from mpilm.data.kaldi_prepare import prepare_kaldi
 
     given = {"train": train, "valid": valid, "test": test}

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.data.kaldi import Archives, read_list
+from mpilm.data.kaldi_archives import Archives
+from mpilm.data.lists import read_list
 from mpilm.errors import DataError
 
 CmvnMode = Literal["speaker", "utterance", "none"]
@@ -37,7 +38,7 @@ class Cmvn:
         Raises:
             DataError: it cannot be read, or a speaker is missing.
         """
-        places, archives = dict(read_list(path)), Archives()
+        places, archives = dict(read_list(path, of_paths=True)), Archives()
         for key in sorted(set(keys)):
             if key not in places:
                 raise DataError(f"{path}: has no speaker {key}")

@@ -1,195 +1,32 @@
-"""Kaldi's files: feature archives, alignments, speakers, CMVN; read one by one.
+"""Kaldi's data folders and alignments.
 
     DIR/feats.scp   utterance -> archive:offset[rows,columns]
     DIR/utt2spk     utterance -> speaker
     DIR/text        utterance -> words; may be absent
     DIR/cmvn.scp    speaker -> statistics; may be absent, then they are computed
 
-Archives are binary (also compressed) or text, as kaldiio reads them. Pipes
-("cat x.gz |") and kaldiio's own pickles are refused: a list of files runs no program.
-A path that is not there is looked for beside the list that names it.
-
-What is wrong with one utterance is a DataError that names it.
+lists.py says what a line of them is, kaldi_archives.py how archives are read.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from kaldiio.matio import read_kaldi, read_token
 from numpy.typing import NDArray
 
+from mpilm.data.kaldi_archives import (
+    Archives,
+    Bad,
+    files_of,
+    read_archive,
+    utterance,
+    whereabouts,
+)
+from mpilm.data.lists import read_list, split_words
 from mpilm.errors import DataError
-from mpilm.storage.files import reason
-
-# what an object in an archive may begin with, binary or text
-BEGINNING = re.compile(rb"\0B|[\s\[0-9+-]")
-PLACE = re.compile(r"(?P<path>.*?)(:(?P<offset>\d+))?(\[(?P<part>[\d:,]*)\])?")
-
-
-@dataclass
-class Bad:
-    """What to do about bad utterances.
-
-    skip   leave them out; else the first one is an error
-    lines  utterance -> what was wrong with it, one line
-    """
-
-    skip: bool = False
-    lines: dict[str, str] = field(default_factory=dict)
-
-    def note(self, name: str, error: DataError) -> None:
-        """Leave an utterance out, or raise what is wrong with it."""
-        if not self.skip:
-            raise error
-        self.lines[name] = str(error)
-
-
-@contextmanager
-def utterance(name: str, bad: Bad | None = None) -> Iterator[None]:
-    """Put the utterance's name before the DataError of the block, if it is not there.
-
-    Args:
-        bad: what to do about it; None: raise it.
-    """
-    try:
-        yield
-    except DataError as error:
-        line = str(error)
-        if not line.startswith("utterance "):
-            line = f"utterance {name}: {line}"
-        named = DataError(line)
-        if bad is None:
-            raise named from error.__cause__
-        bad.note(name, named)
-
-
-def read_list(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (key, rest of the line) of a Kaldi list: scp, utt2spk, text.
-
-    Raises:
-        DataError: it cannot be read, or a line has no key.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                key, _, rest = line.strip().partition(" ")
-                if not key:
-                    raise DataError(f"{path}: line {number} is blank")
-                yield key, rest.strip()
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is no UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path}: {reason(error)}") from None
-
-
-def find_archive(name: str, beside: Path) -> Path:
-    """Return the path of an archive, looked for beside the list that names it too."""
-    path = Path(name)
-    if not path.exists() and (beside.parent / path).exists():
-        return beside.parent / path
-    return path
-
-
-def files_of(path: Path) -> Iterator[Path]:
-    """Yield a file and, if it is a list of places, the archives that it names."""
-    yield path
-    if path.suffix == ".scp" and path.exists():
-        places = (PLACE.fullmatch(place) for _, place in read_list(path))
-        for name in dict.fromkeys(match["path"] for match in places if match):
-            yield find_archive(name, path)
-
-
-class Archives:
-    """Reads objects by their places; keeps the last archive open."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._file: BinaryIO | None = None
-
-    def read(self, place: str, beside: Path) -> NDArray[Any]:
-        """Return the object at `place`, "archive:offset[rows,columns]".
-
-        Args:
-            beside: the list that names it.
-
-        Raises:
-            DataError: no such file, or nothing whole that Kaldi writes stands there.
-        """
-        if place.startswith("|") or place.endswith("|"):
-            raise DataError(f"{beside}: {place!r} is a pipe: write it to a file first")
-        match = PLACE.fullmatch(place)
-        if match is None or not match["path"]:
-            raise DataError(f"{beside}: {place!r} is no place in an archive")
-        path = find_archive(match["path"], beside)
-        file, offset = self._open(path), int(match["offset"] or 0)
-        array = read_object(file, path, offset)
-        for axis, part in enumerate((match["part"] or "").split(",")):
-            if part not in ("", ":"):
-                array = _cut(array, axis, part, place)
-        return array
-
-    def _open(self, path: Path) -> BinaryIO:
-        if path != self._path or self._file is None:
-            self.close()
-            try:
-                self._file = path.open("rb")
-            except OSError as error:
-                raise DataError(f"{path}: {reason(error)}") from None
-            self._path = path
-        return self._file
-
-    def close(self) -> None:
-        """Close the archive."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
-
-
-def _cut(array: NDArray[Any], axis: int, part: str, place: str) -> NDArray[Any]:
-    """Return the rows or columns first:last, last included, as Kaldi counts."""
-    first, _, last = part.partition(":")
-    if not (first and (last or ":" not in part)):
-        raise DataError(f"{place}: {part} is no range first:last")
-    stop = int(last or first) + 1
-    if axis >= array.ndim or stop > array.shape[axis]:
-        raise DataError(f"{place}: {part} lies outside of {array.shape}")
-    return array[int(first) : stop] if axis == 0 else array[:, int(first) : stop]
-
-
-def read_object(file: BinaryIO, path: Path, offset: int) -> NDArray[Any]:
-    """Return the matrix or vector that begins at `offset`.
-
-    Raises:
-        DataError: there is none, or not all of it.
-    """
-    try:
-        file.seek(offset)
-        beginning = file.read(2)
-        if not beginning:
-            raise DataError(f"{path}: ends before byte {offset}: truncated?")
-        if not BEGINNING.match(beginning):
-            raise DataError(f"{path}: byte {offset} begins no matrix or vector")
-        file.seek(offset)
-        if beginning != b"\0B":  # kaldiio reads text byte by byte
-            line = file.readline()
-            if b"[" not in line:
-                return np.array(line.split(), np.int32)
-            file.seek(offset)
-        return np.asarray(read_kaldi(file))
-    except DataError:
-        raise
-    except Exception as error:
-        # the content may be anything, so kaldiio and numpy may raise anything
-        raise DataError(
-            f"{path}: no whole matrix or vector at byte {offset}: truncated?"
-        ) from error
 
 
 class KaldiFolder:
@@ -204,11 +41,14 @@ class KaldiFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.scp = path, path / "feats.scp"
-        self.size = sum(1 for _ in read_list(self.scp))
+        self.size = sum(1 for _ in self.places())
         if not self.size:
             raise DataError(f"{self.scp}: is empty")
         self.speakers = self._optional("utt2spk")
-        self.texts = self._optional("text")
+        self.texts = {
+            name: " ".join(split_words(text))
+            for name, text in self._optional("text").items()
+        }
 
     def _optional(self, name: str) -> dict[str, str]:
         path = self.path / name
@@ -221,11 +61,11 @@ class KaldiFolder:
 
     def names(self) -> Iterator[str]:
         """Yield the utterances, in the order of feats.scp."""
-        return (name for name, _ in read_list(self.scp))
+        return (name for name, _ in self.places())
 
     def places(self) -> Iterator[tuple[str, str]]:
         """Yield (utterance, where its features are), in the order of feats.scp."""
-        return read_list(self.scp)
+        return read_list(self.scp, of_paths=True)
 
     def features(self, archives: Archives, name: str, place: str) -> NDArray[Any]:
         """Return the features of an utterance, (T, F).
@@ -272,6 +112,9 @@ class Alignments:
         for index, path in enumerate(self._paths):
             before = len(self._places)
             for name, place, labels_T in self._entries(path, bad):
+                if name in self._places:
+                    bad.note(name, DataError(self._twice(name, place, path)))
+                    continue
                 self._places[name] = (index, place)
                 if len(labels_T):
                     self.num_classes = max(self.num_classes, int(labels_T.max()) + 1)
@@ -293,11 +136,22 @@ class Alignments:
         with utterance(name):
             return as_labels(self._archives.read(place, self._paths[index]))
 
+    def _twice(self, name: str, place: str, path: Path) -> str:
+        """Return the line for an alignment that there is already."""
+        first = self._paths[self._places[name][0]]
+        where = "" if first == path else f", first in {first}"
+        if path.suffix == ".scp":
+            names = [other for other, _ in read_list(path, of_paths=True)]
+            at = f"line {names.index(name) + 1}"
+        else:
+            at = whereabouts(path, int(place.rpartition(":")[2]))
+        return f"utterance {name}: {path}, {at}: {name} is there twice{where}"
+
     def _entries(
         self, path: Path, bad: Bad
     ) -> Iterator[tuple[str, str, NDArray[np.int32]]]:
         if path.suffix == ".scp":
-            for name, place in read_list(path):
+            for name, place in read_list(path, of_paths=True):
                 with utterance(name, bad):
                     labels_T = as_labels(self._archives.read(place, path))
                     yield name, place, labels_T
@@ -310,38 +164,6 @@ class Alignments:
         for name, offset, array in read_archive(path, bad):
             with utterance(name, bad):
                 yield name, f"{path}:{offset}", as_labels(array)
-
-
-def read_archive(path: Path, bad: Bad) -> Iterator[tuple[str, int, NDArray[Any]]]:
-    """Yield (key, offset, object) of an archive, binary or text.
-
-    Args:
-        bad: takes note where it breaks off; nothing follows.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: {reason(error)}") from None
-    with closing(file):
-        while True:
-            try:
-                key = read_token(file)
-            except UnicodeDecodeError:
-                raise DataError(f"{path}: is no archive of Kaldi") from None
-            if key is None:
-                return
-            key, offset = key.strip(), file.tell()
-            if not key:
-                return
-            found: list[NDArray[Any]] = []
-            with utterance(key, bad):
-                found.append(read_object(file, path, offset))
-            if not found:
-                return
-            yield key, offset, found[0]
 
 
 def as_labels(array: NDArray[Any]) -> NDArray[np.int32]:

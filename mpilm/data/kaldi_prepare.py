@@ -13,14 +13,8 @@ from numpy.typing import NDArray
 from mpilm.data.cmvn import Cmvn, CmvnMode
 from mpilm.data.frames import FrameSummary, FrameWriter
 from mpilm.data.hdf5 import new_hdf5
-from mpilm.data.kaldi import (
-    Alignments,
-    Archives,
-    Bad,
-    KaldiFolder,
-    files_of,
-    utterance,
-)
+from mpilm.data.kaldi import Alignments, KaldiFolder
+from mpilm.data.kaldi_archives import Archives, Bad, files_of, utterance
 from mpilm.errors import DataError
 from mpilm.storage.files import require_apart
 

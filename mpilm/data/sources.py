@@ -54,7 +54,7 @@ class Part:
             DataError: not UTF-8 (with byte and line), not text, or unreadable.
         """
         decoder = codecs.getincrementaldecoder("utf-8")()
-        where, carry = self.start, ""
+        where, carry, begun = self.start, "", self.start > 0
         for raw in self._read():
             if hashing:
                 self.source.digest.update(raw)
@@ -64,7 +64,8 @@ class Part:
                 text = carry + decoder.decode(raw, final)
             except UnicodeDecodeError as error:
                 raise self._not_utf8(where - pending + error.start) from None
-            if where == 0:
+            if not begun and text:
+                begun = True
                 text = text.removeprefix("\ufeff")
             where += len(raw)
             if final:

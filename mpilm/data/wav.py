@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpilm.data.lists import read_list, split_words
 from mpilm.data.sources import unreadable
 from mpilm.errors import DataError
 from mpilm.storage.files import reason
@@ -91,13 +92,15 @@ def _named(path: Path) -> Recording:
 
 
 def _listed(folder: Path) -> Iterator[Recording]:
-    paths = _table(folder / "wav.scp")
-    texts = _table(folder / "text")
-    speakers = _table(folder / "utt2spk") if (folder / "utt2spk").is_file() else {}
+    paths = dict(read_list(folder / "wav.scp", of_paths=True))
+    texts = dict(read_list(folder / "text"))
+    speakers = {}
+    if (folder / "utt2spk").is_file():
+        speakers = dict(read_list(folder / "utt2spk"))
     for name in texts.keys() - paths.keys():
         yield Recording(name, folder / name, "", (), "is in text but not in wav.scp")
     for name, place in paths.items():
-        words = tuple(texts.get(name, "").split())
+        words = tuple(split_words(texts.get(name, "")))
         problem = ""
         if place.endswith("|"):
             problem = "a command in wav.scp: write a wav file of it, and its path"
@@ -109,28 +112,6 @@ def _listed(folder: Path) -> Iterator[Recording]:
             problem = "is not in utt2spk"
         path = folder / place  # the folder matters to relative paths only
         yield Recording(name, path, speakers.get(name, ""), words, problem)
-
-
-def _table(path: Path) -> dict[str, str]:
-    """Return the lines of a file: first word -> the rest.
-
-    Raises:
-        DataError: missing, not UTF-8, a line without a second part, a name twice.
-    """
-    try:
-        lines = path.read_bytes().decode().splitlines()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: byte {error.start}") from error
-    found: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        name, _, rest = line.strip().partition(" ")
-        if name in found:
-            raise DataError(f"{path}, line {number}: {name} is there twice")
-        if name:
-            found[name] = rest.strip()
-    return found
 
 
 @dataclass

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.config import tomllib
+from mpilm.config import read_toml, tomllib
 from mpilm.errors import CheckpointError
+from mpilm.storage.files import text_of
 from mpilm.storage.runlog import RankLog, read_run
 from mpilm.train.run import RunFolder
 
@@ -277,11 +278,11 @@ def read(path: Path, name: str) -> Run:
     """
     folder = RunFolder(path).require()
     try:
-        toml = folder.config.read_text(encoding="utf-8")
+        toml = read_toml(folder.config)
         config = tomllib.loads(toml)
         summary = {}
         if folder.summary.exists():
-            summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+            summary = json.loads(text_of(folder.summary))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     return Run(name, path, summary, config, toml, read_run(path))

@@ -29,6 +29,7 @@ from mpilm.config import Config
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.learner.quadratic import ProtocolLearner
+from mpilm.storage.files import text_of
 from mpilm.storage.runlog import write_summary
 from mpilm.strategies import find_strategy
 from mpilm.train.run import RunFolder
@@ -227,7 +228,7 @@ def co_simulate(config: Config, out: Path, ranks: int) -> Outcome:
     took = simulation.run(main)
     gc.collect()  # the models, before there are twice as many
     folder = RunFolder(out)
-    summary = json.loads(folder.summary.read_text())
+    summary = json.loads(text_of(folder.summary))
     summary["simulated"] = True
     write_summary(folder.summary, summary)
     speed = summary["samples_per_s"]

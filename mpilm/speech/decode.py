@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.data.frame_corpus import FrameSplit
+from mpilm.data.lists import split_words
 from mpilm.errors import DataError
 from mpilm.speech.hmm import WordHmms
 from mpilm.speech.scorer import ModelScores
@@ -93,7 +94,7 @@ def recognise(hmms: WordHmms, graph: Any, scores_TC: Any) -> list[str]:
 
 
 def _decoded(split: FrameSplit, penalty: float, recognised: list[list[str]]) -> Decoded:
-    said = [text.split() for text in split.texts]
+    said = [split_words(text) for text in split.texts]
     pairs = [(s, r) for s, r in zip(said, recognised, strict=True) if s]
     errors = None
     if pairs:

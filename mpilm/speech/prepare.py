@@ -22,6 +22,7 @@ import numpy as np
 
 from mpilm.data.frames import FrameCorpus, FrameSummary, FrameWriter, Utterance
 from mpilm.data.hdf5 import new_hdf5
+from mpilm.data.lists import split_words
 from mpilm.data.wav import Recording, WavReader
 from mpilm.errors import DataError
 from mpilm.speech.align import Aligner, flat_start, require_frames
@@ -241,7 +242,7 @@ class _Making:
             for utterance in self.utterances(raw, "train"):
                 labels_T = aligner.align(
                     utterance.name,
-                    utterance.text.split(),
+                    split_words(utterance.text),
                     scores(utterance.features_TF),
                 )
                 gaussians.add(utterance.features_TF, labels_T)
@@ -264,7 +265,7 @@ class _Making:
                 for utterance in self.utterances(raw, split):
                     scores_TC = self.scores(utterance.features_TF)
                     labels_T = aligner.align(
-                        utterance.name, utterance.text.split(), scores_TC
+                        utterance.name, split_words(utterance.text), scores_TC
                     )
                     writer.append(
                         split,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mpilm.data.frames import FrameCorpus, FrameSplit, FrameSummary, FrameWriter
 from mpilm.data.hdf5 import new_hdf5
+from mpilm.data.lists import split_words
 from mpilm.errors import DataError
 from mpilm.speech.align import Aligner
 from mpilm.speech.hmm import WordHmms
@@ -111,7 +112,7 @@ def align_block(
     """Return new labels of some utterances."""
     found: Aligned = {}
     for utterance in utterances:
-        name, words = split.names[utterance], split.texts[utterance].split()
+        name, words = split.names[utterance], split_words(split.texts[utterance])
         scores_TC = scores(split.features(utterance))
         try:
             found[utterance] = aligner.align(name, words, scores_TC)

@@ -36,6 +36,16 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def text_of(path: Path) -> str:
+    """Return the text of a file in UTF-8, a byte order mark at its beginning dropped.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8; a ValueError.
+    """
+    return path.read_bytes().decode("utf-8-sig")
+
+
 def sync_folder(folder: Path) -> None:
     """Force the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

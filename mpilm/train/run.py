@@ -29,7 +29,7 @@ from mpilm.data.frame_items import View
 from mpilm.errors import CheckpointError, ConfigError
 from mpilm.optim.schedules import Schedule, build_schedule
 from mpilm.storage.checkpoint import load_shared
-from mpilm.storage.files import reason, replace_file, require_apart
+from mpilm.storage.files import reason, replace_file, require_apart, text_of
 from mpilm.storage.owner import Owner
 from mpilm.train.task import Task, frame_view
 
@@ -76,7 +76,7 @@ class RunFolder:
             return
         written = [self.vocabulary, self.summary]
         try:
-            same = self.config.read_bytes() == config.to_toml().encode()
+            same = self.config.read_bytes() == config.encoded()
         except OSError:
             same = True  # nothing is there
         require_apart(
@@ -133,7 +133,7 @@ class RunFolder:
             CheckpointError: they cannot be written; earlier ones stand.
         """
         try:
-            replace_file(self.config, config.to_toml().encode())
+            replace_file(self.config, config.encoded())
             replace_file(self.vocabulary, json.dumps(task.description()).encode())
         except OSError as error:
             raise CheckpointError(
@@ -161,7 +161,7 @@ class RunFolder:
             CheckpointError: the file is missing or broken.
         """
         try:
-            found = json.loads(self.vocabulary.read_text())
+            found = json.loads(text_of(self.vocabulary))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.vocabulary}: {error}") from None
         keys = ("words", "level"), ("features", "context", "classes", "names", "counts")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpilm.data.frames import FrameCorpus
-from mpilm.data.kaldi import Bad
+from mpilm.data.kaldi_archives import Bad
 from mpilm.data.kaldi_prepare import prepare_kaldi
 from mpilm.errors import DataError
 from tests.unit.kaldi_files import NUM_FEATURES, NUM_PDFS, make_folder, utterances
@@ -386,3 +386,63 @@ def test_when_every_utterance_is_bad_nothing_is_written(folder: Path) -> None:
     with pytest.raises(DataError, match="no utterance has features"):
         prepare(folder, bad=Bad(skip=True))
     assert not (folder.parent / "c.h5").exists()
+
+
+def test_text_matrices_as_kaldi_prints_them(folder: Path) -> None:
+    """A number that happens to be whole has no point, and a line may end in CR LF."""
+    everything = {name: features for name, features, _ in utterances()}
+    for features in everything.values():
+        features[0, 0] = 0.0
+    lines, ends = [], "\n"
+    for name, features in everything.items():
+        rows = ["  " + " ".join(f"{x:.9g}" for x in row) for row in features]
+        lines.append(f"{name}  [{ends}" + ends.join(rows) + f" ]{ends}")
+        ends = "\r\n" if ends == "\n" else "\n"
+    (folder / "text.ark").write_text("".join(lines), newline="")
+    data = (folder / "text.ark").read_bytes()
+    (folder / "feats.scp").write_text(
+        "".join(
+            f"{n} text.ark:{data.index(n.encode()) + len(n) + 1}\n" for n in everything
+        )
+    )
+    with prepare(folder) as corpus:
+        for found in corpus.split("train"):
+            assert np.array_equal(found.features_TF, everything[found.name])
+
+
+@pytest.mark.parametrize("beyond", range(1, 5))
+def test_a_range_may_reach_three_frames_beyond_the_end(folder: Path, beyond) -> None:
+    """As in Kaldi's holders: the tolerance is of rows and vectors, not of columns."""
+    lengths = {name: len(pdfs) for name, _, pdfs in utterances()}
+    for name in ("feats.scp", "pdf.scp"):
+        lines = [line.split() for line in (folder / name).read_text().splitlines()]
+        rows = {n: f"[1:{length - 1 + beyond}]" for n, length in lengths.items()}
+        text = "".join(f"{n} {place}{rows[n]}\n" for n, place in lines)
+        (folder / name).write_text(text)
+    if beyond == 4:
+        with pytest.raises(DataError, match=r"s0-u00: .*1:34 lies outside of \(31,\)"):
+            prepare(folder, "pdf.scp")
+        return
+    with prepare(folder, "pdf.scp") as corpus:
+        for found, (_, features, pdfs) in zip(
+            corpus.split("train"), utterances(), strict=True
+        ):
+            assert found.features_TF.tobytes() == features[1:].tobytes()
+            assert found.labels_T.tobytes() == pdfs[1:].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("[0:31,0:4]", r"0:4 lies outside of \(31, 4\)"),
+        ("[31:33]", r"31:33 lies outside of"),
+        ("[5:4]", "5:4 is no range"),
+        ("[:4]", ":4 is no range"),
+    ],
+)
+def test_ranges_that_are_none(folder: Path, part: str, words: str) -> None:
+    lines = scp_lines(folder)
+    lines[0][1] += part
+    rewrite(folder, lines)
+    with pytest.raises(DataError, match=f"utterance s0-u00: .*{words}"):
+        prepare(folder)

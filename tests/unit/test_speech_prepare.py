@@ -214,7 +214,7 @@ def test_a_bad_recording_is_named_and_can_be_skipped(tmp_path, kind):
         ("wav.scp", "utt1 one.wav\nutt1 one.wav\n", "line 2: utt1 is there twice"),
         ("text", "utt1 low\n", "utt2: is in wav.scp but not in text"),
         ("text", "utt1 low\nutt2\n", "utt2: has no words in text"),
-        ("text", None, "text: no such file"),
+        ("text", None, "text: No such file"),
         ("text", b"utt1 \xff\n", "text: not UTF-8 text: byte 5"),
         ("utt2spk", "utt1 ann\n", "utt2: is not in utt2spk"),
     ],
