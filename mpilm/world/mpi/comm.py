@@ -23,6 +23,7 @@ from mpilm.world.base import (
     Op,
     Request,
 )
+from mpilm.world.mpi.large import Several, num_bytes, pieces, started
 from mpilm.world.mpi.requests import CollectiveQueue, Transfer, perform
 from mpilm.world.mpi.resources import Resources
 from mpilm.world.mpi.slow_links import collective_delay_s
@@ -95,7 +96,7 @@ class MpiComm(Comm):
         if faults is not None and faults.profile:
             link = faults.link(self.members[self.rank], peer)
             if link is not NO_FAULT:
-                start = partial(self.handle.Isend, stage.host, dest, tag)
+                start = partial(started, self.handle.Isend, stage.host, dest, tag)
                 return self.resources.slow_links.send(
                     start,
                     self.key,
@@ -107,7 +108,7 @@ class MpiComm(Comm):
                 )
         return Transfer(
             self.progress,
-            self.handle.Isend(stage.host, dest, tag),
+            started(self.handle.Isend, stage.host, dest, tag),
             what,
             nbytes=nbytes,
             stages=(stage,),
@@ -122,7 +123,7 @@ class MpiComm(Comm):
         kind = "any tag" if tag == ANY_TAG else f"tag {tag}"
         return Transfer(
             self.progress,
-            self.handle.Irecv(stage.host, peer, _tag(tag)),
+            started(self.handle.Irecv, stage.host, peer, _tag(tag)),
             f"a message from {sender} ({kind})",
             status=MPI.Status(),
             nbytes=stage.host.nbytes,
@@ -141,20 +142,18 @@ class MpiComm(Comm):
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: Op = SUM) -> Request:
         send, recv, stages = self._reduction("Iallreduce", sendbuf, recvbuf)
         if self.progress.background:
-
-            def call() -> None:
-                self.handle.Allreduce(send, recv.host, OPS[op])
-
             if self._queue is None:
                 self._queue = CollectiveQueue(self.progress, f"mpilm {self.name}")
+            call = partial(self._reduce, send, recv, op)
             work = partial(perform, self._enter, "Iallreduce", call, stages, recv)
             return self._queue.submit("Iallreduce", work)
         for stage in stages:
             stage.arrived()
         self.entered += 1
+        reduce = self.handle.Iallreduce
         return Transfer(
             self.progress,
-            self.handle.Iallreduce(send, recv.host, OPS[op]),
+            Several([reduce(x, y, OPS[op]) for x, y in pieces(send, recv.host)]),
             "Iallreduce",
             nbytes=recv.host.nbytes,
             stages=stages,
@@ -164,11 +163,7 @@ class MpiComm(Comm):
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Op = SUM) -> None:
         send, recv, stages = self._reduction("Allreduce", sendbuf, recvbuf)
-
-        def call() -> None:
-            self.handle.Allreduce(send, recv.host, OPS[op])
-
-        self._do("Allreduce", call, stages, recv)
+        self._do("Allreduce", partial(self._reduce, send, recv, op), stages, recv)
 
     def Bcast(self, buf: Any, root: int = 0) -> None:
         self._check(root, "root")
@@ -180,7 +175,8 @@ class MpiComm(Comm):
             self.meter.count(received=nbytes, messages=1)
 
         def call() -> None:
-            self.handle.Bcast(stage.host, root)
+            for piece, _ in pieces(stage.host, stage.host):
+                self.handle.Bcast(piece, root)
 
         self._do("Bcast", call, (stage,), None if self.rank == root else stage)
 
@@ -283,6 +279,10 @@ class MpiComm(Comm):
             raise WorldError(f"{name}: the two buffers differ in length or type")
         return send.host, recv, [send, recv]
 
+    def _reduce(self, send: Any, recv: Stage, op: Op) -> None:
+        for x, y in pieces(send, recv.host):
+            self.handle.Allreduce(x, y, OPS[op])
+
     def _child_name(self, kind: str) -> str:
         """Return the same name on all ranks of this group, for a new group."""
         self._num_children += 1
@@ -305,7 +305,7 @@ class MpiMessage(Message):
     def __init__(self, comm: MpiComm, message: MPI.Message, status: MPI.Status) -> None:
         self.comm, self.message = comm, message
         self.source, self.tag = status.Get_source(), status.Get_tag()
-        self.nbytes = status.Get_count(MPI.BYTE)
+        self.nbytes = num_bytes(status)
 
     def Recv(self, buf: Any) -> None:
         comm = self.comm
@@ -319,7 +319,7 @@ class MpiMessage(Message):
         comm.meter.count(messages=1)
         transfer = Transfer(
             comm.progress,
-            self.message.Irecv(stage.host),
+            started(self.message.Irecv, stage.host),
             f"a message from rank {comm.members[self.source]} (tag {self.tag})",
             status=MPI.Status(),
             nbytes=stage.host.nbytes,

@@ -106,13 +106,14 @@ class Transfer(Operation):
         """Test the MPI request; finish and return True if it is done."""
         from mpi4py import MPI
 
+        from mpilm.world.mpi.large import num_bytes
+
         error: BaseException | None = None
         try:
             if not self.request.Test(self.status):
                 return False
             if self.status is not None:
-                received = self.status.Get_count(MPI.BYTE)
-                self.progress.meter.count(received=received)
+                self.progress.meter.count(received=num_bytes(self.status))
             if self.target is not None:
                 self.target.deliver()
         except MPI.Exception as failed:
