@@ -151,3 +151,50 @@ def test_no_mixing_needs_more_than_two_ranks(topology):
     """A ring of two is a pair, and so is every other graph: nothing to refuse."""
     for rank in fleet("dpsgd", 2, steps=4, topology=topology):
         assert rank.strategy.metrics()["partners"].sum() == 4
+
+
+# name -> settings before, settings at resume, words of the refusal; None: it goes on
+RESUMED = {
+    "a server's momentum from now on": (
+        "async_sgd", {}, {"momentum": 0.5},
+        ["async_sgd: the checkpoint lacks service/velocity", "resume with those"],
+    ),
+    "no momentum of the server any more": (
+        "async_sgd", {"momentum": 0.5}, {"momentum": 0.0},
+        ["async_sgd: the checkpoint has service/velocity", "resume with those"],
+    ),
+    "another momentum of the server": (
+        "async_sgd", {"momentum": 0.5}, {"momentum": 0.25}, None,
+    ),
+    "a bound": ("async_sgd", {}, {"staleness_bound": 0}, None),
+    "other exchanges": (
+        "adpsgd", {"mixing": "fixed_ring", "pieces": 1},
+        {"mixing": "random_pairs", "pieces": 3, "weight": 0.5, "mixes_per_step": 2.0},
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("nodes", [False, True])
+def test_resumed_with_other_settings(run, case, nodes):
+    name, before, after, words = RESUMED[case]
+    sizes = {"steps": 4, "out": "resumed", "checkpoint": {"every": 80}}
+
+    def start(steps, settings, *, resume):
+        sections: dict = {"strategy": settings}
+        if nodes:
+            inside = {"inner": name, "node_size": 1, "settings": settings}
+            sections = {"strategy": inside}
+        kind = "hierarchical" if nodes else name
+        return run(2, kind, **{**sizes, "steps": steps}, resume=resume, **sections)
+
+    start(4, before, resume=False)
+    if words is None:
+        trainers = start(8, {**before, **after}, resume=True)
+        assert sum(t.learner.samples for t in trainers) >= 8 * 2 * 40
+        return
+    with pytest.raises(MpilmError) as refused:
+        start(8, {**before, **after}, resume=True)
+    assert_words(line_of(refused), words)
+    assert refused.value.everywhere
