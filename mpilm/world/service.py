@@ -36,15 +36,13 @@ class Service(ABC):
     lock       guards what learner and activity share; its release lets both look again
     waits_for  what the activity waits for, in reports of stalls and deadlocks
     is_ending  this rank asks nothing new
-
-    Communicates: collective when made: it duplicates the communicator.
     """
 
     waits_for = "a question"
 
     def __init__(self, world: World, comm: Comm, name: str) -> None:
         self.world, self.comm, self.name = world, comm, name
-        self._next_comm = comm.Dup()
+        self._next_comm: Comm | None = None  # made at the first `end`: a collective
         self.lock = world.lock(name)
         self.is_ending = False
         self._activity: Activity | None = None
@@ -111,7 +109,7 @@ class Service(ABC):
         Raises:
             Exception: what `answer`, or another method, raised in the activity.
 
-        Communicates: collective, one barrier, blocking.
+        Communicates: collective, one barrier (and once a Dup), blocking.
         """
         activity, self._activity = self._activity, None
         if activity is None:
@@ -120,7 +118,7 @@ class Service(ABC):
             with self.lock:
                 self.is_ending = True
             activity.join()
-        self.comm, self._next_comm = self._next_comm, self.comm
+        self.comm, self._next_comm = self._next_comm or self.comm.Dup(), self.comm
 
     # the activity
     def _run(self) -> None:
