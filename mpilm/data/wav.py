@@ -13,7 +13,6 @@ Every error names the recording, so that a person can find it among thousands.
 from __future__ import annotations
 
 import re
-import wave
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.data.lists import read_list, split_words
+from mpilm.data.riff import read_pcm
 from mpilm.data.sources import unreadable
 from mpilm.errors import DataError
 from mpilm.storage.files import reason
@@ -132,39 +132,21 @@ class WavReader:
         """
         recording.require_sound()
         try:
-            with wave.open(str(recording.path), "rb") as file:
-                rate, width = file.getframerate(), file.getsampwidth()
-                channels, promised = file.getnchannels(), file.getnframes()
-                if channels != 1:
-                    what = "stereo" if channels == 2 else f"{channels} channels"
-                    raise self._bad(recording, f"{what}; one channel is needed")
-                if self.rate is not None and rate != self.rate:
-                    raise self._bad(
-                        recording,
-                        f"{rate} samples/s, the others have {self.rate}",
-                    )
-                raw = file.readframes(promised)
-        except FileNotFoundError:
-            raise self._bad(recording, "no such file") from None
+            found = read_pcm(recording.path)
+        except DataError as error:
+            raise self._bad(recording, str(error)) from None
         except OSError as error:
             raise self._bad(recording, f"cannot be read: {reason(error)}") from error
-        except EOFError:
-            what = "is truncated" if recording.path.stat().st_size else "an empty file"
-            raise self._bad(recording, what) from None
-        except wave.Error as error:
-            what = f"not a wav file of linear PCM ({error})"
-            raise self._bad(recording, what) from None
-        if not promised:
-            raise self._bad(recording, "has no samples")
-        if len(raw) < promised * width:
-            raise self._bad(
-                recording,
-                f"is truncated: {len(raw) // width} of {promised} samples",
-            )
-        if width not in SCALES:
-            raise self._bad(recording, f"samples of {8 * width} bits")
-        self.rate = rate
-        return _samples(raw, width)
+        if found.channels != 1:
+            what = "stereo" if found.channels == 2 else f"{found.channels} channels"
+            raise self._bad(recording, f"{what}; one channel is needed")
+        if self.rate is not None and found.rate != self.rate:
+            what = f"{found.rate} samples/s, the others have {self.rate}"
+            raise self._bad(recording, what)
+        if found.width not in SCALES:
+            raise self._bad(recording, f"samples of {8 * found.width} bits")
+        self.rate = found.rate
+        return _samples(found.raw, found.width)
 
     @staticmethod
     def _bad(recording: Recording, problem: str) -> DataError:
