@@ -26,6 +26,7 @@ from mpilm.train.best_model import BestModel
 from mpilm.train.consensus import measure_consensus
 from mpilm.train.evaluate import Quality, evaluate, swapped
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
+from mpilm.train.notes import notes_on
 from mpilm.train.run import RunFolder, make_learner, make_schedule, require_same
 from mpilm.train.screen import Screen, count
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
@@ -128,7 +129,8 @@ class Trainer:
             f"{task.path}: {task.num_train:,} training {task.sample}s,"
             f" {left_out:,} at the ends of the streams left out"
         )
-        for note in config.notes:
+        size = self.world.size
+        for note in (*config.notes, *notes_on(config, self.strategy, size)):
             yield f"note: {note}"
         if self.totals.step:
             yield f"resumed at step {self.totals.step:,}, {self.samples:,} samples"

@@ -1,0 +1,56 @@
+"""Settings that do not go together are said so in one line, before training."""
+
+from __future__ import annotations
+
+import pytest
+
+TIMES = {"name": "constant", "times_ranks": True}
+# name of the strategy, sections -> words of the only note; None: there is none
+NOTED = {
+    "shards out of lockstep": (
+        "adpsgd", {}, 'data.source = "shards": under adpsgd',
+    ),
+    "shards of nodes out of lockstep": (
+        "hierarchical", {"strategy": {"node_size": 1}},
+        'data.source = "shards": under hierarchical',
+    ),
+    "the pool out of lockstep": ("adpsgd", {"data": {"source": "pool"}}, None),
+    "shards in lockstep": ("allreduce", {}, None),
+    "ranks counted twice": (
+        "bmuf", {"schedule": TIMES},
+        "rate by 2, the block momentum of bmuf (eta = 0.5) every step by 2 again",
+    ),
+    "ranks counted twice in groups": (
+        "gossip_bmuf", {"schedule": TIMES, "strategy": {"group_size": 2, "eta": 0.75}},
+        "block momentum of gossip_bmuf (eta = 0.75) every step by 4 again",
+    ),
+    "ranks counted twice between nodes": (
+        "hierarchical",
+        {"schedule": TIMES, "strategy": {"node_size": 1, "inner": "bmuf"}},
+        "block momentum of bmuf (eta = 0.5)",
+    ),
+    "no block momentum": (
+        "bmuf", {"schedule": TIMES, "strategy": {"eta": 0.0}}, None,
+    ),
+    "no filter": (
+        "gossip_bmuf",
+        {"schedule": TIMES, "strategy": {"group_size": 2, "filter": False}}, None,
+    ),
+    "averages": ("model_averaging", {"schedule": TIMES}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOTED)
+def test_what_does_not_go_together_is_noted(run, case):
+    name, sections, words = NOTED[case]
+    trainer, _ = run(2, name, steps=1, optim={"lr": 0.01}, **sections)
+    notes = [line for line in trainer.introduction() if line.startswith("note: ")]
+    assert len(notes) == (words is not None)
+    if words is not None:
+        assert words in notes[0]
+        assert "\n" not in notes[0]
+
+
+def test_alone_there_is_nothing_to_note(run):
+    (trainer,) = run(1, "adpsgd", steps=1)
+    assert not any("note" in line for line in trainer.introduction())
