@@ -71,7 +71,8 @@ class Part:
             if final:
                 yield text if text.endswith("\n") else text + "\n", len(raw)
                 return
-            cut = text.rfind("\n") + 1 or text.rfind(" ") + 1
+            # the last word stays: it may be an <eos> that the line end belongs to
+            cut = text.rfind("\n") + 1 or text.rfind(" ", 0, len(text.rstrip())) + 1
             carry = text[cut:]
             if len(carry) > LONGEST_WORD_BYTES:
                 raise DataError(

@@ -7,6 +7,7 @@ count holds the distinct words.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,9 @@ def prepare_text(
 
     Every line ends in `<eos>`, blank lines too. At level "word", words are what white
     space separates, as in the distributed WikiText and Penn Treebank files. At level
-    "char", every character is a token, the line end being `<eos>`.
+    "char", every character is a token, the line end being `<eos>`. A text whose lines
+    end in a literal `<eos>` gives the same words as one without; its characters are
+    not the same, which is a warning.
 
     Args:
         train: a file, several, or a folder; a folder that holds the files of a corpus
@@ -89,6 +92,12 @@ def prepare_text(
         "options": options,
         "sources": _sources(parts),
     }
+    if encoder.num_spelled:
+        warnings.warn(
+            f"in the train text {encoder.num_spelled:,} line ends are spelled {EOS}: at"
+            f" level char these are {len(EOS)} characters each, beside the line end",
+            stacklevel=2,
+        )
     encoder.choose(vocab)
     return write_corpus(
         out, encoder, lambda name: read_text(parts[name], read), provenance

@@ -9,6 +9,7 @@ map over a dictionary's lookup, numpy): docs/data.md has the measured rates.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Any, ClassVar
@@ -19,13 +20,16 @@ from numpy.typing import NDArray
 from mpilm.data.hdf5 import EOS, UNK
 from mpilm.errors import DataError
 
+EOS_AND_END = re.compile(rf"{EOS}[^\S\n]*\n")
+
 
 class Encoder(ABC):
     """Text to token ids at one level.
 
-    level       "word" or "char"
-    vocabulary  the words (or characters), most frequent first, after `choose`
-    counts      (V,) int64, how often each stands in the text that was counted
+    level        "word" or "char"
+    vocabulary   the words (or characters), most frequent first, after `choose`
+    counts       (V,) int64, how often each stands in the text that was counted
+    num_spelled  lines so far whose end is spelled `<eos>`, character by character
     """
 
     level: ClassVar[str]
@@ -34,6 +38,7 @@ class Encoder(ABC):
         self.lower = lower
         self.vocabulary: list[str] = []
         self.counts: NDArray[np.int64] = np.zeros(0, np.int64)
+        self.num_spelled = 0
 
     @abstractmethod
     def count(self, text: str) -> None:
@@ -82,7 +87,10 @@ class _Ids(dict[str, int]):
 
 
 class Words(Encoder):
-    """Words are what white space separates; a line end is the word `<eos>`."""
+    """Words are what white space separates; a line end is the word `<eos>`.
+
+    A literal `<eos>` at the end of a line is that line end, not one more.
+    """
 
     level = "word"
 
@@ -92,7 +100,10 @@ class Words(Encoder):
         self._ids = _Ids()
 
     def _split(self, text: str) -> list[str]:
-        return self.normal(text).replace("\n", f" {EOS} ").split()
+        text = self.normal(text)
+        if EOS in text:
+            text = EOS_AND_END.sub("\n", text)
+        return text.replace("\n", f" {EOS} ").split()
 
     def count(self, text: str) -> None:
         self._seen.update(self._split(text))
@@ -126,6 +137,8 @@ class Characters(Encoder):
         return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
     def count(self, text: str) -> None:
+        if EOS in text:
+            self.num_spelled += len(EOS_AND_END.findall(text))
         counts = np.bincount(self._codes(text))
         self._seen[: len(counts)] += counts
 

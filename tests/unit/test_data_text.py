@@ -92,6 +92,31 @@ def test_words_that_are_too_rare_are_unk(encoder: type[Words]) -> None:
     assert np.count_nonzero(chosen.encode("a c b z\n") == unk) == 2
 
 
+def test_a_line_has_one_eos_though_the_text_has_its_own(tmp_path: Path) -> None:
+    plain = "a b\n\n c d \nlast"
+    expected = "a b <eos> <eos> c d <eos> last <eos>"
+    for text in (
+        plain,
+        "a b <eos>\n<eos>\n c d <eos> \t\r\nlast <eos>",
+        "a b<eos>\n<eos>\nc d <eos>\nlast<eos>\n",
+        "a b <eos> <eos> c d <eos> last <eos>",
+        "a b <eos>\n<eos> c d <eos> last",
+    ):
+        prepare(tmp_path, text, text, text)
+        for split in SPLITS:
+            assert spaced(read(tmp_path / "c.h5", split)) == expected
+    with Corpus.open(tmp_path / "c.h5") as corpus:
+        assert corpus.counts[corpus.ids["<eos>"]] == 4
+    prepare(tmp_path, "a <EOS>\n", lower=True)
+    assert spaced(read(tmp_path / "c.h5", "train")) == "a <eos>"
+
+
+def test_at_level_char_a_literal_eos_is_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="2 line ends are spelled <eos>"):
+        prepare(tmp_path, "a <eos>\nb<eos>\na <eos> b\n", level="char")
+    assert spaced(read(tmp_path / "c.h5", "train")).startswith("a   < e o s > <eos> b")
+
+
 def test_lower_case(tmp_path: Path) -> None:
     prepare(tmp_path, "The the \u00c9t\u00e9\n", lower=True)
     assert read(tmp_path / "c.h5", "train") == ["the", "the", "\u00e9t\u00e9", "<eos>"]
@@ -114,7 +139,9 @@ def test_all_words_are_kept_without_a_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoder", [Words, Characters])
 @settings(max_examples=50, deadline=None)
-@given(text=st.text(alphabet="ab \n\u00e9\U0001f600", max_size=60))
+@given(
+    text=st.lists(st.sampled_from([*"ab \n\t\u00e9\U0001f600", "<eos>"])).map("".join)
+)
 def test_no_block_size_changes_the_tokens(encoder: type[Words], text: str) -> None:
     """Blocks of any size hold what one block of everything holds."""
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"mpilm-blocks-{os.getpid()}.txt"
