@@ -35,11 +35,11 @@ from msgspec import Meta
 
 from mpilm.convert import convert
 from mpilm.errors import ConfigError, MpilmError
-from mpilm.learner.flat import Layout, copy_of
+from mpilm.learner.flat import Layout
 from mpilm.storage.saved import State, nested, under
 from mpilm.strategies.allreduce import summed_bytes
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
-from mpilm.strategies.nodes import Nodes
+from mpilm.strategies.nodes import Nodes, Relay
 from mpilm.strategies.registry import INNER, find
 from mpilm.strategies.super_learner import SuperLearner
 from mpilm.world.base import World
@@ -81,8 +81,7 @@ class Hierarchical(Strategy):
     steps         taken so far
     num_bcasts    broadcasts of theta in the node so far
     node_metrics  the leader's metrics when the final model was last made
-    observed      the parts that the leader saw synchronised in this step
-    seen          their values, (P,)
+    relay         shows the observer what the leader saw synchronised
     """
 
     name = "hierarchical"
@@ -104,8 +103,7 @@ class Hierarchical(Strategy):
         self.lockstep, self.synchronises = kind.lockstep, kind.synchronises
         self.steps = self.num_bcasts = 0
         self.node_metrics: dict[str, Any] = {}
-        self.observed: list[slice] = []
-        self.seen: Any = None
+        self.relay = Relay(self.node)
 
     def start(self, learner: Learner) -> None:
         if self.inner is not None:
@@ -113,18 +111,17 @@ class Hierarchical(Strategy):
         self.bcast_(learner.theta)
 
     def step(self, learner: Learner) -> Any:
-        if self.on_synchronised is not None and self.seen is None:
-            self.seen = copy_of(learner.theta)
+        observed = self.on_synchronised is not None
         super_learner = self.super_learner(learner)
         if self.inner is None:
             loss = super_learner.gradient()  # (1)
         else:
-            self.inner.on_synchronised = self.note if self.on_synchronised else None
+            self.inner.on_synchronised = self.relay.note if observed else None
             loss = self.inner.step(super_learner)  # (1), (2)
         self.bcast_(learner.theta)  # (3)
         self.num_bcasts += 2 if self.pace.moves_first else 1
-        if self.on_synchronised is not None:
-            self.show()
+        if observed:
+            self.relay.show_(learner.theta, self.synchronised)
         self.steps += 1
         return loss
 
@@ -195,31 +192,6 @@ class Hierarchical(Strategy):
         except MpilmError as error:
             name = f"{self.config.inner} between {self.nodes.num_nodes} nodes"
             raise type(error)(f"strategy hierarchical, {name}: {error}") from error
-
-    # for the observer
-    def note(self, where: slice, model: Any) -> None:
-        """Keep a part of the model that the leaders have just synchronised."""
-        self.observed.append(where)
-        self.seen[where] = model
-
-    def show(self) -> None:
-        """Show the observer on every rank of the node what the leader has noted.
-
-        Communicates: collective in the node, a Bcast of 8 bytes and, if there is
-        anything, of 16 bytes a part and of the parts; blocking.
-        """
-        number = np.array([len(self.observed)], np.int64)
-        self.bcast_(number)
-        ends = np.zeros(2 * int(number[0]), np.int64)
-        if len(ends) == 0:
-            return
-        if self.observed:
-            ends[:] = [end for part in self.observed for end in (part.start, part.stop)]
-        self.bcast_(ends)
-        for start, stop in ends.reshape(-1, 2).tolist():
-            self.bcast_(self.seen[start:stop])
-            self.synchronised(slice(start, stop), self.seen[start:stop])
-        self.observed.clear()
 
     # metrics and state
     def metrics(self) -> dict[str, Any]:

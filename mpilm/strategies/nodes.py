@@ -1,12 +1,14 @@
-"""Ranks cut into nodes, and counts of nodes as counts of ranks (`hierarchical`)."""
+"""Ranks cut into nodes, and what nodes count, in terms of ranks (`hierarchical`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mpilm.errors import CheckpointError, ConfigError
+from mpilm.learner.flat import copy_of
 from mpilm.world.base import Comm
 
 
@@ -89,6 +91,52 @@ class Nodes:
         spread = weights[self.node_of] / self.mine.size
         spread[self.comm.rank] = 0.0
         return spread
+
+
+class Relay:
+    """Shows the observers of a node what its leader saw synchronised in a step.
+
+    parts   where, in the order in which it happened
+    values  copies of the parts
+    """
+
+    def __init__(self, node: Comm) -> None:
+        self.node = node
+        self.parts: list[slice] = []
+        self.values: list[Any] = []
+
+    def note(self, where: slice, model: Any) -> None:
+        """Keep a part of the model that the leaders have just synchronised."""
+        self.parts.append(where)
+        self.values.append(copy_of(model))
+
+    def show_(self, theta: Any, observe: Callable[[slice, Any], None]) -> None:
+        """Call `observe` on every rank of the node with what the leader has noted.
+
+        Args:
+            theta: (P,), for the kind and place of the vectors.
+
+        Communicates: collective in the node, a Bcast of 8 bytes and, if there is
+            anything, of 16 bytes a part and of the parts; blocking.
+        """
+        number = np.array([len(self.parts)], np.int64)
+        self.bcast_(number)
+        ends = np.zeros((int(number[0]), 2), np.int64)
+        if self.parts:
+            ends[:] = [(part.start, part.stop) for part in self.parts]
+        if len(ends):
+            self.bcast_(ends.reshape(-1))
+        for index, (start, stop) in enumerate(ends.tolist()):
+            is_leader = index < len(self.values)
+            model = self.values[index] if is_leader else copy_of(theta[start:stop])
+            self.bcast_(model)
+            observe(slice(start, stop), model)
+        self.parts, self.values = [], []
+
+    def bcast_(self, vector: Any) -> None:
+        """Replace `vector` by the leader's."""
+        if self.node.size > 1:
+            self.node.Bcast(vector, root=0)
 
 
 def ranks_of_my_node(comm: Comm, node_size: int) -> Comm:
