@@ -27,6 +27,10 @@ class CheckpointError(MpilmError):
     """A checkpoint or run folder cannot be read or written."""
 
 
+class ModelError(MpilmError):
+    """A model, its loss or its optimiser is not, or is no longer, one to train."""
+
+
 class WorldError(MpilmError):
     """Ranks cannot communicate as asked (thread level, deadlock, a lost rank)."""
 

@@ -5,19 +5,13 @@ Knows nothing of other ranks. A strategy speaks to it in the terms of its equati
     theta, grad       (P,) float32, contiguous; torch's parameters are views of them
     gradient(ready)   next minibatch: grad <- d loss / d theta
     update()          theta <- theta - lr * P(grad), P by the torch optimiser
-
-Random numbers. Dropout draws from torch's global random state, which all learners of a
-process share (the virtual world runs many). Each learner has a state of its own and
-puts it into place when another learner has been at work since; with one learner in the
-process that never happens. So any module works, and masks depend on the learner's seed
-alone. (A generator of its own for each learner would not reach nn.LSTM's dropout.)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +20,11 @@ from torch.optim import Optimizer
 
 from mpilm.errors import CheckpointError
 from mpilm.learner.malloc import keep_freed_memory
-from mpilm.learner.parameters import FlatParameters
+from mpilm.learner.optimizer import THETA, LearnerOptimizer
+from mpilm.learner.parameters import FlatParameters, require_ready
+from mpilm.learner.random_state import RandomState
+from mpilm.learner.rest import ModuleRest, restored_parts, stored, stored_parts
+from mpilm.storage.saved import nested, under
 
 T = TypeVar("T")
 Notify = Callable[[Any], None]
@@ -61,6 +59,7 @@ class Learner:
     Args:
         model: any module with float32 parameters; it is moved to `device`.
         batches: `.next()` gives minibatches with `num_samples`; None: only to evaluate.
+            With `state()` and `load_state` its place is in the learner's state.
         optimizer: from a list of parameters to a torch optimiser.
         loss: from (model, minibatch) to the mean loss; `model.loss(minibatch)` if not
             given. Arrays of a named tuple come as tensors on `device`.
@@ -68,10 +67,12 @@ class Learner:
         device: "cpu", "cuda:0", ...
         seed: of dropout; give each rank another.
         flat: whether the optimiser gets theta as one parameter (its update is then
-            one fused operation) or the model's own parameters.
+            one fused operation) or the model's own parameters. None: as its groups and
+            its kind demand, see optimizer.py; it is made twice then.
 
     Raises:
-        ModelError: the model has no float32 parameters to train.
+        ModelError: the model has no float32 parameters to train, or the optimiser is
+            none that a Learner can use.
     """
 
     def __init__(
@@ -84,11 +85,12 @@ class Learner:
         compute: Compute | None = None,
         device: str | torch.device = "cpu",
         seed: int = 0,
-        flat: bool = True,
+        flat: bool | None = None,
     ) -> None:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
+        require_ready(model)
         self.model = model.to(self.device)
         self.batches = batches
         self.samples = 0
@@ -99,14 +101,15 @@ class Learner:
         self._loss = loss or (lambda model, batch: model.loss(batch))
         self._compute: Compute = compute or run_now
         self._random = RandomState(seed, self.device)
-        if flat:
-            self._optimised = {"theta": nn.Parameter(self.theta)}
-        else:
-            slots = self._parameters.slots
-            self._optimised = {slot.segment.name: slot.parameter for slot in slots}
-        self.optimizer = optimizer(list(self._optimised.values()))
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._lr_ratios = [rate / rates[0] if rates[0] else 1.0 for rate in rates]
+        slots = self._parameters.slots
+        self.rest = ModuleRest(model, {id(s.parameter) for s in slots}, self.device)
+        own = {slot.segment.name: slot.parameter for slot in slots}
+        self._optimizer = LearnerOptimizer(optimizer, own, self.theta, flat)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimiser."""
+        return self._optimizer.torch
 
     def gradient(
         self, ready: Notify | None = None, *, scale: float = 1.0
@@ -121,7 +124,8 @@ class Learner:
             the loss: a float on the CPU; 0-d on a GPU, which is not waited for.
 
         Raises:
-            ModelError: the parameters are not views of theta any more.
+            ModelError: the parameters are not views of theta any more, or the loss is
+                no scalar that depends on them.
         """
         batch = self._to_device(self.batches.next())  # may wait for a lease
 
@@ -143,9 +147,9 @@ class Learner:
     def update(self) -> None:
         """Take one step of the optimiser: theta <- theta - lr * P(grad)."""
         self._parameters.attach_grad()
-        if "theta" in self._optimised:
-            self._optimised["theta"].grad = self.grad
-        self.optimizer.step()
+        if THETA in self._optimizer.parameters:
+            self._optimizer.parameters[THETA].grad = self.grad
+        self._optimizer.step()
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -153,41 +157,30 @@ class Learner:
 
         Hooks of the optimiser (clipping) are something else.
         """
-        optimizer: Any = self.optimizer
-        groups = optimizer.param_groups
-        extras = ("momentum", "weight_decay", "maximize")
-        return (
-            type(optimizer) is torch.optim.SGD
-            and not optimizer._optimizer_step_pre_hooks
-            and not optimizer._optimizer_step_post_hooks
-            and not any(group[key] for group in groups for key in extras)
-            and all(group["lr"] == groups[0]["lr"] for group in groups)
-        )
+        return self._optimizer.is_plain_sgd
 
     def moments(self) -> dict[str, Tensor]:
         """Return the optimiser's state vectors (momentum, ...), 1-D, by name.
 
         They are its own memory: what changes them changes the optimiser.
         """
-        found: dict[str, Tensor] = {}
-        for owner, parameter in self._optimised.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    name = key if owner == "theta" else f"{key}/{owner}"
-                    found[name] = value.view(-1)
-        return found
+        return self._optimizer.moments()
+
+    def reset_moments(self) -> None:
+        """Let the optimiser begin anew: moments, and the counters that go with them."""
+        self._optimizer.reset()
 
     @property
     def lr(self) -> float:
-        """Learning rate of the first parameter group; others keep their ratio to it."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """Learning rate of the first parameter group that had one above 0.
+
+        Set, the other groups keep their ratio to it.
+        """
+        return self._optimizer.lr
 
     @lr.setter
     def lr(self, value: float) -> None:
-        for group, ratio in zip(
-            self.optimizer.param_groups, self._lr_ratios, strict=True
-        ):
-            group["lr"] = ratio * value
+        self._optimizer.lr = value
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> Sums:
@@ -242,68 +235,46 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold to go on, to the bit: name -> value.
 
-        theta, samples, lr; optimizer/PARAMETER/KEY; random/DEVICE; carried/N;
-        model/NAME for buffers and frozen parameters; batches/NAME.
+        theta, samples; optimizer/settings, optimizer/PARAMETER/KEY; random/DEVICE;
+        carried/N; model/NAME for buffers and frozen parameters; batches/NAME.
         """
         self._parameters.check()
-        state: dict[str, Any] = {
-            "theta": to_numpy(self.theta),
-            "samples": self.samples,
-            "lr": self.lr,
-        }
-        for index, parameter in enumerate(self._optimised.values()):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    state[f"optimizer/{index}/{key}"] = to_numpy(value)
-        for index, part in enumerate(self._carried()):
-            state[f"carried/{index}"] = to_numpy(part)
-        for name, value in self._other_tensors().items():
-            state[f"model/{name}"] = to_numpy(value)
-        if self.batches is not None:
-            for name, value in self.batches.state().items():
-                state[f"batches/{name}"] = value
+        state = {"theta": stored(self.theta), "samples": self.samples}
+        state |= nested("optimizer", self._optimizer.state())
+        state |= nested("carried", stored_parts(self._carried()))
+        state |= nested("model", self.rest.state())
+        if hasattr(self.batches, "state"):
+            state |= nested("batches", self.batches.state())
         return {**state, **self._random.state()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], *, settings: bool = True) -> None:
         """Take up what `state` returned.
 
+        Args:
+            settings: whether the optimiser's settings (learning rates, ...) are taken
+                up as well, or stay as they are here.
+
         Raises:
-            CheckpointError: it is the state of another model.
+            CheckpointError: it is the state of another model, optimiser or data.
         """
+        for name in ("theta", "samples"):
+            if name not in state:
+                raise CheckpointError(f"the state has no {name}: it is no learner's")
         self.load_theta(state["theta"])
         self.samples = int(state["samples"])
-        self._load_optimizer(_under("optimizer/", state))
-        self.lr = float(state["lr"])
-        carried = _under("carried/", state)
-        order = sorted(carried, key=int)
-        self._load_carried(tuple(self._tensor(carried[index]) for index in order))
-        others = self._other_tensors()
-        for name, value in _under("model/", state).items():
-            others[name].copy_(torch.as_tensor(value))
-        if self.batches is not None:
-            self.batches.load_state(_under("batches/", state))
+        self._optimizer.load_state(under("optimizer", state), settings=settings)
+        parts = restored_parts(under("carried", state))
+        self._load_carried(tuple(self._tensor(part) for part in parts))
+        self.rest.put_back(self.rest.read(under("model", state)))
+        place = under("batches", state)
+        if place and self.batches is not None:
+            if not hasattr(self.batches, "load_state"):
+                raise CheckpointError(
+                    "batches: the checkpoint has their place in the data, but they have"
+                    " no load_state"
+                )
+            self.batches.load_state(place)
         self._random.load_state(state)
-
-    def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        found: dict[int, dict[str, Any]] = {}
-        for path, value in saved.items():
-            index, key = path.split("/", 1)
-            is_array = isinstance(value, np.ndarray | np.generic)
-            found.setdefault(int(index), {})[key] = (
-                torch.tensor(value) if is_array else value
-            )
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": found, "param_groups": groups})
-
-    def _other_tensors(self) -> dict[str, Tensor]:
-        """Return the module's tensors that are not in theta, by name."""
-        flat = {id(slot.parameter) for slot in self._parameters.slots}
-        named = self.model.state_dict(keep_vars=True)
-        return {
-            name: value.detach()
-            for name, value in named.items()
-            if isinstance(value, Tensor) and id(value) not in flat
-        }
 
     def _carried(self) -> tuple[Tensor, ...]:
         carried = getattr(self.model, "carried", None)
@@ -330,70 +301,3 @@ class Learner:
         if self.device.type == "cuda" and not tensor.is_cuda:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
-
-
-class RandomState:
-    """One learner's state of torch's global random generators (CPU and its GPU)."""
-
-    _in_place: ClassVar[RandomState | None] = None  # whose state the generators hold
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.gpu = device if device.type == "cuda" else None
-        self._saved = [torch.Generator().manual_seed(seed).get_state()]
-        if self.gpu is not None:
-            generator = torch.Generator(self.gpu).manual_seed(seed)
-            self._saved.append(generator.get_state())
-
-    def put_in_place(self) -> None:
-        """Let the global generators go on from this state."""
-        holder = RandomState._in_place
-        if holder is self:
-            return
-        if holder is not None:
-            holder._saved = holder._read()
-        self._write()
-        RandomState._in_place = self
-
-    def state(self) -> dict[str, Any]:
-        """Return it: device type -> bytes."""
-        if RandomState._in_place is self:
-            self._saved = self._read()
-            # cuDNN keeps a dropout state that cannot be read; setting the generator
-            # makes it draw a new one, here as after a resume.
-            self._write()
-        names = ("random/cpu", "random/cuda")
-        return {n: s.numpy().copy() for n, s in zip(names, self._saved, strict=False)}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` returned; a GPU the state lacks stays as it is."""
-        names = ("random/cpu", "random/cuda")[: len(self._saved)]
-        for index, name in enumerate(names):
-            if name in state:
-                self._saved[index] = torch.tensor(state[name], dtype=torch.uint8)
-        if RandomState._in_place is self:
-            self._write()
-
-    def _read(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self.gpu is not None:
-            states.append(torch.cuda.get_rng_state(self.gpu))
-        return states
-
-    def _write(self) -> None:
-        torch.set_rng_state(self._saved[0])
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self._saved[1], self.gpu)
-
-
-def to_numpy(value: Any) -> Any:
-    """Return a tensor as a numpy array of its own memory; anything else as it is."""
-    return value.detach().cpu().numpy().copy() if isinstance(value, Tensor) else value
-
-
-def _under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of `state` whose names begin with `prefix`, without it."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in state.items()
-        if name.startswith(prefix)
-    }

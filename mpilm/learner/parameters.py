@@ -20,17 +20,64 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from mpilm.errors import MpilmError
+from mpilm.errors import ModelError
 from mpilm.learner.flat import Layout, Segment
 
+NO_GRADIENT = (
+    "the loss depends on no parameter of the model: was it detached, computed under"
+    " no_grad, or by another model?"
+)
+REMEDY = "do that before the Learner is made, or make a new Learner afterwards"
 
-class ModelError(MpilmError):
-    """A module's parameters cannot be, or no longer are, views of one vector."""
+
+class Structure:
+    """What a module consists of: children, and parameters that are not in theta.
+
+    Looked at before every step, so it compares as little as it can: some 20 us for
+    150 modules.
+
+    Args:
+        flat: ids of the Parameters in theta, which are looked at elsewhere.
+    """
+
+    def __init__(self, module: nn.Module, flat: set[int]) -> None:
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._children: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._frozen: list[tuple[dict[str, Any], str, nn.Parameter, str]] = []
+        for prefix, owner in module.named_modules():
+            self._sizes.append((owner._parameters, len(owner._parameters)))
+            if owner._modules:
+                self._children.append((owner._modules, dict(owner._modules)))
+            else:
+                self._sizes.append((owner._modules, 0))
+            for key, parameter in owner._parameters.items():
+                if parameter is not None and id(parameter) not in flat:
+                    name = f"{prefix}.{key}" if prefix else key
+                    self._frozen.append((owner._parameters, key, parameter, name))
+
+    def is_as_it_was(self) -> bool:
+        """Return whether everything is the same object."""
+        for own, size in self._sizes:
+            if len(own) != size:
+                return False
+        for own, before in self._children:
+            if own != before:
+                return False
+        return all(own.get(key) is p for own, key, p, _ in self._frozen)
+
+    def thawed(self) -> str | None:
+        """Return the name of a parameter that was frozen, and is not any more."""
+        for _, _, parameter, name in self._frozen:
+            if parameter.requires_grad and parameter.numel():
+                return name
+        return None
 
 
 @dataclass(frozen=True)
@@ -49,7 +96,7 @@ class FlatParameters:
     """Lays the trainable parameters of `module` into one vector each, `theta`, `grad`.
 
     Tied parameters (one Parameter in several places) have one segment, named after the
-    first place. Frozen parameters stay where they are.
+    first place. Frozen parameters, and those without elements, stay where they are.
 
     Args:
         module: parameters are float32 and all on `device`.
@@ -63,6 +110,7 @@ class FlatParameters:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module
         places = _places(module)
         self.layout = Layout(tuple(segment for segment, *_ in places))
         self.theta = torch.zeros(self.layout.size, device=device)
@@ -74,6 +122,8 @@ class FlatParameters:
         self._pending: set[str] = set()
         for slot in self.slots:
             slot.parameter.register_hook(self._hook(slot))
+        self._flat = {id(slot.parameter) for slot in self.slots}
+        self._structure = Structure(module, self._flat)
 
     def _slot(self, segment: Segment, owner: nn.Module, key: str) -> Slot:
         parameter = owner.get_parameter(key)
@@ -99,10 +149,11 @@ class FlatParameters:
                 slot.parameter.data = view.copy_(slot.parameter)
 
     def check(self) -> None:
-        """Raise unless the module's parameters still are views of theta.
+        """Raise unless the module's trainable parameters are the views of theta.
 
         Raises:
-            ModelError: the module was moved, converted or given other parameters.
+            ModelError: the module was moved, converted, frozen, or given other
+                parameters.
         """
         for slot in self.slots:
             parameter = slot.owner._parameters.get(slot.key)
@@ -110,8 +161,36 @@ class FlatParameters:
                 raise ModelError(
                     f"parameter {slot.segment.name} left the learner's vector: make the"
                     " Learner after model.to(), flatten_parameters() and"
-                    " load_state_dict(assign=True)"
+                    " load_state_dict(assign=True), and one Learner of a model"
                 )
+            if not parameter.requires_grad:
+                raise ModelError(
+                    f"parameter {slot.segment.name} was frozen (requires_grad = False)"
+                    f" under the Learner: {REMEDY}"
+                )
+        if not self._structure.is_as_it_was():
+            self._require_same_parameters()
+            self._structure = Structure(self.module, self._flat)
+        name = self._structure.thawed()
+        if name is not None:
+            raise ModelError(
+                f"parameter {name} was made trainable (requires_grad = True) under the"
+                f" Learner: {REMEDY}"
+            )
+
+    def _require_same_parameters(self) -> None:
+        """Raise unless what the module consists of now has the same parameters."""
+        flat = {id(slot.parameter): slot.segment.name for slot in self.slots}
+        for name, parameter in self.module.named_parameters():
+            is_flat = flat.pop(id(parameter), None) is not None
+            if parameter.requires_grad and parameter.numel() and not is_flat:
+                raise ModelError(
+                    f"parameter {name} was added under the Learner: {REMEDY}"
+                )
+        for name in flat.values():
+            raise ModelError(
+                f"parameter {name} was removed under the Learner: {REMEDY}"
+            )
 
     def backward(
         self, loss: Tensor, notify: Callable[[slice], Any], scale: float = 1.0
@@ -124,15 +203,24 @@ class FlatParameters:
         Args:
             notify: called with each segment's slice once, when its gradient is final;
                 at the end for parameters that the loss does not depend on.
+
+        Raises:
+            ModelError: it is no scalar, or depends on no parameter.
         """
+        _require_loss(loss)
         self.attach_grad()
         self._notify, self._scale = notify, scale
         self._pending = {slot.segment.name for slot in self.slots}
         try:
             parameters = [slot.parameter for slot in self.slots]
             torch.autograd.grad(loss, parameters, allow_unused=True)
+        except RuntimeError:
+            self.check()  # frozen while the loss was computed
+            raise
         finally:
             self._notify = None
+        if len(self._pending) == len(self.slots):
+            raise ModelError(NO_GRADIENT)
         for slot in self.slots:
             if slot.segment.name in self._pending:
                 slot.grad.zero_()
@@ -154,6 +242,8 @@ class FlatParameters:
                 torch.mul(dense, self._scale, out=slot.grad)
             self._pending.discard(slot.segment.name)
             self._notify(slot.segment.slice)
+            if grad.is_sparse:
+                return None
             return grad.new_zeros(()).expand_as(grad)  # frees it: nobody needs it more
 
         return gradient_is_final
@@ -178,10 +268,30 @@ def is_aligned(vector: Tensor) -> bool:
     return vector.data_ptr() % 16 == 0
 
 
+def _require_loss(loss: Any) -> None:
+    """Raise unless `loss` is a scalar that depends on something.
+
+    Raises:
+        ModelError: one line that says what it is instead.
+    """
+    if not isinstance(loss, Tensor):
+        raise ModelError(f"the loss is of type {type(loss).__name__}, not a tensor")
+    if loss.numel() != 1:
+        raise ModelError(
+            f"the loss has shape {tuple(loss.shape)}: a Learner takes the mean over the"
+            " minibatch, a scalar"
+        )
+    if not loss.requires_grad:
+        raise ModelError(NO_GRADIENT)
+
+
 def _places(module: nn.Module) -> list[tuple[Segment, nn.Module, str]]:
-    """Return segment, owner and key of every trainable parameter, in their order."""
+    """Return segment, owner and key of every trainable parameter, in their order.
+
+    Raises:
+        ModelError: there is none, or one that cannot be laid into theta.
+    """
     places: list[tuple[Segment, nn.Module, str]] = []
-    addresses: dict[int, str] = {}
     done: set[int] = set()  # ids of Parameters
     start = 0
     for prefix, owner in module.named_modules():
@@ -195,34 +305,71 @@ def _places(module: nn.Module) -> list[tuple[Segment, nn.Module, str]]:
                 continue
             done.add(id(parameter))
             name = f"{prefix}.{key}" if prefix else key
-            _require_plain(name, parameter, addresses)
+            _require_plain(name, parameter)
+            if not parameter.numel():
+                continue
             component = component_of(owner, prefix, key)
             segment = Segment(name, start, tuple(parameter.shape), component)
             places.append((segment, owner, key))
             start = segment.stop
     if not places:
         raise ModelError("the model has no trainable parameters")
+    _require_apart(module, {id(owner._parameters[key]) for _, owner, key in places})
     return places
 
 
-def _require_plain(
-    name: str, parameter: nn.Parameter, addresses: dict[int, str]
-) -> None:
-    """Note the parameter's address in `addresses`.
+def require_ready(module: nn.Module) -> None:
+    """Raise unless all parameters and buffers of `module` have their memory.
 
     Raises:
-        ModelError: it is not float32, or two Parameters share its memory.
+        ModelError: one is lazy, or on the device "meta".
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{name} has no shape yet: let the model see a minibatch before the"
+                " Learner is made"
+            )
+        if tensor.is_meta:
+            raise ModelError(f"{name} has no memory yet (device meta)")
+
+
+def _require_plain(name: str, parameter: nn.Parameter) -> None:
+    """Raise unless a parameter is one that theta can hold.
+
+    Raises:
+        ModelError: it is not float32.
     """
     if parameter.dtype != torch.float32:
         raise ModelError(
             f"parameter {name} is {parameter.dtype}; a Learner trains float32"
         )
-    other = addresses.setdefault(parameter.data_ptr(), name)
-    if other != name and parameter.numel():
-        raise ModelError(
-            f"parameters {other} and {name} share memory without being one Parameter;"
-            " tie them by assigning the Parameter itself"
-        )
+
+
+def _require_apart(module: nn.Module, flat: set[int]) -> None:
+    """Raise unless no other tensor of the module shares memory with a trained one.
+
+    In theta each would have its own. (Parts of which one has gaps are not looked at:
+    the columns of a matrix may lie between those of another.)
+
+    Args:
+        flat: ids of the Parameters that will be in theta.
+
+    Raises:
+        ModelError: two do.
+    """
+    found = []
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.numel():
+            start = tensor.data_ptr()
+            found.append((start, start + tensor.nbytes, name, id(tensor) in flat))
+    found.sort()
+    for (_, stop, first, one), (start, _, second, other) in pairwise(found):
+        if start < stop and (one or other):
+            raise ModelError(
+                f"{first} and {second} share memory without being one Parameter; tie"
+                " them by assigning the Parameter itself"
+            )
 
 
 def component_of(owner: nn.Module, prefix: str, key: str) -> str:

@@ -125,6 +125,10 @@ class ProtocolLearner:
         """Return the velocity, if there is one."""
         return {"velocity": self.velocity} if self.momentum else {}
 
+    def reset_moments(self) -> None:
+        """Set the velocity to zero."""
+        self.velocity[:] = 0.0
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""
         return {

@@ -28,6 +28,7 @@ import numpy as np
 
 from mpilm.learner.flat import Layout, to_array
 from mpilm.storage.saved import State, restore_state_, saved_state
+from mpilm.strategies.rest import bcast_rest, with_rest
 from mpilm.world.base import IN_PLACE, Comm, World, require_background
 from mpilm.world.service import Service
 
@@ -70,6 +71,9 @@ class Learner(Protocol):
 
     def moments(self) -> dict[str, Any]:
         """Return the optimiser's flat state vectors by name (momentum, ...)."""
+
+    def reset_moments(self) -> None:
+        """Let the optimiser begin anew: these vectors, and the counters beside them."""
 
 
 @dataclass
@@ -126,6 +130,12 @@ class Strategy(ABC):
     service: Service | None = None
     on_synchronised: Observer | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a `final_model_` of its own see to what lies outside theta."""
+        super().__init_subclass__(**options)
+        if "final_model_" in vars(cls):
+            cls.final_model_ = with_rest(cls.final_model_)  # type: ignore[method-assign]
+
     def __init__(self, world: World, config: Any) -> None:
         self.world = world
         self.config = config
@@ -136,8 +146,13 @@ class Strategy(ABC):
     def start(self, learner: Learner) -> None:
         """Give every rank the model of rank 0; make what the strategy keeps.
 
-        Communicates: collective, one Bcast of 4P bytes, blocking.
+        Raises:
+            ModelError: the ranks' models are not alike.
+
+        Communicates: collective, one Bcast of 4P bytes, blocking; and what
+            `bcast_rest` does for buffers and frozen parameters.
         """
+        bcast_rest(self.comm, learner)
         self.comm.Bcast(learner.theta, root=0)
 
     @abstractmethod
@@ -153,8 +168,12 @@ class Strategy(ABC):
             self.retire(learner)
             self.service.end()
 
+    @with_rest
     def final_model_(self, learner: Learner, out: Any) -> None:
         """Write the model to evaluate and keep into `out`, (P,): the mean over ranks.
+
+        If `out` is `learner.theta`, the module is that model afterwards, buffers and
+        all (rest.py); that is so of every subclass, too.
 
         Communicates: collective, one Allreduce of 4P bytes, blocking.
         """

@@ -33,6 +33,7 @@ from msgspec import Meta
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import copy_of, fill_, to_array
 from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.rest import merge_rest
 
 CHUNK = 1 << 18  # elements of a temporary: 1 MB, stays in the cache; chosen, not tuned
 
@@ -128,10 +129,13 @@ class Ema:
     def final_model_(self, learner: Learner, out: Any) -> None:
         """Write the mean over ranks of E(t) into `out`, (P,).
 
+        What lies outside theta is the mean over ranks as it is (rest.py).
+
         Communicates: collective, one Allreduce of 4P bytes, blocking.
         """
         out[:] = self.model
         self.strategy.mean_(out)
+        merge_rest(self.strategy.comm, learner, out)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold: name -> value."""

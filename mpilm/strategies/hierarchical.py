@@ -41,6 +41,7 @@ from mpilm.strategies.allreduce import summed_bytes
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.strategies.nodes import Nodes, Relay
 from mpilm.strategies.registry import INNER, find
+from mpilm.strategies.rest import bcast_rest
 from mpilm.strategies.super_learner import SuperLearner
 from mpilm.world.base import World
 
@@ -106,6 +107,7 @@ class Hierarchical(Strategy):
         self.relay = Relay(self.node)
 
     def start(self, learner: Learner) -> None:
+        bcast_rest(self.comm, learner)
         if self.inner is not None:
             self.inner.start(self.super_learner(learner))
         self.bcast_(learner.theta)

@@ -41,7 +41,7 @@ class ModelAveragingConfig:
     warmup: Annotated[int, Meta(ge=0)] = 0
     """minibatches at the start that are averaged one by one"""
     momentum: Literal["keep", "reset", "average"] = "keep"
-    """what an average does to the optimiser's moment vectors"""
+    """what an average does to the optimiser's moment vectors; reset: counts as well"""
 
 
 class ModelAveraging(Strategy):
@@ -82,12 +82,12 @@ class ModelAveraging(Strategy):
 
     def treat_moments(self, learner: Learner) -> None:
         """Keep, reset or average the optimiser's vectors after the model jumped."""
-        if self.comm.size == 1 or self.config.momentum == "keep":
+        if self.comm.size == 1:
             return
-        for vector in learner.moments().values():
-            if self.config.momentum == "reset":
-                vector *= 0.0
-            else:
+        if self.config.momentum == "reset":
+            learner.reset_moments()
+        elif self.config.momentum == "average":  # counts of steps are equal anyway
+            for vector in learner.moments().values():
                 self.average_(vector)
 
     def average_(self, vector: Any) -> None:

@@ -69,6 +69,10 @@ class SuperLearner:
                 ready(segment.slice)
         return loss
 
+    @property
+    def rest(self) -> None:
+        """Nothing: what lies outside theta is one for all ranks of all nodes."""
+
     def update(self) -> None:
         """Take one step of the leader's optimiser."""
         self.learner.update()

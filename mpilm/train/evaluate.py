@@ -99,14 +99,17 @@ def quality(nll: float, count: float, errors: float) -> Quality:
 def swapped(learner: Learner, source: Strategy | Ema) -> Iterator[None]:
     """Let the learner hold the final model of `source` inside the block.
 
+    Afterwards it has its own again, buffers and all.
+
     Communicates: collective, what `source.final_model_` does.
     """
-    theta = learner.theta.clone()
+    theta, rest = learner.theta.clone(), learner.rest.copy()
     source.final_model_(learner, learner.theta)
     try:
         yield
     finally:
         learner.theta.copy_(theta)
+        learner.rest.put_back(rest)
 
 
 def unigram_perplexity(corpus: Corpus, split: str, block: int = 1 << 20) -> float:

@@ -386,7 +386,8 @@ class Trainer:
 
     def restore(self, saved: State) -> None:
         """Go on from a state that `save` wrote."""
-        self.learner.load_state(under("learner", saved))
+        # the settings of the optimiser are the configuration's, which may have changed
+        self.learner.load_state(under("learner", saved), settings=False)
         self.strategy.load_state(under("strategy", saved))
         self.schedule.load_state(under("schedule", saved))
         self.totals = Totals(**under("totals", saved))

@@ -226,6 +226,7 @@ def make_learner(
         compute=compute,
         device=device,
         seed=seed,
+        flat=True,
     )
 
 

@@ -188,3 +188,18 @@ def test_torch_vectors_train_like_numpy_vectors(
         return np.asarray(learner.theta)
 
     agree.append(np.array_equal(run(TorchLearner), run(ProtocolLearner)))
+
+
+@pytest.mark.mpich
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_state_outside_theta_is_one_for_all_ranks(
+    world: MpiWorld, name: str, agree: list[bool]
+) -> None:
+    pytest.importorskip("torch")
+    from tests.strategies.modules import faults, states
+
+    found = faults(world.comm.allgather(states(world, name)))
+    agree.append(is_quiet(world))
+    if found:
+        print(f"rank {world.rank}: {name}: {found}")
+    agree.append(not found)
