@@ -120,7 +120,7 @@ class AsyncSgd(Strategy):
         """
         super().finish(learner)
         if not self.is_local:
-            self.final_model_(learner, learner.theta)
+            self.collect(learner.theta)
 
     def final_model_(self, learner: Learner, out: Any) -> None:
         """Write the shards of all ranks into `out`, (P,).
@@ -129,7 +129,14 @@ class AsyncSgd(Strategy):
         """
         if self.is_local:
             out[:] = learner.theta
-            return
+        else:
+            self.collect(out)
+
+    def collect(self, out: Any) -> None:
+        """Write the shards of all ranks into `out`, (P,).
+
+        Communicates: collective, a Bcast of every shard, 4P bytes, blocking.
+        """
         service = self.service
         out[service.own] = service.values
         for rank, shard in enumerate(service.shards):

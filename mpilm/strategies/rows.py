@@ -18,7 +18,7 @@ from mpilm.learner.flat import Layout, Segment
 
 def row_width(segment: Segment) -> int:
     """Return the elements in a row: a step along the first axis."""
-    return segment.size // segment.shape[0]
+    return segment.size // segment.shape[0] if segment.shape else 1
 
 
 def shards(layout: Layout, num_ranks: int) -> list[slice]:
