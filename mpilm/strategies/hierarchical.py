@@ -34,7 +34,7 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.convert import convert
-from mpilm.errors import ConfigError, MpilmError
+from mpilm.errors import MpilmError
 from mpilm.learner.flat import Layout
 from mpilm.storage.saved import State, nested, under
 from mpilm.strategies.allreduce import summed_bytes
@@ -60,10 +60,7 @@ class HierarchicalConfig:
     """of the inner strategy: a table [strategy.settings]"""
 
     def __post_init__(self) -> None:
-        try:
-            find(self.inner, INNER)
-        except ConfigError as error:
-            raise ConfigError(f"strategy.inner: {error}") from None
+        find(self.inner, INNER, "strategy.inner")
         object.__setattr__(self, "settings", asdict(self.inner_config))
 
     @property

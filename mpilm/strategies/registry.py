@@ -38,8 +38,10 @@ INNER: dict[str, Kind] = {
 }
 
 
-def find(name: str, known: Mapping[str, Kind]) -> Kind:
+def find(name: str, known: Mapping[str, Kind], key: str = "strategy") -> Kind:
     """Return the strategy `name` of `known`, or "module:Class" of somebody's own.
+
+    `key` is the setting that errors name.
 
     A module is looked for where Python looks, and in the current folder. Importing it
     runs its code.
@@ -49,7 +51,7 @@ def find(name: str, known: Mapping[str, Kind]) -> Kind:
     """
     if ":" not in name:
         if name not in known:
-            raise ConfigError(f"strategy: {unknown('name', name, known)}")
+            raise ConfigError(f"{key}: {unknown('name', name, known)}")
         return known[name]
     module_name, _, class_name = name.partition(":")
     if "" not in sys.path:
@@ -57,12 +59,10 @@ def find(name: str, known: Mapping[str, Kind]) -> Kind:
     try:
         kind = getattr(import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"strategy {name}: cannot be loaded: {error}") from None
+        raise ConfigError(f"{key} {name}: cannot be loaded: {error}") from None
     if not (isinstance(kind, type) and issubclass(kind, Strategy)):
-        raise ConfigError(
-            f"strategy {name}: is no subclass of mpilm.strategies.Strategy"
-        )
+        raise ConfigError(f"{key} {name}: is no subclass of mpilm.strategies.Strategy")
     for attribute in ("name", "Config"):
         if not hasattr(kind, attribute):
-            raise ConfigError(f"strategy {name}: the class has no {attribute}")
+            raise ConfigError(f"{key} {name}: the class has no {attribute}")
     return kind
