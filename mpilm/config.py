@@ -92,7 +92,7 @@ class CheckpointConfig:
     keep: Positive = 2
     """checkpoints kept"""
     agree_every: Positive = 5
-    """minibatches between two votes on stopping early (signals)"""
+    """minibatches between two agreements on stopping early (signals)"""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class FrameShards:
         used = size * self.num_batches * batch
         self.num_dropped = (int(loads.sum()) - used) * view.item_frames
         self._batch, self._view = batch, view
-        # seeds of the ranks are apart, whatever train.seed is
+        # seeds of the ranks differ, whatever train.seed is
         self._order = Order(split, view, useful[ranks == rank], seed * size + rank)
         self._cache = max(1, cache_frames // (batch * view.item_frames))
         self._geometry = {

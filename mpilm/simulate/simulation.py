@@ -12,7 +12,7 @@ Scale       A protocol of P parameters runs on P/s of them. In machine.py a mess
                 n -> n/s,   bandwidth -> bandwidth/s,   eager_bytes -> eager_bytes/s
 
             changes no time, but for messages that do not grow with the model (a
-            vote, a lease): their bytes seem s times slower, some microseconds.
+            lease, an agreement): their bytes seem s times slower, some microseconds.
 """
 
 from __future__ import annotations
