@@ -6,6 +6,7 @@ is called. tyro turns the function's signature into its options.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -89,6 +90,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    print_anything()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["--version"], ["-V"]):
         print(f"mpilm {__version__}")
@@ -115,6 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+
+
+def print_anything() -> None:
+    """Let print escape what the terminal's encoding lacks, as it does on stderr.
+
+    That may be a word of a corpus, or a byte in a path that is no UTF-8.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def launched_rank() -> int:

@@ -77,6 +77,7 @@ class Submitted:
                 check=False,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 stdin=subprocess.DEVNULL,
                 timeout=ASK_S,
             )

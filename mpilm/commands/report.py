@@ -45,7 +45,7 @@ def report(
         names = f"{found[0].name} and {len(found) - 1} more runs"
     text = page(found, title or names)
     with new_output(out) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"{out}: {count(len(found), 'run')}, {len(text) / 1e3:,.0f} kB")
     if trace is not None:
         print(f"{trace}: {chrome_trace(found[0].path, trace):,} events")

@@ -327,6 +327,7 @@ def start(job: Job) -> str:
             check=False,
             capture_output=True,
             text=True,
+            errors="replace",
             stdin=subprocess.DEVNULL,
             timeout=SUBMIT_S,
             env={**os.environ, **job.variables},

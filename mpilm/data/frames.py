@@ -38,6 +38,7 @@ from mpilm.data.frame_corpus import (
     fingerprint,
 )
 from mpilm.data.hdf5 import FORMAT, SPLITS, VERSION, library_version
+from mpilm.data.lists import is_utf8
 from mpilm.errors import DataError
 
 __all__ = ["FrameCorpus", "FrameSplit", "FrameSummary", "FrameWriter", "Utterance"]
@@ -131,6 +132,8 @@ class FrameWriter:
         labels_T = self.check_labels(name, labels_T, len(features_TF))
         if "\0" in name + speaker + text:
             raise DataError(f"utterance {name!r}: a zero byte in its name or text")
+        if not is_utf8(name + speaker + text):
+            raise DataError(f"utterance {name!r}: name or text is not UTF-8")
         if split not in self._splits:
             self._splits[split] = _SplitWriter(self._file, split, self.num_features)
         labelled = labels_T[labels_T >= 0]

@@ -45,7 +45,8 @@ def write_scores(
         )
         for index, name in enumerate(split.names):
             archive.write(f"{name} ".encode())
-            listing.write(f"{name} {out}:{archive.tell()}\n".encode())
+            place = f"{out}:{archive.tell()}"
+            listing.write(f"{name} {place}\n".encode("utf-8", "surrogateescape"))
             write_array(archive, score(split.features(index)))
             progress(index + 1, len(split))
         write_array_ascii(priors, counts_C / max(1, counts_C.sum()))

@@ -31,6 +31,19 @@ def split_words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether UTF-8 has all characters; not so for stray bytes of a path.
+
+    >>> is_utf8("caf\\u00e9"), is_utf8("caf\\udce9")
+    (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_list(path: Path, *, of_paths: bool = False) -> Iterator[tuple[str, str]]:
     """Yield (key, rest of the line) of a list.
 

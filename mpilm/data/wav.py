@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.data.lists import read_list, split_words
+from mpilm.data.lists import is_utf8, read_list, split_words
 from mpilm.data.riff import read_pcm
 from mpilm.data.sources import unreadable
 from mpilm.errors import DataError
@@ -84,6 +84,8 @@ def _is_wav(path: Path) -> bool:
 
 
 def _named(path: Path) -> Recording:
+    if not is_utf8(path.stem):
+        return Recording(path.name, path, "", (), "its name is not UTF-8")
     match = NAMED.fullmatch(path.stem)
     if match is None:
         problem = "its name is not TEXT_SPEAKER_NUMBER.wav, and there is no wav.scp"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mpilm.config import read_toml, tomllib
 from mpilm.errors import CheckpointError
-from mpilm.storage.files import text_of
+from mpilm.storage.files import printable, text_of
 from mpilm.storage.runlog import RankLog, read_run
 from mpilm.train.run import RunFolder
 
@@ -311,7 +311,7 @@ def short_names(paths: list[Path]) -> list[str]:
     (['a/x', 'b/x'], ['a'])
     """
     for length in range(1, 9):
-        names = ["/".join(path.resolve().parts[-length:]) for path in paths]
+        names = [printable("/".join(path.resolve().parts[-length:])) for path in paths]
         if len(set(names)) == len({path.resolve() for path in paths}):
             break
     return names

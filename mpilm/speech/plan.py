@@ -144,7 +144,10 @@ def plan_splits(config: SplitConfig) -> dict[str, list[Recording]]:
                 target = "valid"
             splits[target].append(recording)
     if not splits["valid"]:
-        places = [crc32(r.name.encode()) % SHARE_STEPS for r in splits["train"]]
+        places = [
+            crc32(r.name.encode("utf-8", "surrogateescape")) % SHARE_STEPS
+            for r in splits["train"]
+        ]
         cut = config.valid_share * SHARE_STEPS
         if cut and len(places) > 1:  # one at least
             cut = max(cut, min(places) + 1)

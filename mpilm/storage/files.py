@@ -46,6 +46,15 @@ def text_of(path: Path) -> str:
     return path.read_bytes().decode("utf-8-sig")
 
 
+def printable(text: str) -> str:
+    """Return text in which the bytes of a path that are no UTF-8 are escaped.
+
+    >>> print(printable("caf\\udce9"))
+    caf\\udce9
+    """
+    return text.encode(errors="backslashreplace").decode()
+
+
 def sync_folder(folder: Path) -> None:
     """Force the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -124,7 +124,7 @@ def save_traceback(rank: int, error: BaseException, folder: Path | str | None) -
         path = Path(folder) / f"traceback-rank-{rank:04d}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError:
             pass  # the folder may be what failed; stderr is left
         else:
