@@ -67,7 +67,7 @@ def dpsgd(theta, target, steps, *, topology, seed, overlap=True):
 def adpsgd(theta, target, steps, *, weight=1 / 3):
     """In step, each rank meets one ring neighbour and is met by the other, at once.
 
-    Leave to mix comes after a step, and the last step is not mixed any more.
+    Credit comes with a step, and that of the last step is not used any more.
     """
     size = len(theta)
     ring = np.eye(size)

@@ -195,6 +195,33 @@ def test_momentum_of_rows_is_that_of_the_dense_model():
     np.testing.assert_array_equal(dense, np.float32(-(1 + 1.5 + 1.75)))
 
 
+def test_rows_of_tensors_are_those_of_arrays():
+    torch = pytest.importorskip("torch")
+
+    def main(world, kind):
+        server = RowServer(world, world.comm.Dup(), TABLES, momentum=0.5, bound=-1)
+        server.load(kind(np.arange(TABLES.size, dtype=np.float32)))
+        server.begin()
+        steps = np.linspace(0.0, 1.0, 9, dtype=np.float32)
+        for _ in range(2):
+            server.push_rows("embed", [0, 3, 6], kind(steps))
+        server.settle()
+        server.retire()
+        server.end()
+        server.begin()
+        rows = kind(np.zeros(9, np.float32))
+        server.pull_rows("embed", [0, 3, 4], rows, 0)
+        server.retire()
+        server.end()
+        return np.concatenate([np.asarray(rows), np.asarray(server.values)])
+
+    for size in (1, 3):
+        arrays = run_virtual(lambda world: main(world, np.array), size)
+        tensors = run_virtual(lambda world: main(world, torch.tensor), size)
+        for array, tensor in zip(arrays, tensors, strict=True):
+            np.testing.assert_array_equal(tensor, array)
+
+
 @pytest.mark.parametrize("ids", [[1, 1], [2, 0], [-1], [7]])
 def test_rows_that_do_not_ascend_or_do_not_exist_are_refused(ids):
     def main(world):

@@ -97,7 +97,7 @@ def test_the_mean_model_reaches_the_mean_minimum(case):
 @pytest.mark.parametrize("save_at", [6, 7])
 @every_case
 def test_resumed_is_uninterrupted_to_the_bit(case, save_at):
-    """Out of lockstep where time is exact: there all keep in step after a meeting."""
+    """Out of lockstep where time is exact: there all keep in step afterwards."""
     settings = {"steps": 20, "learner": NOISY, "machine": EXACT_TIMES}
     settings |= case.of(4)
     whole = fleet(case.name, 4, save_at=save_at, **settings)
@@ -115,7 +115,7 @@ def test_resumed_is_uninterrupted_to_the_bit(case, save_at):
 
 
 @those(exact=True)
-def test_saving_and_meeting_change_nothing(case):
+def test_saving_and_synchronising_change_nothing(case):
     settings = {"steps": 20, "learner": NOISY, **case.of(4)}
     plain = fleet(case.name, 4, **settings)
     met = fleet(case.name, 4, parts=3, save_at=7, **settings)
@@ -125,7 +125,7 @@ def test_saving_and_meeting_change_nothing(case):
 
 @pytest.mark.parametrize("retire", [True, False])
 @those(exact=False)
-def test_ranks_that_met_go_on_and_reach_the_minimum(case, retire):
+def test_ranks_that_synchronised_go_on_and_reach_the_minimum(case, retire):
     lr, steps, _ = case.minimum
     settings = {"learner": {"lr": lr}, "steps": steps, **case.of(4)}
     ranks = fleet(case.name, 4, parts=3, retire=retire, **settings)

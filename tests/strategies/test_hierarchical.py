@@ -225,8 +225,8 @@ def test_the_program_trains_nodes(run, inner):
 
 
 @pytest.mark.parametrize("inner", ["adpsgd", "async_sgd"])
-def test_nodes_vote_and_meet_and_never_hang(inner):
-    """The trainer's loop with random paces, ends, meetings and signals."""
+def test_nodes_agree_and_synchronise_and_never_hang(inner):
+    """The trainer's loop with random paces, ends, sync points and signals."""
 
     def train(world):
         draw = random.Random(f"{seed} {world.rank}")
@@ -237,17 +237,17 @@ def test_nodes_vote_and_meet_and_never_hang(inner):
         vote = Agreement(
             world, every=5, request=request, lockstep=False, agree=chosen.pace.agree
         )
-        met = 0
+        num_syncs = 0
 
-        def meet():
-            nonlocal met
+        def synchronise():
+            nonlocal num_syncs
             chosen.retire(learner)
             chosen.finish(learner)
             world.comm.Barrier()
-            met += 1
+            num_syncs += 1
 
-        def meet_retired():
-            meet()
+        def sync_retired():
+            synchronise()
             chosen.retire(learner)
 
         # as each rank sees the progress of a pool: something else
@@ -257,15 +257,15 @@ def test_nodes_vote_and_meet_and_never_hang(inner):
                 request.requested = "SIGTERM"
             outcome = vote.poll(learner.samples, sync=draw.random() < 0.1)
             if outcome == SYNC:
-                meet()
+                synchronise()
             if outcome == STOP:
                 break
         chosen.retire(learner)
-        vote.finish(meet_retired)
+        vote.finish(sync_retired)
         chosen.finish(learner)
-        return learner.samples, met, vote.stopped
+        return learner.samples, num_syncs, vote.stopped
 
-    meetings = stops = 0
+    syncs = stops = 0
     for seed in range(60):
         plan = random.Random(seed)
         nodes, size = plan.choice(NODES)
@@ -278,8 +278,8 @@ def test_nodes_vote_and_meet_and_never_hang(inner):
         for rank, end in enumerate(ended):
             assert end == ended[rank - rank % size]
             assert end[1:] == ended[0][1:]
-        meetings, stops = meetings + ended[0][1], stops + ended[0][2]
-    assert meetings > 60
+        syncs, stops = syncs + ended[0][1], stops + ended[0][2]
+    assert syncs > 60
     assert 0 < stops < 60
 
 

@@ -35,7 +35,7 @@ def test_any_schedule(name, seed):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_seeds_reach_what_they_should(name):
-    """Fleets of 2 to 16 ranks, stragglers, meetings, uneven steps, various settings."""
+    """2 to 16 ranks, stragglers, sync points, uneven steps, various settings."""
     found = [schedule(name, seed) for seed in range(NUM_SCHEDULES)]
     assert {chosen.size for chosen in found} == set(range(2, 17))
     assert {chosen.plan["parts"] for chosen in found} == {1, 2, 3}
