@@ -62,7 +62,7 @@ bench-smoke: .venv/test.stamp
 soak: .venv/test.stamp
 	$(BIN)/python -m tests.strategies.schedules all 0 $(SOAK)
 	for seed in $$(seq $$(($(SOAK) / 400))); do \
-	    $(BIN)/python -m pytest -q tests/virtual/test_schedules.py \
+	    $(BIN)/python -m pytest -q -m 'long or not long' tests/virtual/test_schedules.py \
 	        --hypothesis-seed=$$seed || exit 1; \
 	done
 

@@ -3,8 +3,9 @@
     python tests/all.py                   all suites
     python tests/all.py unit openmpi-2    some of them
 
-pytest alone runs what needs no MPI; here the same files of tests/mpi also run under
-mpirun at several numbers of ranks, on Open MPI (.venv) and MPICH (.venv-mpich).
+pytest alone runs what needs no MPI and is not marked `long`; here nothing is left out,
+and the files of tests/mpi also run under mpirun at several numbers of ranks, on Open
+MPI (.venv) and MPICH (.venv-mpich).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "build" / "tests"
 PYTEST = ("-m", "pytest", "-q", "--color=no", "--durations=5")
+EVERY = ("-m", "long or not long")  # plain pytest leaves out what is marked `long`
 # A rank that waits inside MPI hears no alarm: a thread ends it. Without -x a rank that
 # failed would go on, to messages that the others do not expect.
 UNDER_MPI = ("-m", "mpi4py", *PYTEST, "-x", "--with-mpi", "--timeout-method=thread")
@@ -44,7 +46,7 @@ class Suite:
 
 def plain(name: str, *arguments: str, limit_s: int = 600) -> Suite:
     """Return a suite that needs no mpirun of ours."""
-    return Suite(name, (".venv/bin/python", *PYTEST, *arguments), limit_s)
+    return Suite(name, (".venv/bin/python", *PYTEST, *EVERY, *arguments), limit_s)
 
 
 def under(library: str, ranks: int) -> Suite:
@@ -60,7 +62,7 @@ def under(library: str, ranks: int) -> Suite:
     elif ranks == 8:
         command += ("tests/mpi/test_strategies.py", "-m", "eight")
     else:
-        command += ("tests/mpi",)
+        command += ("tests/mpi", *EVERY)
     return Suite(f"{library}-{ranks}", command, 300)
 
 

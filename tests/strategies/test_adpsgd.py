@@ -65,6 +65,7 @@ def test_mixing_brings_all_models_together(mixing, size):
     assert consensus(thetas(ranks)) < 1e-3 * consensus(firsts(ranks))
 
 
+@pytest.mark.long
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_mean_model_stays_under_any_delays(seed):
@@ -83,6 +84,7 @@ def test_two_ranks_in_step_only_swap_with_a_half():
     np.testing.assert_allclose(thetas(ranks), firsts(ranks)[::-1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_the_mean_model_approaches_the_mean_minimum(mixing):
     ranks = train(
@@ -94,6 +96,7 @@ def test_the_mean_model_approaches_the_mean_minimum(mixing):
     assert np.abs(ranks[0].final - target).max() < 0.05 * begun
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("factor", [10.0, 100.0])
 def test_a_straggler_slows_nobody_else(mixing, factor):

@@ -80,6 +80,7 @@ def test_nobody_is_further_ahead_than_the_bound(bound):
     assert lead(train(4, 12, **run)) > 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factor", [10.0, 100.0])
 def test_a_straggler_slows_nobody_else(factor):
     size = 16

@@ -85,6 +85,7 @@ def test_bytes_are_as_declared(case, size):
         assert declared in (None, found)
 
 
+@pytest.mark.long
 @every_case
 def test_the_mean_model_reaches_the_mean_minimum(case):
     lr, steps, near = case.minimum

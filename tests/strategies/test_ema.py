@@ -166,6 +166,7 @@ def test_a_window_is_in_samples_or_in_synchronisations():
     assert EmaConfig(syncs=1).decay(0) == 0.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bmuf", "gossip_bmuf"])
 def test_the_trainer_keeps_evaluates_and_resumes_it(run, name):
     sections = {"strategy": {"period": 5}, "optim": {"name": "adamw", "lr": 0.01}}

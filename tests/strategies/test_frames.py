@@ -69,6 +69,7 @@ def train(frames, out, model=DNN, strategy=AVERAGING, *, size=2, steps=80, **sec
     return run_virtual(main, size, machine=config.machine)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "strategy", "source"),
     [
@@ -88,6 +89,7 @@ def test_frame_error_falls_on_two_ranks(frames, tmp_path, model, strategy, sourc
     assert left_out == {summary["frames_left_out"]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "optim"),
     [
@@ -103,6 +105,7 @@ def test_natural_gradient_trains_it(frames, tmp_path, model, optim):
     assert summary["valid_frame_error"] < 0.35  # by chance: 5 of 6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", [DNN, BLSTM], ids=["dnn", "blstm_am"])
 def test_a_resumed_run_ends_in_the_same_bits(frames, tmp_path, model):
     straight = train(frames, tmp_path / "a", model, steps=40)

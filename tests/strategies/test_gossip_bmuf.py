@@ -118,6 +118,7 @@ def test_resumed_is_uninterrupted_to_the_bit(settings, delay, save_at):
     assert again == counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("machine", [None, ONE_BY_ONE])
 @pytest.mark.parametrize("group_size", [2, 3, 5])
 def test_no_deadlock_whatever_the_groups_and_the_pace(group_size, machine):

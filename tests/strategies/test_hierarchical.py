@@ -193,6 +193,7 @@ SECTIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inner", ["bmuf", "adpsgd", "async_sgd"])
 def test_the_program_trains_nodes(run, inner):
     nodes = {"inner": inner, "node_size": 2}
@@ -224,6 +225,7 @@ def test_the_program_trains_nodes(run, inner):
     assert sum(trainer.learner.samples for trainer in resumed) >= 2 * total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inner", ["adpsgd", "async_sgd"])
 def test_nodes_agree_and_synchronise_and_never_hang(inner):
     """The trainer's loop with random paces, ends, sync points and signals."""

@@ -117,6 +117,7 @@ def test_where_no_models_are_mixed_there_is_no_gap(name, size):
     assert math.isnan(realised_gap(accounts_of(fleet(name, size, steps=4))))
 
 
+@pytest.mark.long
 def test_consensus_and_the_worst_rank_are_those_of_the_ranks_own_models(run):
     trainers = run(3, "local", steps=30)
     summary = summary_of(trainers)
@@ -221,6 +222,7 @@ def test_totals_of_an_earlier_program_can_be_loaded():
     assert (totals.overlap, totals.idle) == (0.5, 0.25)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["model_averaging", "bmuf", "gossip_bmuf", "dpsgd"])
 def test_rows_of_a_resumed_run_are_those_of_the_uninterrupted_one(run, name):
     samples = 24 * 2 * 40

@@ -30,6 +30,7 @@ def factors(trainer):
     return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["local", "model_averaging", "bmuf"])
 def test_resumed_is_uninterrupted_to_the_bit(run, name):
     """Minibatch 26 of 48: between two updates of the estimates, after a start."""
@@ -68,6 +69,7 @@ def test_preconditioners_are_each_ranks_own(run):
     assert first["lstm.l1/out/t"] == 20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_learns_with_it(run, name):
     sections = {**NATURAL, "strategy": SETTINGS.get(name, {})}

@@ -55,6 +55,7 @@ def configure(corpus, strategy="model_averaging", **model):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "strategy"), [(1, "local"), (2, "model_averaging"), (2, "adpsgd")]
 )
@@ -87,6 +88,7 @@ def layers_of(corpus):
     return layers
 
 
+@pytest.mark.long
 def test_a_dnn_begins_with_the_weights(corpus, tmp_path):
     layers = layers_of(corpus)
     path = tmp_path / "deep" / "init.h5"
@@ -105,6 +107,7 @@ def test_a_dnn_begins_with_the_weights(corpus, tmp_path):
     assert torch.equal(model.softmax.weight, plain.softmax.weight)
 
 
+@pytest.mark.long
 def test_a_run_needs_the_file_of_first_weights_no_more(corpus, tmp_path):
     path = tmp_path / "init.h5"
     write_layers(path, layers_of(corpus))

@@ -20,6 +20,7 @@ NUM_SCHEDULES = 2000
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_random_schedules(name):

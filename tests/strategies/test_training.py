@@ -29,6 +29,7 @@ def test_allreduce_on_n_ranks_is_local_with_n_times_the_batch(run, size):
         assert torch.equal(theta(many, rank), theta(many))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [2, 3])
 def test_model_averaging_with_period_1_and_plain_sgd_is_allreduce(run, size):
     gradients = run(size, "allreduce")
@@ -46,6 +47,7 @@ def test_one_rank_is_local_to_the_bit(run, name, optim):
     )
 
 
+@pytest.mark.long
 def test_model_averaging_averages_at_the_same_steps_on_all_ranks(run):
     trainers = run(3, "model_averaging", steps=20, strategy={"period": 6, "warmup": 2})
     models = [theta(trainers, rank) for rank in range(3)]
@@ -55,6 +57,7 @@ def test_model_averaging_averages_at_the_same_steps_on_all_ranks(run):
     assert not torch.equal(theta(trainers, 0), theta(trainers, 1))
 
 
+@pytest.mark.long
 def test_period_in_samples_equals_period_in_minibatches(run):
     by_steps = run(2, "model_averaging", strategy={"period": 5})
     by_samples = run(2, "model_averaging", strategy={"period_samples": 5 * 4 * 10})
@@ -81,6 +84,7 @@ def test_moments_are_kept_reset_or_averaged(run, momentum):
         assert (first.norm() == 0) == (momentum == "reset")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["shards", "pool"])
 @pytest.mark.parametrize("name", ALL)
 def test_resumed_is_uninterrupted_to_the_bit(run, name, source):
@@ -129,6 +133,7 @@ def test_summary_holds_what_a_user_compares(run):
     assert len(logs[1].rows["step"]) == 30
 
 
+@pytest.mark.long
 def test_training_approaches_the_perplexity_floor(run, corpus):
     trainers = run(
         2,
@@ -168,6 +173,7 @@ def test_ranks_out_of_lockstep_train_to_the_end(run, name, source):
     assert summary["valid_perplexity"] < 35  # of a vocabulary of 40
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["adpsgd", "async_sgd"])
 def test_ranks_out_of_lockstep_meet_to_validate_and_to_save(run, name):
     """The slow rank comes when it has done its step; afterwards all go on."""

@@ -82,6 +82,7 @@ def decoded(tones, model, split="strings", size=1, **options):
     return everyone[0]
 
 
+@pytest.mark.long
 def test_words_are_recognised_alike_at_any_number_of_ranks(tones, model):
     one = decoded(tones, model, penalties=(0.0, 5.0))
     assert one == decoded(tones, model, size=3, penalties=(0.0, 5.0))
@@ -147,6 +148,7 @@ def test_an_alignment_by_the_model_is_the_best_path_of_its_scores(
         assert new.counts.sum() == old.counts.sum()
 
 
+@pytest.mark.long
 def test_training_on_the_new_alignment(tones, model, tmp_path):
     def main(world):
         with FrameCorpus.open(tones) as corpus:

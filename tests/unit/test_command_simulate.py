@@ -71,6 +71,7 @@ def run(folder, *arguments):
     return main(["simulate", str(folder / "train.toml"), *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_training_in_virtual_time(folder, capsys):
     out = folder / "co"
     assert run(folder, "--ranks", "2,16", "--steps", 10, "--out", out) == 0

@@ -153,6 +153,7 @@ def test_all_splits_are_of_whole_documents(
         assert all(len(corpus.split(name)) > 0 for name in SPLITS)
 
 
+@pytest.mark.long
 def test_the_corpus_of_this_python(tmp_path: Path) -> None:
     out = tmp_path / "docs.h5"
     start_s = time.process_time()

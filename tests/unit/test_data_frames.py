@@ -66,6 +66,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
             corpus.split("valid")
 
 
+@pytest.mark.long
 def test_more_utterances_than_are_written_at_once(tmp_path: Path) -> None:
     with FrameCorpus.open(write(tmp_path / "c.h5", 600)) as corpus:
         train = corpus.split("train")

@@ -123,6 +123,7 @@ def test_splits_are_of_one_language_but_different(tmp_path: Path) -> None:
             assert np.all(language.nll(tokens) < np.log(100))
 
 
+@pytest.mark.long
 def test_the_size_of_a_block_does_not_change_the_text() -> None:
     language = SyntheticLanguage(50, seed=2, order=2)
 
@@ -141,6 +142,7 @@ def test_the_size_of_a_block_does_not_change_the_text() -> None:
     assert np.array_equal(text(997), whole)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

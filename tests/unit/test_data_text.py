@@ -272,6 +272,7 @@ def test_prompt_and_text_are_each_others_inverse() -> None:
 # size
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Peak memory of some 40 MB of text is that of 5 MB, to a few MB of noise."""
     if not Path("/proc/self/status").exists():

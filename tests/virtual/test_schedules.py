@@ -1,6 +1,7 @@
 """Random programs in random schedules: right results, same seed same run."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,6 +106,7 @@ def matching(size, random):
     return partners
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 6), operations, machines, faults, st.integers(0, 99))
 def test_random_programs(size, program, machine, faults, seed):

@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import strategy
 from mpilm.world.virtual import run_virtual
@@ -12,6 +14,7 @@ from mpilm.world.virtual import run_virtual
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_virtual.py"
 
 
+@pytest.mark.long
 def test_128_ranks_take_1000_steps_in_under_20_s():
     def main(world):
         learner = ProtocolLearner(1000, compute=world.compute, seed=world.rank)
