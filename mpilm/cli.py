@@ -161,20 +161,40 @@ def run(command: tuple[str, ...], arguments: Sequence[str]) -> int:
 
         if terminal_width() is None:  # a rank has a terminal, but nobody sees it
             os.environ["TERM"] = "dumb"
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_whole_numbers)
     try:
-        code = tyro.cli(
-            function,
-            prog=prog,
-            args=list(arguments),
-            console_outputs=launched_rank() == 0,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        with registry:
+            code = tyro.cli(
+                function,
+                prog=prog,
+                args=list(arguments),
+                console_outputs=launched_rank() == 0,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except SystemExit as stop:
         helped = stop.code == 0 and launched_rank() == 0
         if helped and hasattr(module, "more_help"):
             print(module.more_help())
         raise
     return int(code or 0)
+
+
+def _whole_numbers(kind: Any) -> Any:
+    """Return tyro's rule for integers: 1e6 is one, as in a configuration."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    from mpilm.convert import whole_number
+
+    if kind.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def overview() -> str:

@@ -36,15 +36,50 @@ def convert(kind: type, given: Mapping[str, Any], name: str) -> Any:
         if key not in known:
             raise ConfigError(f"[{name}] {unknown('key', key, known)}")
     try:
-        return msgspec.convert(given, kind)
+        return msgspec.convert(as_integers(given), kind)
     except msgspec.ValidationError as error:
         problem, _, where = str(error).partition(" - at ")
         key = where.strip("`").removeprefix("$.").removeprefix("$")
+        if isinstance(given.get(key), float) and problem.startswith("Expected `int"):
+            problem = f"{given[key]} is no whole number below 2^63"
         raise ConfigError(
             f"{name}.{key}: {problem}" if key else f"{name}: {problem}"
         ) from None
     except ValueError as error:  # raised by a dataclass's own checks
         raise ConfigError(f"[{name}] {error}") from None
+
+
+def as_integers(value: Any) -> Any:
+    """Return a value of TOML with whole numbers as integers; floats take them too.
+
+    >>> as_integers({"samples": 1e4, "lr": [0.5, 2.0]})
+    {'samples': 10000, 'lr': [0.5, 2]}
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: as_integers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_integers(item) for item in value]
+    return value
+
+
+def whole_number(text: str) -> int:
+    """Return a number that is written as TOML writes integers, or whole floats.
+
+    >>> whole_number("1_000"), whole_number("1e4"), whole_number("2.0")
+    (1000, 10000, 2)
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+    if not value.is_integer():
+        raise ValueError(f"{text} is no whole number")
+    return int(value)
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from mpilm.convert import whole_number
 from mpilm.errors import ConfigError
 
 PROTOCOL_STEPS = 100  # of a rank; enough for some periods of most strategies
@@ -97,13 +98,16 @@ def simulate(
 def rank_counts(text: str) -> list[int]:
     """Return the numbers in a list such as "4,8,16", each of them once.
 
-    >>> rank_counts("4,8, 16,8")
-    [4, 8, 16]
+    >>> rank_counts("4,8, 16,8"), rank_counts("1e3")
+    ([4, 8, 16], [1000])
 
     Raises:
         ConfigError: not such a list.
     """
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
+    try:
+        numbers = [whole_number(word) for word in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
         raise ConfigError(f"--ranks {text}: write numbers of ranks, such as 4,8,16")
-    return list(dict.fromkeys(int(word) for word in words))
+    return list(dict.fromkeys(numbers))

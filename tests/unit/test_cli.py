@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
-from mpilm.cli import COMMANDS
+import pytest
+
+from mpilm.cli import COMMANDS, main
 
 
 def mpilm(*arguments, **options):
@@ -58,6 +60,17 @@ def test_an_unknown_command_is_one_line_and_code_2():
     assert done.returncode == 2
     assert "no command 'trian'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_whole_numbers_of_options_are_written_as_in_a_configuration(tmp_path, capsys):
+    out = tmp_path / "c.h5"
+    words = ["prepare", "synthetic", "--out", str(out), "--vocab", "1e2"]
+    assert main([*words, "--tokens", "2_000", "--branching", "4.0"]) == 0
+    assert "vocabulary of 100 words" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--tokens", "1.5"])
+    assert stop.value.code == 2
+    assert "1.5 is no whole number" in capsys.readouterr().err
 
 
 def test_a_missing_configuration_is_one_line_and_code_2(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mpilm.config import SECTIONS, read_config, resolve, settings
@@ -67,6 +69,28 @@ def test_bad_input_is_one_line_that_names_the_key(tmp_path, text, overrides, wor
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("text", ["10000", "10_000", "1e4", "1E+4", "10_000.0"])
+def test_a_whole_number_may_be_written_as_a_float(tmp_path, text):
+    settings = ["strategy.name=hierarchical", "strategy.inner=model_averaging"]
+    settings += [f"train.samples={text}", f"strategy.settings.period={text}"]
+    config = resolve({}, [*settings, f"optim.clip={text}"])
+    assert config.train.samples == 10_000
+    assert isinstance(config.train.samples, int)
+    assert config.strategy.settings.settings["period"] == 10_000
+    assert config.optim.settings.clip == 10_000.0
+    assert isinstance(config.optim.settings.clip, float)
+    path = tmp_path / "c.toml"
+    path.write_text(f"[train]\nsamples = {text}\n")
+    assert read_config(path).train.samples == 10_000
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "inf", "nan", "1e30"])
+def test_other_floats_are_no_whole_numbers(text):
+    line = f"train.samples: {float(text)} is no whole number below 2^63"
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        resolve({}, [f"train.samples={text}"])
 
 
 def test_missing_and_non_text_files_are_named(tmp_path):
