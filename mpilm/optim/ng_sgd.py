@@ -51,6 +51,7 @@ from mpilm.optim.affine import AffineMap
 from mpilm.optim.configs import NgSgdConfig
 from mpilm.optim.natural_gradient import effective_rank
 from mpilm.optim.ng_layers import maps_of
+from mpilm.storage.saved import nested, under
 
 
 def precondition_(model: nn.Module, config: NgSgdConfig) -> list[AffineMap]:
@@ -169,16 +170,12 @@ class NgSgd(Optimizer):
         self._expose()
         for layer in self.maps:
             for side, (preconditioner, D) in layer.sides.items():
-                prefix = f"{layer.name}/{side}/"
-                own = {
-                    k.removeprefix(prefix): saved[k]
-                    for k in saved
-                    if k.startswith(prefix)
-                }
+                place = f"{layer.name}/{side}"
+                own = under(place, saved)
                 R = effective_rank(preconditioner.config.rank, D)
                 if own and tuple(own["W"].shape) != (R, D):
                     raise CheckpointError(
-                        f"natural gradient of {prefix[:-1]}: the checkpoint has"
+                        f"natural gradient of {place}: the checkpoint has"
                         f" {tuple(own['W'].shape)}, this model {(R, D)}"
                     )
                 device = layer.owned[0].device
@@ -193,10 +190,12 @@ class _LiveState(Mapping[str, Any]):
 
     def _read(self) -> dict[str, Any]:
         return {
-            f"{layer.name}/{side}/{key}": value
+            name: value
             for layer in self._maps
             for side, (preconditioner, _) in layer.sides.items()
-            for key, value in preconditioner.state().items()
+            for name, value in nested(
+                f"{layer.name}/{side}", preconditioner.state()
+            ).items()
         }
 
     def __getitem__(self, key: str) -> Any:
