@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from mpilm.strategies import Strategy
 
 if TYPE_CHECKING:
     from mpilm.config import Config
+
+# strategy -> settings, what makes them void, whether it is so
+VOID: dict[str, list[tuple[tuple[str, ...], str, Callable[[Any], bool]]]] = {
+    "model_averaging": [
+        (
+            ("period",),
+            "period_samples says when to average",
+            lambda config: config.period_samples > 0,
+        )
+    ],
+    "gossip_bmuf": [
+        (
+            ("eta", "zeta", "momentum", "mix"),
+            "filter = false averages models, no more",
+            lambda config: not config.filter,
+        )
+    ],
+    "dpsgd": [
+        (
+            ("seed",),
+            "this topology draws nothing",
+            lambda config: not config.topology.startswith("random"),
+        )
+    ],
+    "adpsgd": [
+        (
+            ("ring_rounds",),
+            "only random_ring draws rings",
+            lambda config: config.mixing != "random_ring",
+        ),
+        (
+            ("seed",),
+            "fixed_ring draws nothing",
+            lambda config: config.mixing == "fixed_ring",
+        ),
+    ],
+}
+WHOLE_STEPS = {
+    "async_sgd": "every push is a whole step, so the rate of one rank is kept",
+    "local": "every rank trains alone, so the rate of one rank is kept",
+}
 
 
 def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:
@@ -21,11 +63,39 @@ def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:
             ' data is seen less than others\'; "pool" gives it to whoever is free'
         )
     inner: Any = getattr(strategy, "inner", None) or strategy  # of `hierarchical`
+    if getattr(config.schedule.settings, "times_ranks", False):
+        yield from notes_on_rate(inner, size)
+    yield from notes_on_void(inner)
+    if inner.name == "model_averaging" and inner.config.momentum != "keep":
+        optim = config.optim
+        if not getattr(optim.settings, "momentum", optim.name == "adamw"):
+            yield (
+                f'strategy.momentum = "{inner.config.momentum}" does nothing: this'
+                f" {optim.name} keeps no moment vectors"
+            )
+
+
+def notes_on_rate(inner: Any, size: int) -> Iterator[str]:
+    """Yield why the rate should not be multiplied by the number of ranks."""
     eta = getattr(inner, "eta", 0.0)
-    is_filtering = getattr(inner.config, "filter", True)
-    if getattr(config.schedule.settings, "times_ranks", False) and eta and is_filtering:
+    if eta and getattr(inner.config, "filter", True):
         yield (
             f"schedule.times_ranks multiplies the rate by {size}, the block momentum of"
             f" {inner.name} (eta = {eta:.3g}) every step by {1.0 / (1.0 - eta):.3g}"
             " again: this diverges as a rule; leave one of the two out"
         )
+    if inner.name in WHOLE_STEPS:
+        yield (
+            f"schedule.times_ranks multiplies the rate by {size}; under {inner.name}"
+            f" {WHOLE_STEPS[inner.name]} without it"
+        )
+
+
+def notes_on_void(inner: Any) -> Iterator[str]:
+    """Yield settings that were given another value, and are not looked at."""
+    config = inner.config
+    for names, reason, is_so in VOID.get(inner.name, []):
+        default = {field.name: field.default for field in fields(config)}
+        given = [n for n in names if getattr(config, n) != default[n]]
+        if given and is_so(config):
+            yield f"{inner.name}: {', '.join(given)} is not used: {reason}"

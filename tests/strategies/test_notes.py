@@ -37,13 +37,71 @@ NOTED = {
         {"schedule": TIMES, "strategy": {"group_size": 2, "filter": False}}, None,
     ),
     "averages": ("model_averaging", {"schedule": TIMES}, None),
+    "ranks counted twice in pushes": (
+        "async_sgd", {"schedule": TIMES, "data": {"source": "pool"}},
+        "rate by 2; under async_sgd every push is a whole step",
+    ),
+    "ranks that train alone": (
+        "local", {"schedule": TIMES}, "under local every rank trains alone",
+    ),
+    "two periods": (
+        "model_averaging", {"strategy": {"period": 5, "period_samples": 400}},
+        "model_averaging: period is not used: period_samples says when",
+    ),
+    "a period in samples": (
+        "model_averaging", {"strategy": {"period_samples": 400}}, None,
+    ),
+    "moments that are not there": (
+        "model_averaging", {"strategy": {"momentum": "reset"}},
+        'strategy.momentum = "reset" does nothing: this sgd keeps no moment vectors',
+    ),
+    "moments that are not there between nodes": (
+        "hierarchical",
+        {
+            "strategy": {
+                "node_size": 1,
+                "inner": "model_averaging",
+                "settings": {"momentum": "average"},
+            }
+        },
+        'strategy.momentum = "average" does nothing',
+    ),
+    "moments": (
+        "model_averaging",
+        {"strategy": {"momentum": "reset"}, "optim": {"momentum": 0.5}}, None,
+    ),
+    "moments of adamw": (
+        "model_averaging",
+        {"strategy": {"momentum": "average"}, "optim": {"name": "adamw"}}, None,
+    ),
+    "a filter's settings without it": (
+        "gossip_bmuf",
+        {"strategy": {"group_size": 2, "filter": False, "eta": 0.5, "mix": "models"}},
+        "gossip_bmuf: eta, mix is not used: filter = false",
+    ),
+    "a seed of nothing": (
+        "dpsgd", {"strategy": {"seed": 5}}, "dpsgd: seed is not used",
+    ),
+    "a seed of rings": (
+        "dpsgd", {"strategy": {"seed": 5, "topology": "random_ring"}}, None,
+    ),
+    "rounds of a ring that stays": (
+        "adpsgd",
+        {
+            "strategy": {"mixing": "random_pairs", "ring_rounds": 3},
+            "data": {"source": "pool"},
+        },
+        "adpsgd: ring_rounds is not used: only random_ring draws rings",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", NOTED)
 def test_what_does_not_go_together_is_noted(run, case):
     name, sections, words = NOTED[case]
-    trainer, _ = run(2, name, steps=1, optim={"lr": 0.01}, **sections)
+    sections = {"optim": {}, **sections}
+    sections["optim"] = {"lr": 0.01, **sections["optim"]}
+    trainer, _ = run(2, name, steps=1, **sections)
     notes = [line for line in trainer.introduction() if line.startswith("note: ")]
     assert len(notes) == (words is not None)
     if words is not None:
