@@ -142,13 +142,13 @@ def _turns(world: World, chosen: Any, steps: int, seconds: float) -> Iterator[No
         while deadline.requested is None:
             yield
         return
-    vote = Agreement(world, every=chosen.pace.stride, request=deadline)
+    agreement = Agreement(world, every=chosen.pace.stride, request=deadline)
     step = 0
-    while not vote.stopped:
+    while not agreement.stopped:
         yield
         step += 1
-        vote.poll(step)
-    vote.finish()
+        agreement.poll(step)
+    agreement.finish()
 
 
 def sleeper(world: World, parameters: int) -> ProtocolLearner:

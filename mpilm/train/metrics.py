@@ -88,7 +88,7 @@ class MetricsRecorder:
         self.last = self.read()
 
     def begin(self, excluded: Traffic) -> None:
-        """Count from now on, but not the bytes and messages of `excluded`: of votes."""
+        """Count from now on, but not the bytes and messages of `excluded`."""
         self.excluded = excluded
         self.last = self.read()
 

@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One Ctrl-C may arrive twice: from the terminal, and forwarded by mpirun. A person is
 # slower than this (chosen, not tuned).
 ECHO_S = 0.5
-PAUSE_S = 1.0  # between the starts of two votes out of lockstep; chosen, not tuned
+PAUSE_S = 1.0  # between the starts of two reductions out of lockstep; chosen, not tuned
 
 
 class StopRequest:
@@ -61,41 +61,42 @@ DONE, RUNNING, SYNC, STOP = 0, 1, 2, 3
 class Agreement:
     """Agreement of all ranks to stop or to sync, without waiting for it in every step.
 
-    Each rank votes DONE, RUNNING, SYNC or STOP; the outcome is the maximum. One at a
-    time is in flight, behind the computing (a blocking vote in every step cost 20% of
-    the speed in returnn#1727). All ranks conclude the same from the same outcome:
+    Each rank contributes DONE, RUNNING, SYNC or STOP to an Iallreduce; the outcome is
+    the maximum. One at a time is in flight, behind the computing (a blocking one in
+    every step cost 20% of the speed in returnn#1727). All ranks conclude the same from
+    the same outcome:
 
-        STOP     all ranks stop; nobody starts another vote
+        STOP     all ranks stop; nobody starts another reduction
         SYNC     out of lockstep: all come to a sync point (validate, save) and go on
-        RUNNING  another vote is started
-        DONE     all ranks have finished; nobody starts another vote
+        RUNNING  another reduction is started
+        DONE     all ranks have finished; nobody starts another reduction
 
-    In lockstep a vote started at step s is waited for at step s + every, the same on
-    all ranks: they stop at the same step, at most 2 * every steps after the signal.
+    In lockstep a reduction started at step s is waited for at step s + every, the same
+    on all ranks: they stop at the same step, at most 2 * every steps after the signal.
 
         step     s                  s + every            s + 2 every
-        rank 0   |====== vote ======|====== vote ======|  stop
-        rank 1   |====== vote ======|====== vote ======|  stop
-                     ^ SIGTERM at rank 1: too late for this vote
+        rank 0   |=== Iallreduce ===|=== Iallreduce ===|  stop
+        rank 1   |=== Iallreduce ===|=== Iallreduce ===|  stop
+                     ^ SIGTERM at rank 1: too late for this one
 
     So no rank runs ahead of another by more than 2 * every steps. A strategy whose
     period is no longer than `every` keeps its ranks closer than that by itself; with
-    one that is longer, votes would hold up the fast ranks.
+    one that is longer, reductions would hold up the fast ranks.
 
-    Otherwise (not lockstep) a vote is only tested, never waited for; each rank stops
-    when it sees the outcome, and starts the next vote a second after the last one. A
-    rank that has finished goes on voting, DONE, in `finish`, until all have: so the
-    votes of the others come to an end, their signals reach all ranks, and no vote is
-    left in flight.
+    Otherwise (not lockstep) one is only tested, never waited for; each rank stops when
+    it sees the outcome, and starts the next a second after the last. A rank that has
+    finished goes on contributing, DONE, in `finish`, until all have: so the reductions
+    of the others come to an end, their signals reach all ranks, and none is left in
+    flight.
 
     Args:
         world: this rank's world.
-        every: steps from the start of a vote to its outcome, in lockstep.
+        every: steps from the start of a reduction to its outcome, in lockstep.
         request: what this rank wishes.
         lockstep: whether all ranks take the same steps.
         agree: `Pace.agree`: ranks that agree see the outcome at the same step.
 
-    traffic  what the votes have taken of the world's bytes and messages
+    traffic  what the reductions have taken of the world's bytes and messages
 
     Communicates: collective (it duplicates the communicator), blocking.
     """
@@ -114,7 +115,7 @@ class Agreement:
         self.lockstep, self.agree = lockstep, agree
         self.mine = np.zeros(1, np.int64)
         self.outcome = np.zeros(1, np.int64)
-        self.vote: Request | None = None
+        self.reduction: Request | None = None
         self.started_at = 0
         self.started_at_s = -math.inf
         self.stopped = False
@@ -131,8 +132,8 @@ class Agreement:
         `every` steps and waited for `every` steps later, otherwise never waited for.
         """
         outcome = RUNNING
-        if self.vote is not None:
-            if not self._is_over(self.vote, step):
+        if self.reduction is not None:
+            if not self._is_over(self.reduction, step):
                 return RUNNING
             outcome = self._conclude()
         if not self.stopped and self._is_due():
@@ -151,10 +152,10 @@ class Agreement:
 
         Communicates: collective, Iallreduce of 8 bytes, blocking.
         """
-        if self.vote is None and not self.stopped:
+        if self.reduction is None and not self.stopped:
             self._start(DONE)
-        while self.vote is not None:
-            self.vote.Wait()
+        while self.reduction is not None:
+            self.reduction.Wait()
             outcome = self._conclude()
             if outcome == SYNC and sync is not None:
                 sync()
@@ -163,32 +164,32 @@ class Agreement:
         return self.stopped
 
     def _conclude(self) -> int:
-        """Return the outcome of the vote that is over."""
-        self.vote = None
+        """Return the outcome of the reduction that is over."""
+        self.reduction = None
         self.stopped = bool(self.outcome[0] == STOP)
         return int(self.outcome[0])
 
-    def _is_over(self, vote: Request, step: int) -> bool:
+    def _is_over(self, reduction: Request, step: int) -> bool:
         """Return whether to look at the outcome; in lockstep the same on all ranks."""
         if not self.lockstep:
-            if not self.agree(vote.Test()):
+            if not self.agree(reduction.Test()):
                 return False
-            vote.Wait()  # another rank has seen the end of it
+            reduction.Wait()  # another rank has seen the end of it
             return True
         if step - self.started_at < self.every:
             return False
-        vote.Wait()
+        reduction.Wait()
         return True
 
     def _is_due(self) -> bool:
-        """Return whether to start the next vote; in lockstep the same on all ranks."""
+        """Return whether to start the next one; in lockstep the same on all ranks."""
         if self.lockstep:
             return True
         return bool(self.agree(self.world.now_s() - self.started_at_s >= PAUSE_S))
 
     def _start(self, choice: int) -> None:
         self.mine[0] = choice
-        self.vote = self.comm.Iallreduce(self.mine, self.outcome, op=MAX)
+        self.reduction = self.comm.Iallreduce(self.mine, self.outcome, op=MAX)
         moved = 2 * self.mine.nbytes * (self.comm.size - 1) // self.comm.size
         self.traffic.bytes_sent += moved
         self.traffic.bytes_received += moved

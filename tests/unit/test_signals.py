@@ -1,4 +1,4 @@
-"""Stopping early: signals on one rank, votes of all."""
+"""Stopping early: signals on one rank, agreement of all."""
 
 from __future__ import annotations
 
@@ -49,25 +49,25 @@ def test_a_second_interrupt_ends_at_once_and_handlers_are_restored(monkeypatch):
     assert [signal.getsignal(getattr(signal, name)) for name in NAMES] == before
 
 
-class Votes:
-    """What a rank did: the step it stopped at, and how many votes it started."""
+class Rank:
+    """What a rank did: the step it stopped at, and how many reductions it started."""
 
     def __init__(self, world, *, every, lockstep):
         self.request = StopRequest()
-        self.vote = Agreement(
+        self.agreement = Agreement(
             world, every=every, request=self.request, lockstep=lockstep
         )
         self.started = 0
-        start = self.vote._start
+        start = self.agreement._start
 
         def counted(choice):
             self.started += 1
             start(choice)
 
-        self.vote._start = counted
+        self.agreement._start = counted
 
     def train(self, world, num_steps, wish_at=None, *, synchronise=False):
-        """Return (last step, stopped, votes started), the vote brought to its end."""
+        """Return (last step, stopped, reductions started), nothing left in flight."""
         step = 0
         while step < num_steps:
             step += 1
@@ -76,11 +76,11 @@ class Votes:
             world.compute(lambda notify: None)
             if step == wish_at:
                 self.request.requested = "SIGTERM"
-            if self.vote.poll(step) == STOP:
-                assert self.vote.poll(step) == STOP
+            if self.agreement.poll(step) == STOP:
+                assert self.agreement.poll(step) == STOP
                 break
-        stopped = self.vote.finish()
-        assert self.vote.vote is None, "a vote is left in flight"
+        stopped = self.agreement.finish()
+        assert self.agreement.reduction is None, "a reduction is left in flight"
         return step, stopped, self.started
 
 
@@ -94,8 +94,8 @@ def test_in_lockstep_all_stop_at_the_same_step(size, every, wish_at):
     who = size // 2
 
     def main(world):
-        votes = Votes(world, every=every, lockstep=True)
-        return votes.train(world, 1000, wish_at if world.rank == who else None)
+        rank = Rank(world, every=every, lockstep=True)
+        return rank.train(world, 1000, wish_at if world.rank == who else None)
 
     outcomes = set(run_virtual(main, size, machine=MACHINE, seed=wish_at))
     assert len(outcomes) == 1
@@ -108,7 +108,7 @@ def test_in_lockstep_all_stop_at_the_same_step(size, every, wish_at):
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_in_lockstep_nothing_is_in_flight_at_the_end(size, num_steps):
     def main(world):
-        return Votes(world, every=8, lockstep=True).train(world, num_steps)
+        return Rank(world, every=8, lockstep=True).train(world, num_steps)
 
     outcomes = set(run_virtual(main, size, machine=MACHINE))
     assert len(outcomes) == 1
@@ -119,18 +119,18 @@ def test_a_wish_in_the_last_steps_does_not_hang():
     for wish_at in range(1, 25):
 
         def main(world, wish_at=wish_at):
-            votes = Votes(world, every=8, lockstep=True)
-            return votes.train(world, 24, wish_at if world.rank == 0 else None)
+            rank = Rank(world, every=8, lockstep=True)
+            return rank.train(world, 24, wish_at if world.rank == 0 else None)
 
         assert len(set(run_virtual(main, 3, machine=MACHINE))) == 1
 
 
-def test_the_vote_costs_no_time():
+def test_agreement_costs_no_time():
     """Behind computing: 100 steps take as long as without it, on a slow network."""
     machine = Machine(step_s=0.1, latency_s=0.05)
 
-    def with_votes(world):
-        Votes(world, every=8, lockstep=True).train(world, 100)
+    def agreeing(world):
+        Rank(world, every=8, lockstep=True).train(world, 100)
         return world.now_s(), world.traffic.blocked_s
 
     def without(world):
@@ -139,17 +139,17 @@ def test_the_vote_costs_no_time():
         return world.now_s()
 
     expected_s = run_virtual(without, 4, machine=machine)[0]
-    for took_s, blocked_s in run_virtual(with_votes, 4, machine=machine):
+    for took_s, blocked_s in run_virtual(agreeing, 4, machine=machine):
         assert took_s <= expected_s * 1.03
         assert blocked_s <= expected_s * 0.03
 
 
-def test_a_vote_in_every_step_would_be_seen():
-    """The measure above does see a vote that is waited for in every step."""
+def test_a_reduction_in_every_step_would_be_seen():
+    """The measure above does see a reduction that is waited for in every step."""
     machine = Machine(step_s=0.1, latency_s=0.15)
 
     def main(world):
-        Votes(world, every=1, lockstep=True).train(world, 100)
+        Rank(world, every=1, lockstep=True).train(world, 100)
         return world.now_s()
 
     assert run_virtual(main, 4, machine=machine)[0] > 10.0 * 1.5
@@ -165,9 +165,9 @@ def test_out_of_lockstep_any_schedule_ends_and_agrees(seed):
     wish_at = chance.randrange(1, 40)
 
     def main(world):
-        votes = Votes(world, every=8, lockstep=False)
+        rank = Rank(world, every=8, lockstep=False)
         wish = wish_at if world.rank == wisher else None
-        return votes.train(world, steps[world.rank], wish)
+        return rank.train(world, steps[world.rank], wish)
 
     simulation = Simulation(size, machine=MACHINE, faults=Faults(slow=slow), seed=seed)
     outcomes = simulation.run(main)
@@ -182,15 +182,15 @@ def test_out_of_lockstep_any_schedule_ends_and_agrees(seed):
 
 def test_out_of_lockstep_a_slow_rank_delays_nobody():
     def main(world):
-        votes = Votes(world, every=8, lockstep=False)
+        rank = Rank(world, every=8, lockstep=False)
         num_steps = 5 if world.rank == 2 else 500
         step = 0
         while step < num_steps:
             step += 1
             world.compute(lambda notify: None)
-            votes.vote.poll(step)
+            rank.agreement.poll(step)
         trained_s = world.now_s()
-        votes.vote.finish()
+        rank.agreement.finish()
         return trained_s
 
     machine, faults = Machine(step_s=0.1), Faults(slow={"2": 50.0})
@@ -205,9 +205,9 @@ def test_out_of_lockstep_a_finished_rank_lets_the_others_stop():
     """Rank 0 finishes at once; a signal at rank 1 still stops rank 2."""
 
     def main(world):
-        votes = Votes(world, every=8, lockstep=False)
+        rank = Rank(world, every=8, lockstep=False)
         num_steps = 1 if world.rank == 0 else 1000
-        return votes.train(world, num_steps, 100 if world.rank == 1 else None)
+        return rank.train(world, num_steps, 100 if world.rank == 1 else None)
 
     outcomes = run_virtual(main, 3, machine=MACHINE)
     assert all(stopped for _, stopped, _ in outcomes)
@@ -216,7 +216,7 @@ def test_out_of_lockstep_a_finished_rank_lets_the_others_stop():
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_out_of_lockstep_all_ranks_meet_equally_often(seed):
+def test_out_of_lockstep_all_ranks_sync_equally_often(seed):
     """Whoever wishes it, and whoever has finished already."""
     chance = random.Random(seed)
     size = chance.choice([1, 2, 3, 4, 8])
@@ -227,27 +227,27 @@ def test_out_of_lockstep_all_ranks_meet_equally_often(seed):
     slow = {str(chance.randrange(size)): chance.choice([2.0, 10.0, 100.0])}
 
     def main(world):
-        votes = Votes(world, every=8, lockstep=False)
-        met = 0
+        rank = Rank(world, every=8, lockstep=False)
+        num_syncs = 0
 
-        def meet():
-            nonlocal met
+        def at_sync_point():
+            nonlocal num_syncs
             world.comm.Barrier()  # a rank that does not come is a deadlock
-            met += 1
+            num_syncs += 1
 
         wish = False
         for step in range(1, steps[world.rank] + 1):
             world.compute(lambda notify: None)
             wish |= step in wishes[world.rank]
-            outcome = votes.vote.poll(step, sync=wish)
+            outcome = rank.agreement.poll(step, sync=wish)
             assert outcome in {RUNNING, SYNC}
             if outcome == SYNC:
-                meet()
+                at_sync_point()
                 wish = False
-        assert not votes.vote.finish(meet)
-        return met
+        assert not rank.agreement.finish(at_sync_point)
+        return num_syncs
 
     simulation = Simulation(size, machine=MACHINE, faults=Faults(slow=slow), seed=seed)
-    met = simulation.run(main)
-    assert len(set(met)) == 1
+    counts = simulation.run(main)
+    assert len(set(counts)) == 1
     assert simulation.undelivered == []
