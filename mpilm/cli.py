@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -20,8 +20,14 @@ from mpilm.errors import MpilmError
 STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal stopped the run; --resume goes on
 BAD_INPUT = 2
 
-# what launchers call the rank of a process; the first that is set counts
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+# what launchers call the rank of a process, and the number of processes that they
+# started; the first rank that is set counts: an inner launcher stands above srun
+LAUNCHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("PMIX_RANK", ""),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
 # commands whose ranks share the work; others run once, on rank 0
 PARALLEL = {
     ("train",),
@@ -128,9 +134,34 @@ def print_anything() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def launch(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return rank and number of the processes that a launcher started; no MPI here.
+
+    A number that came with one process is no rank: a shell that `srun --pty` started,
+    or a single task, inherits the numbers of what is around it.
+
+    >>> launch({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"})
+    (2, 4)
+    >>> launch({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "1"})
+    (0, 1)
+    """
+    for rank_name, size_name in LAUNCHERS:
+        rank, size = (environment.get(name, "") for name in (rank_name, size_name))
+        if not rank.isdecimal():
+            continue
+        if rank_name == "PMIX_RANK" and rank == environment.get("SLURM_PROCID"):
+            size = environment.get("SLURM_STEP_NUM_TASKS", "")
+        if rank_name == "SLURM_PROCID" and not size:
+            size = "1"  # the shell of a batch script
+        if not size.isdecimal():
+            size = str(int(rank) + 1)  # not told: at least so many
+        return (int(rank), int(size)) if int(size) > 1 else (0, 1)
+    return 0, 1
+
+
 def launched_rank() -> int:
-    """Return the rank that a launcher gave this process; 0 without one. No MPI here."""
-    return int(next(filter(None, map(os.environ.get, RANK_VARIABLES)), 0))
+    """Return the rank that a launcher gave this process; 0 without one."""
+    return launch(os.environ)[0]
 
 
 def show_warning(message: Warning | str, *_: Any) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpilm.cli import RANK_VARIABLES, launched_rank
+from mpilm.cli import launch, launched_rank
 from mpilm.doctor import children, facts, measure
 from mpilm.doctor.findings import Finding, amount, duration, ok
 from mpilm.doctor.folder import check_folder, check_shared_memory
@@ -42,15 +42,17 @@ def doctor(*, folder: Path = Path("runs"), limit: float = 90.0) -> int:
 def is_launched(environment: Mapping[str, str]) -> bool:
     """Return whether a launcher made this process a rank.
 
-    SLURM numbers the shell of a batch script too; srun alone tells of its tasks.
+    One process that mpirun started is a rank; one of srun's may be a shell.
 
     >>> is_launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"})
     False
     >>> is_launched({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"})
     True
     """
-    names = {*RANK_VARIABLES, "SLURM_STEP_NUM_TASKS"} - {"SLURM_PROCID"}
-    return any(name in environment for name in names)
+    alone = "OMPI_COMM_WORLD_RANK" in environment or (
+        "PMI_RANK" in environment and "SLURM_STEP_NUM_TASKS" not in environment
+    )
+    return alone or launch(environment)[1] > 1
 
 
 class Report:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mpilm.cli import COMMANDS, main
+from mpilm.cli import COMMANDS, LAUNCHERS, launch, main
 
 
 def mpilm(*arguments, **options):
@@ -71,6 +71,52 @@ def test_whole_numbers_of_options_are_written_as_in_a_configuration(tmp_path, ca
         main([*words, "--tokens", "1.5"])
     assert stop.value.code == 2
     assert "1.5 is no whole number" in capsys.readouterr().err
+
+
+def of(prefix: str, rank: int, size: int) -> dict[str, str]:
+    names = {
+        "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        "mpiexec": ("PMI_RANK", "PMI_SIZE"),
+        "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        "pmix": ("PMIX_RANK", "PMIX_NAMESPACE"),
+    }
+    return dict(zip(names[prefix], (str(rank), str(size)), strict=True))
+
+
+BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
+PLACES = {
+    "nowhere": ({}, (0, 1)),
+    "an sbatch script": (BATCH, (0, 1)),
+    "salloc": ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, (0, 1)),
+    "srun -n 1": (BATCH | of("srun", 0, 1), (0, 1)),
+    "srun -n 4": (BATCH | of("srun", 3, 4), (3, 4)),
+    "srun -n 4 --mpi=pmi2": (of("srun", 3, 4) | of("mpiexec", 3, 4), (3, 4)),
+    "srun -n 4 --mpi=pmix": (of("srun", 3, 4) | of("pmix", 3, 4), (3, 4)),
+    "srun -n 1 --mpi=pmix --pty bash": (of("srun", 0, 1) | of("pmix", 0, 1), (0, 1)),
+    "a single task with a number": (of("srun", 3, 1), (0, 1)),
+    "the same, by pmi2": (of("srun", 3, 1) | of("mpiexec", 0, 1), (0, 1)),
+    "mpirun -n 4": (of("mpirun", 2, 4), (2, 4)),
+    "mpirun -n 4 in an sbatch script": (BATCH | of("mpirun", 2, 4), (2, 4)),
+    "its daemon was started by srun": (of("srun", 1, 2) | of("mpirun", 6, 8), (6, 8)),
+    "mpirun -n 1 in a task of srun": (of("srun", 3, 4) | of("mpirun", 0, 1), (0, 1)),
+    "mpiexec -n 4 in a task of srun": (of("srun", 1, 2) | of("mpiexec", 0, 4), (0, 4)),
+    "prun in a shell of srun": (of("srun", 0, 1) | of("pmix", 3, 9), (3, 4)),
+    "nonsense": ({"SLURM_PROCID": "x", "PMI_RANK": ""}, (0, 1)),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_is_one_of_several_that_a_launcher_started(place, monkeypatch, tmp_path):
+    environment, expected = PLACES[place]
+    assert launch(environment) == expected
+    for name in {name for names in LAUNCHERS for name in names if name}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "c.h5"
+    words = ["prepare", "synthetic", "--out", str(out), "--vocab", "20"]
+    assert main([*words, "--tokens", "1000"]) == 0
+    assert out.exists() == (expected[0] == 0)
 
 
 def test_a_missing_configuration_is_one_line_and_code_2(tmp_path):
