@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpilm import run_mpi
-from mpilm.learner.flat import copy_of, to_array
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import Strategy
+from mpilm.vectors import copy_of, to_array
 from mpilm.world.base import IN_PLACE
 
 

@@ -9,11 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
-
-# Elements: 256 KB of float32, so that some vectors' parts fit into an L2 cache together
-# (BMUF's filter of 10.8 MB takes two thirds of the time; docs/scaling.md).
-CACHED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -110,36 +105,3 @@ class Layout:
         if run:
             buckets.append(tuple(run))
         return buckets
-
-
-def chunked(*vectors: Any) -> Iterator[tuple[Any, ...]]:
-    """Yield the same part of each vector, one part after the other.
-
-    Parts are short enough to stay in a CPU's cache between several operations on them;
-    a GPU, for which many short operations are slow, gets the vectors whole.
-
-    >>> import numpy as np
-    >>> [len(part) for part, _ in chunked(np.zeros(70_000), np.ones(70_000))]
-    [65536, 4464]
-    """
-    if getattr(vectors[0], "is_cuda", False):
-        yield vectors
-        return
-    for start in range(0, len(vectors[0]), CACHED):
-        yield tuple(vector[start : start + CACHED] for vector in vectors)
-
-
-def copy_of(vector: Any) -> Any:
-    """Return a copy of a numpy array or a tensor, where the original lies."""
-    return vector.clone() if hasattr(vector, "clone") else vector.copy()
-
-
-def to_array(vector: Any) -> Any:
-    """Return a numpy array or a tensor as a numpy array of its own memory."""
-    return vector.cpu().numpy().copy() if hasattr(vector, "cpu") else vector.copy()
-
-
-def fill_(vector: Any, array: Any) -> None:
-    """Set a numpy array or a tensor to the values of a numpy array."""
-    is_tensor = hasattr(vector, "new_tensor")
-    vector[:] = vector.new_tensor(array) if is_tensor else array

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.learner.flat import Layout, chunked
+from mpilm.learner.flat import Layout
+from mpilm.vectors import chunked
 
 
 def layers(num_parameters: int, num_layers: int = 4) -> Layout:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.errors import CheckpointError
-from mpilm.learner.flat import fill_, to_array
+from mpilm.vectors import fill_, is_vector, to_array
 
 State = dict[str, Any]
 
@@ -93,11 +93,6 @@ def restore_state_(
             )
         else:
             fill_(value, state[entry])
-
-
-def is_vector(value: Any) -> bool:
-    """Return whether `value` is a numpy array or a tensor."""
-    return hasattr(value, "dtype") and hasattr(value, "shape") and len(value.shape) > 0
 
 
 def _get(owner: Any, name: str) -> Any:

@@ -31,9 +31,10 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
-from mpilm.learner.flat import Layout, copy_of, to_array
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.strategies.parameter_server import ParameterServer
+from mpilm.vectors import copy_of, to_array
 from mpilm.world.base import World
 
 

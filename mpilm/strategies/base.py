@@ -26,9 +26,10 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from mpilm.learner.flat import Layout, to_array
+from mpilm.learner.flat import Layout
 from mpilm.storage.saved import State, restore_state_, saved_state
 from mpilm.strategies.rest import bcast_rest, with_rest
+from mpilm.vectors import to_array
 from mpilm.world.base import IN_PLACE, Comm, World, require_background
 from mpilm.world.service import Service
 

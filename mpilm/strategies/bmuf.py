@@ -37,8 +37,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from mpilm.learner.flat import Layout, chunked, copy_of
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, Strategy
+from mpilm.vectors import chunked, copy_of
 from mpilm.world.base import World
 
 AUTOMATIC = -1.0

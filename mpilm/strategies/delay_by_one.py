@@ -24,8 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mpilm.learner.flat import Layout, copy_of
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, Strategy
+from mpilm.vectors import copy_of
 from mpilm.world.base import IN_PLACE, Request, World
 
 

@@ -32,9 +32,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
-from mpilm.learner.flat import Layout, copy_of
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.strategies.topology import TOPOLOGIES, listeners, mixing_matrix
+from mpilm.vectors import copy_of
 from mpilm.world.base import World
 
 

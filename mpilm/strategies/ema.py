@@ -31,9 +31,9 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
-from mpilm.learner.flat import copy_of, fill_, to_array
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.strategies.rest import merge_rest
+from mpilm.vectors import copy_of, fill_, to_array
 
 CHUNK = 1 << 18  # elements of a temporary: 1 MB, stays in the cache; chosen, not tuned
 

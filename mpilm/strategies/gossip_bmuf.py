@@ -46,10 +46,11 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
-from mpilm.learner.flat import Layout, chunked, copy_of, fill_, to_array
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.strategies.bmuf import AUTOMATIC, check_eta
 from mpilm.strategies.topology import random_groups
+from mpilm.vectors import chunked, copy_of, fill_, to_array
 from mpilm.world.base import Comm, Request, World
 
 VECTORS = {"models": 1, "starts": 2, "momenta": 3}

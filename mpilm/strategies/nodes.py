@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.errors import CheckpointError, ConfigError
-from mpilm.learner.flat import copy_of
+from mpilm.vectors import copy_of
 from mpilm.world.base import Comm
 
 

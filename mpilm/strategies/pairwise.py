@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.learner.flat import copy_of
 from mpilm.strategies.base import ITEM_BYTES
+from mpilm.vectors import copy_of
 from mpilm.world.base import Comm, Message, Request, World
 from mpilm.world.service import Service, Work
 

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.learner.flat import Layout, copy_of
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import ITEM_BYTES, NUM_BINS
 from mpilm.strategies.rows import shards
+from mpilm.vectors import copy_of
 from mpilm.world.base import Comm, Message, Request, World
 from mpilm.world.service import Service, Work
 

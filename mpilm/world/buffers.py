@@ -42,11 +42,6 @@ def described(buf: Any) -> tuple[int, str]:
     return buf.nbytes, name
 
 
-def snapshot(buf: Any) -> Any:
-    """Return a copy that later changes of `buf` do not reach."""
-    return buf.copy() if isinstance(buf, np.ndarray) else buf.detach().clone()
-
-
 def write_(buf: Any, data: Any) -> None:
     """Copy `data` into the beginning of `buf`, across libraries if need be."""
     if isinstance(buf, np.ndarray):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpilm.learner.flat import copy_of
 from mpilm.strategies import Strategy
+from mpilm.vectors import copy_of
 
 
 @dataclass(frozen=True, kw_only=True)

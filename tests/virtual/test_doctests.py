@@ -1,4 +1,8 @@
-"""The examples in the docstrings of the virtual world hold."""
+"""The examples in the docstrings of both worlds hold.
+
+`pytest --doctest-modules` leaves out world/mpi: pytest-mpi takes the folder's name for
+its mark.
+"""
 
 import doctest
 from importlib import import_module
@@ -10,6 +14,8 @@ MODULES = [
     "mpilm.learner.quadratic",
     "mpilm.world.faults",
     "mpilm.world.machine",
+    "mpilm.world.mpi.abort",
+    "mpilm.world.mpi.clock",
     "mpilm.world.parts",
 ]
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mpilm.errors import WorldError
+from mpilm.vectors import copy_of
 from mpilm.world import machine as costs
 from mpilm.world.base import Op
-from mpilm.world.buffers import reduce_, snapshot, write_
+from mpilm.world.buffers import reduce_, write_
 from mpilm.world.machine import Cost, Link, Machine
 from mpilm.world.parts import named_ranks
 from mpilm.world.virtual.engine import NETWORK, Engine, RankState, VirtualRequest
@@ -170,7 +171,7 @@ class Broadcast(Collective):
 
     def bring(self, rank: int, value: Any) -> None:
         if rank == self.call.root:
-            self.data = snapshot(value)
+            self.data = copy_of(value)
 
     def hand_out(self, request: CollectiveRequest) -> None:
         if request.rank != self.call.root:
@@ -193,7 +194,7 @@ class Reduction(Collective):
 
     def bring(self, rank: int, value: Any) -> None:
         if rank != self.num_folded:
-            self.early[rank] = snapshot(value)
+            self.early[rank] = copy_of(value)
             return
         self._fold(value)
         while self.early and self.num_folded in self.early:
@@ -201,7 +202,7 @@ class Reduction(Collective):
 
     def _fold(self, part: Any) -> None:
         if self.num_folded == 0:
-            self.data = snapshot(part)
+            self.data = copy_of(part)
         else:
             assert self.call.op is not None
             reduce_(self.data, part, self.call.op)

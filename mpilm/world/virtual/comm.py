@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from mpilm.errors import WorldError
+from mpilm.vectors import copy_of
 from mpilm.world.base import (
     ANY_SOURCE,
     ANY_TAG,
@@ -26,7 +27,7 @@ from mpilm.world.base import (
     Op,
     Request,
 )
-from mpilm.world.buffers import described, snapshot, write_
+from mpilm.world.buffers import described, write_
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Link, Machine
 from mpilm.world.profiles import NO_FAULT
@@ -100,7 +101,7 @@ class VirtualMessage(Message):
     ) -> None:
         self.comm, self.source, self.tag = comm, source, tag
         self.nbytes, self.dtype = described(buf)
-        self.data = snapshot(buf)
+        self.data = copy_of(buf)
         self.transfer_s = self.nbytes / link.bandwidth_Bps
         self.send: SendRequest | None = None  # completed by the receiver
 

@@ -1,0 +1,51 @@
+"""Vectors under one face: numpy arrays, and torch tensors on a CPU or a GPU.
+
+torch is never imported here: a tensor can only come from somebody who has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+# Elements: 256 KB of float32, so that some vectors' parts fit into an L2 cache together
+# (BMUF's filter of 10.8 MB takes two thirds of the time; docs/scaling.md).
+CACHED = 1 << 16
+
+
+def is_vector(value: Any) -> bool:
+    """Return whether `value` is a numpy array or a tensor."""
+    return hasattr(value, "dtype") and hasattr(value, "shape") and len(value.shape) > 0
+
+
+def chunked(*vectors: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield the same part of each vector, one part after the other.
+
+    Parts are short enough to stay in a CPU's cache between several operations on them;
+    a GPU, for which many short operations are slow, gets the vectors whole.
+
+    >>> import numpy as np
+    >>> [len(part) for part, _ in chunked(np.zeros(70_000), np.ones(70_000))]
+    [65536, 4464]
+    """
+    if getattr(vectors[0], "is_cuda", False):
+        yield vectors
+        return
+    for start in range(0, len(vectors[0]), CACHED):
+        yield tuple(vector[start : start + CACHED] for vector in vectors)
+
+
+def copy_of(vector: Any) -> Any:
+    """Return a copy of a numpy array or a tensor, where the original lies."""
+    return vector.detach().clone() if hasattr(vector, "clone") else vector.copy()
+
+
+def to_array(vector: Any) -> Any:
+    """Return a numpy array or a tensor as a numpy array of its own memory."""
+    return vector.cpu().numpy().copy() if hasattr(vector, "cpu") else vector.copy()
+
+
+def fill_(vector: Any, array: Any) -> None:
+    """Set a numpy array or a tensor to the values of a numpy array."""
+    is_tensor = hasattr(vector, "new_tensor")
+    vector[:] = vector.new_tensor(array) if is_tensor else array
