@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mpilm.config import SECTIONS
+from mpilm.convert import fields_of
 from mpilm.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +19,7 @@ PAGES = sorted(
 )
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 LINK = re.compile(r"\]\(([^)#\s:]*)(#[^)\s]*)?\)")
+NO_SETTINGS = {("model", "loss"), ("model", "json")}  # a method, a file
 FOLDERS = "mpilm|docs|tests|benchmarks|jobs|examples|tools"
 FILE = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w/.-]*\.(?:py|md|toml|json|sh|css)\b")
 
@@ -42,6 +45,41 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     named = set(FILE.findall(page.read_text()))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def is_there(name: str) -> bool:
+    """Return whether a dotted name is a module of mpilm, or a name in one."""
+    path, parts = ROOT, name.split(".")
+    while parts and (path / parts[0]).is_dir():
+        path /= parts.pop(0)
+    if parts and (path / f"{parts[0]}.py").exists():
+        path /= f"{parts.pop(0)}.py"
+    else:
+        path /= "__init__.py"
+    text = path.read_text() if path.exists() else ""
+    return path.exists() and (not parts or bool(re.search(rf"\b{parts[0]}\b", text)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_modules_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"(?<![\w/.-])(mpilm(?:\.[a-z]\w*)+)", page.read_text())
+    names = {name for name in named if not name.endswith((".egg", ".oNUMBER"))}
+    assert [name for name in sorted(names) if not is_there(name)] == []
+
+
+def settings_of(section: str) -> set[str]:
+    """Return the keys of a section, of all its choices together."""
+    kind = SECTIONS[section]
+    kinds = [*kind[0].values()] if isinstance(kind, tuple) else [kind]
+    return {"name"}.union(*(fields_of(kind) for kind in kinds))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_settings_that_are_named_exist(page: Path) -> None:
+    sections = "|".join(SECTIONS)
+    form = rf"(?:`|--set '?)({sections})\.(\w+)(?=[`=.( ])"
+    named = set(re.findall(form, page.read_text())) - NO_SETTINGS
+    assert [".".join(n) for n in named if n[1] not in settings_of(n[0])] == []
 
 
 @pytest.mark.parametrize("name", [*STRATEGIES, "ema"])
