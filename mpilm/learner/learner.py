@@ -188,12 +188,12 @@ class Learner:
 
         The sums are of `model.nll(minibatch)`, 0-d float64, or a pair with the number
         of wrong guesses; where a model has none, the mean loss times `num_samples`.
-        Training goes on afterwards as if nothing had been: modes and carried state are
-        put back, and no random numbers drawn.
+        Training goes on afterwards as if nothing had been: modes, buffers and carried
+        state are put back, and no random numbers drawn.
         """
         self._parameters.check()
         modes = [(module, module.training) for module in self.model.modules()]
-        carried = self._carried()
+        carried, buffers = self._carried(), self.rest.copy(frozen=False)
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         errors: Any = None
         count = 0
@@ -211,6 +211,7 @@ class Learner:
             for module, training in modes:
                 module.training = training
             self._load_carried(carried)
+            self.rest.put_back(buffers)
         return Sums(nll.item(), count, math.nan if errors is None else float(errors))
 
     def _nll(self, batch: Any) -> Any:
@@ -225,12 +226,15 @@ class Learner:
         Raises:
             CheckpointError: it is of another size.
         """
+        self._require_size(theta_P)
+        self.theta.copy_(torch.as_tensor(theta_P))
+
+    def _require_size(self, theta_P: Any) -> None:
         if len(theta_P) != self.layout.size:
             raise CheckpointError(
                 f"theta: the checkpoint has {len(theta_P)} parameters, this model"
                 f" {self.layout.size}"
             )
-        self.theta.copy_(torch.as_tensor(theta_P))
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold to go on, to the bit: name -> value.
@@ -260,20 +264,24 @@ class Learner:
         for name in ("theta", "samples"):
             if name not in state:
                 raise CheckpointError(f"the state has no {name}: it is no learner's")
-        self.load_theta(state["theta"])
+        self._require_size(state["theta"])
+        optimizer = self._optimizer.read(under("optimizer", state))
+        rest = self.rest.read(under("model", state))
+        place = under("batches", state)
+        load_place = getattr(self.batches, "load_state", None)
+        if place and self.batches is not None and load_place is None:
+            raise CheckpointError(
+                "batches: the checkpoint has their place in the data, but they have no"
+                " load_state"
+            )
+        self.load_theta(state["theta"])  # all was looked at: nothing changed so far
         self.samples = int(state["samples"])
-        self._optimizer.load_state(under("optimizer", state), settings=settings)
+        self._optimizer.load_state(optimizer, settings=settings)
+        self.rest.put_back(rest)
         parts = restored_parts(under("carried", state))
         self._load_carried(tuple(self._tensor(part) for part in parts))
-        self.rest.put_back(self.rest.read(under("model", state)))
-        place = under("batches", state)
-        if place and self.batches is not None:
-            if not hasattr(self.batches, "load_state"):
-                raise CheckpointError(
-                    "batches: the checkpoint has their place in the data, but they have"
-                    " no load_state"
-                )
-            self.batches.load_state(place)
+        if place and load_place is not None:
+            load_place(place)
         self._random.load_state(state)
 
     def _carried(self) -> tuple[Tensor, ...]:

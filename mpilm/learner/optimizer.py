@@ -120,12 +120,15 @@ class LearnerOptimizer:
         Raises:
             ModelError: the groups are others than at first.
         """
+        self._require_same_groups()
+        self.torch.step()
+
+    def _require_same_groups(self) -> None:
         if [len(group["params"]) for group in self.torch.param_groups] != self._sizes:
             raise ModelError(
                 "the optimiser's parameter groups were changed under the Learner: make"
                 " them in the function that it is given, or make a new Learner"
             )
-        self.torch.step()
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -158,6 +161,7 @@ class LearnerOptimizer:
 
     @lr.setter
     def lr(self, value: float) -> None:
+        self._require_same_groups()
         for group, ratio in zip(self.torch.param_groups, self._ratios, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(ratio * value)
@@ -205,6 +209,7 @@ class LearnerOptimizer:
         Raises:
             CheckpointError: a setting that is no number, text or list of those.
         """
+        self._require_same_groups()
         about = {
             **self._kind(),
             "lr_ratios": self._ratios,
@@ -233,18 +238,14 @@ class LearnerOptimizer:
             ],
         }
 
-    def load_state(self, state: dict[str, Any], *, settings: bool = True) -> None:
-        """Take up what `state` returned.
-
-        Args:
-            settings: whether the groups' settings are taken up as well.
+    def read(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return what `load_state` takes up of what `state` returned.
 
         Raises:
             CheckpointError: it is the state of another optimiser.
         """
-        saved = dict(state)
         try:
-            about = json.loads(saved.pop("settings"))
+            about: dict[str, Any] = json.loads(state["settings"])
         except (KeyError, ValueError, TypeError):
             raise CheckpointError(
                 "optimiser: the checkpoint has no settings of one"
@@ -256,18 +257,28 @@ class LearnerOptimizer:
                     f" {brief(here)}: resume with the optimiser it was made with"
                 )
         found: dict[int, dict[str, Any]] = {}
-        for path, value in saved.items():
+        for path, value in state.items():
+            if path == "settings":
+                continue
             index, key = path.split("/", 1)
             is_array = isinstance(value, np.ndarray | np.generic)
             found.setdefault(int(index), {})[key] = (
                 torch.tensor(value) if is_array else value
             )
+        return {**about, "state": found}
+
+    def load_state(self, found: dict[str, Any], *, settings: bool = True) -> None:
+        """Take up what `read` returned.
+
+        Args:
+            settings: whether the groups' settings are taken up as well.
+        """
         groups = self.torch.state_dict()["param_groups"]
-        self.torch.load_state_dict({"state": found, "param_groups": groups})
+        self.torch.load_state_dict({"state": found["state"], "param_groups": groups})
         if settings:
-            self._ratios = about["lr_ratios"]
+            self._ratios = found["lr_ratios"]
             for group, kept in zip(
-                self.torch.param_groups, about["groups"], strict=True
+                self.torch.param_groups, found["groups"], strict=True
             ):
                 for key, value in kept.items():
                     group[key] = decoded(value, group.get(key))

@@ -56,18 +56,21 @@ class ModuleRest:
     def __len__(self) -> int:
         return len(self._places)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, *, plain: bool = True) -> dict[str, Tensor]:
         """Return what is there now, by name.
 
+        Args:
+            plain: whether all must be arrays.
+
         Raises:
-            ModelError: a tensor that is no plain array (sparse, quantised).
+            ModelError: a tensor that must be, and is not (sparse, quantised).
         """
         found = {}
         for name, (owner, key) in self._places.items():
             tensor = owner.get(key)
             if tensor is None:
                 continue
-            if tensor.layout != torch.strided or tensor.is_quantized:
+            if plain and (tensor.layout != torch.strided or tensor.is_quantized):
                 raise ModelError(
                     f"buffer {name} ({tensor.layout}, {tensor.dtype}) cannot be sent or"
                     " stored: make it dense, or an attribute that is no buffer"
@@ -130,9 +133,13 @@ class ModuleRest:
             owner[key] = values.to(tensor.device, tensor.dtype, copy=True)
 
     # to come back to
-    def copy(self) -> dict[str, Tensor]:
-        """Return a copy of every tensor, by name."""
-        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+    def copy(self, *, frozen: bool = True) -> dict[str, Tensor]:
+        """Return a copy of every tensor, by name; without `frozen` of buffers only."""
+        return {
+            name: tensor.clone()
+            for name, tensor in self.tensors(plain=False).items()
+            if frozen or name in self._buffers
+        }
 
     def put_back(self, kept: Mapping[str, Tensor]) -> None:
         """Set the tensors to what `copy` returned."""

@@ -262,8 +262,12 @@ def test_a_state_of_other_buffers_is_refused_by_name(change, line):
     learner = Learner(make_rich(), Points(), sgd)
     state = learner.state()
     change(state)
+    train(learner, 1)
+    theta = learner.theta.clone()
     with pytest.raises(CheckpointError, match=line):
         learner.load_state(state)
+    assert torch.equal(learner.theta, theta)  # nothing was taken up
+    assert learner.samples == 8
 
 
 def test_a_sparse_buffer_is_refused_by_name():
@@ -271,6 +275,7 @@ def test_a_sparse_buffer_is_refused_by_name():
     model.register_buffer("graph", torch.eye(3).to_sparse())
     learner = Learner(model, Points(), sgd)
     train(learner, 1)
+    learner.evaluate([Points().next()])
     with pytest.raises(ModelError, match=r"buffer graph .* cannot be sent or stored"):
         learner.state()
 
@@ -299,6 +304,22 @@ def test_a_place_in_the_data_that_nobody_takes_up_is_refused():
         CheckpointError, match="batches: the checkpoint has their place"
     ):
         Learner(Partly(), Endless(), sgd).load_state(state)
+
+
+def test_evaluating_puts_buffers_back():
+    class Counting(Partly):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.tensor(0))
+
+        def loss(self, batch):
+            self.count = self.count + 1
+            return super().loss(batch)
+
+    learner = Learner(Counting(), Points(), sgd)
+    train(learner, 2)
+    learner.evaluate([Points().next()] * 3)
+    assert learner.model.count == 2
 
 
 def test_evaluating_draws_no_minibatch_and_checks_first():

@@ -249,8 +249,9 @@ def test_groups_that_come_later_are_refused():
     train(learner, 1)
     learner.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     learner.gradient()
-    with pytest.raises(ModelError, match="groups were changed under the Learner"):
-        learner.update()
+    for act in (learner.update, learner.state, lambda: setattr(learner, "lr", 0.1)):
+        with pytest.raises(ModelError, match="groups were changed under the Learner"):
+            act()
 
 
 def test_moments_are_vectors_of_real_numbers_only():
