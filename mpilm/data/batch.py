@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mpilm.data.counts import Counts
+from mpilm.errors import DataError
+from mpilm.world.base import Traffic
 
 
 class Batch(NamedTuple):
@@ -23,33 +28,116 @@ class Batch(NamedTuple):
     start: bool
 
 
-class Batches(Protocol):
-    """An endless source of minibatches for one rank.
+class Batches(ABC):
+    """An endless source of minibatches for one rank; it knows how far all ranks are.
 
     num_dropped  targets that are never visited (the tail that fills no minibatch)
+    counts       how that is known, see counts.py
+
+    Call `start` before the first minibatch, `close` after the last.
+
+    Args:
+        counts: `counts_of` the world.
+        geometry: what a place in the data depends on: name -> number.
     """
 
     num_dropped: int
 
+    def __init__(self, counts: Counts, geometry: dict[str, int]) -> None:
+        self.counts, self._geometry = counts, geometry
+
+    # what a source does
     @property
+    @abstractmethod
     def epoch(self) -> float:
         """Passes over the data so far."""
 
+    @abstractmethod
+    def draw(self) -> Batch:
+        """Return the next minibatch; after the last one the next epoch begins."""
+
+    @abstractmethod
+    def place(self) -> dict[str, Any]:
+        """Return where this rank stands. As collective as `Counts.state`."""
+
+    @abstractmethod
+    def go_to(self, place: dict[str, Any]) -> None:
+        """Go on from what `place` returned."""
+
+    # for whoever trains with it
     def start(self) -> None:
         """Begin background work, if there is any. Collective."""
+        self.counts.start()
 
     def close(self) -> None:
         """End background work, if there is any. Collective."""
+        self.counts.close()
 
     def next(self) -> Batch:
-        """Return the next minibatch; after the last one the next epoch begins."""
+        """Return the next minibatch; after the last one the next epoch begins.
+
+        Communicates: out of lockstep at most one message of 16 bytes, non-blocking;
+            from the pool also the next lease, see `LeasedBatches.draw`.
+        """
+        batch = self.draw()
+        self.counts.drawn(batch.num_samples)
+        return batch
+
+    def done(self, own: int) -> int:
+        """Return the samples of all ranks so far, as known here.
+
+        In lockstep exact; otherwise minibatches that others have in work count, and
+        what they drew in their last step or two may be missing.
+
+        Args:
+            own: samples that this rank has done.
+
+        Communicates: as `next`; never blocks.
+        """
+        return self.counts.done(own)
+
+    def synchronise(self, own: int) -> int:
+        """Return the samples of all ranks, exactly. No minibatch is in work meanwhile.
+
+        Args:
+            own: samples that this rank has done.
+
+        Communicates: out of lockstep collective, one Allreduce of 8K bytes, blocking.
+        """
+        return self.counts.synchronise(own)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What counting samples has taken of the world's bytes and messages."""
+        return self.counts.traffic
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold to go on from here."""
+        """Return what a checkpoint must hold to go on from here.
+
+        Communicates: from the pool out of lockstep collective, two small allgathers.
+        """
+        return {**self.place(), **self._geometry}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken.
+        """Go on from where `state` was taken; `synchronise` comes next, on all ranks.
 
         Raises:
             DataError: it was taken from other data or another geometry.
         """
+        require_geometry(self._geometry, state)
+        self.go_to(state)
+
+
+def require_geometry(mine: dict[str, int], state: dict[str, Any]) -> None:
+    """Raise unless a saved data cursor means the same here.
+
+    Raises:
+        DataError: other data, ranks, batch or steps.
+    """
+    for name, value in mine.items():
+        if int(state[name]) != value:
+            raise DataError(
+                f"resume: the place in the data was saved with {name} ="
+                f" {int(state[name])}, this run has {value}: ranks, batch, unroll and"
+                " corpus must stay as they were"
+            )

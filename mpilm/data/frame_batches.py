@@ -28,16 +28,16 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.data.batch import Batch
+from mpilm.data.batch import Batch, Batches
+from mpilm.data.counts import counts_of
 from mpilm.data.frame_corpus import FrameSplit
 from mpilm.data.frame_items import Block, Order, View, partition
-from mpilm.data.pool import Counter, Leases, Turns
-from mpilm.data.streams import require_geometry
+from mpilm.data.pool import LeasedBatches
 from mpilm.errors import DataError
 from mpilm.world.base import World
 
 
-class FrameShards:
+class FrameShards(Batches):
     """Endless minibatches of one rank's utterances.
 
     num_batches  minibatches in an epoch, the same on all ranks
@@ -46,9 +46,12 @@ class FrameShards:
     Args:
         batch: items of a minibatch, B.
         cache_frames: frames that are shuffled together.
+        world: ranks out of lockstep: they count samples through it; None: in lockstep.
+        goal: samples of all ranks at which the run ends, see `Counter`.
 
     Raises:
         DataError: fewer utterances than ranks, or too few items.
+        WorldError: a world without background communication.
     """
 
     def __init__(  # noqa: PLR0917 - as Streams, and the size of the cache
@@ -61,6 +64,8 @@ class FrameShards:
         size: int = 1,
         *,
         seed: int,
+        world: World | None = None,
+        goal: int = 0,
     ) -> None:
         items_U = view.count(split)
         useful = np.flatnonzero(items_U)
@@ -85,7 +90,7 @@ class FrameShards:
         # seeds of the ranks differ, whatever train.seed is
         self._order = Order(split, view, useful[ranks == rank], seed * size + rank)
         self._cache = max(1, cache_frames // (batch * view.item_frames))
-        self._geometry = {
+        geometry = {
             "ranks": size,
             "batch": batch,
             "steps": view.steps,
@@ -93,6 +98,7 @@ class FrameShards:
             "items": int(loads.sum()),
             "data_seed": seed,
         }
+        super().__init__(counts_of(rank, size, world, goal), geometry)
         self._passes = self._index = 0
         self._held = (-1, -1)
         self._block: Block | None = None
@@ -102,14 +108,7 @@ class FrameShards:
         """Passes over the data so far."""
         return self._passes + self._index / self.num_batches
 
-    def start(self) -> None:
-        """Do nothing: no other rank is asked for anything."""
-
-    def close(self) -> None:
-        """Do nothing, as `start`."""
-
-    def next(self) -> Batch:
-        """Return the next minibatch; after the last one the next epoch begins."""
+    def draw(self) -> Batch:
         which, place = divmod(self._index, self._cache)
         if self._held != (self._passes, which) or self._block is None:
             first, last = which * self._cache, (which + 1) * self._cache
@@ -126,31 +125,24 @@ class FrameShards:
             self._passes, self._index = self._passes + 1, 0
         return found
 
-    def state(self) -> dict[str, Any]:
-        """Return where the rank stands, and the geometry that this is true for."""
-        return {"passes": self._passes, "index": self._index, **self._geometry}
+    def place(self) -> dict[str, Any]:
+        return {"passes": self._passes, "index": self._index}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken.
-
-        Raises:
-            DataError: it was taken from other data or another geometry.
-        """
-        require_geometry(self._geometry, state)
-        self._passes, self._index = int(state["passes"]), int(state["index"])
+    def go_to(self, place: dict[str, Any]) -> None:
+        self._passes, self._index = int(place["passes"]), int(place["index"])
 
 
-class FramePool:
+class FramePool(LeasedBatches):
     """Endless minibatches of one rank from the common pool, see pool.py.
 
-    num_chunks   chunks in an epoch
     num_dropped  frames that an epoch does not visit
-    lease        this rank's latest lease; -1: none yet
 
     Args:
         batch: items of a minibatch, B.
         chunk_batches: minibatches of a chunk; its items are shuffled together.
-        world: leases come from a counter on rank 0; None: they are dealt in turn.
+        world: ranks out of lockstep: leases come from a counter on rank 0; None: they
+            are dealt in turn.
+        goal: samples of all ranks at which the run ends, see `Counter`.
 
     Raises:
         DataError: fewer chunks than ranks.
@@ -168,6 +160,7 @@ class FramePool:
         *,
         seed: int,
         world: World | None = None,
+        goal: int = 0,
     ) -> None:
         useful = np.flatnonzero(view.count(split))
         self._order = Order(split, view, useful, seed)
@@ -180,78 +173,31 @@ class FramePool:
                 f" the {split.name} split of {split.path} has {num_items}",
                 everywhere=True,
             )
-        unused = num_items - self.num_chunks * self._chunk_items
-        self.num_dropped = unused * view.item_frames
-        self._batch, self._view, self._chunk_batches = batch, view, chunk_batches
-        self._geometry = {
+        geometry = {
+            "ranks": size,
             "batch": batch,
             "steps": view.steps,
             "chunk_windows": chunk_batches,
             "items": num_items,
             "pool_seed": seed,
         }
-        self._leases: Leases = (
-            Counter(world) if world and world.size > 1 else Turns(rank, size)
-        )
-        self.lease = -1
-        self._index = chunk_batches
+        counts = counts_of(rank, size, world, goal)
+        super().__init__(counts, geometry, windows=chunk_batches)
+        unused = num_items - self.num_chunks * self._chunk_items
+        self.num_dropped = unused * view.item_frames
+        self._batch, self._view = batch, view
         self._block: Block | None = None
 
-    @property
-    def epoch(self) -> float:
-        """Passes of all ranks over the data so far, by this rank's latest lease."""
-        share = self._index / self._chunk_batches
-        return max(0.0, (self.lease + share) / self.num_chunks)
+    def open(self, lease: int) -> None:
+        epoch, chunk = divmod(lease, self.num_chunks)
+        first = chunk * self._chunk_items
+        self._block = None  # frees its memory before the next is read
+        self._block = self._order.block(epoch, first, first + self._chunk_items)
 
-    @property
-    def samples(self) -> int:
-        """Samples that all ranks have drawn so far, by this rank's latest lease."""
-        batches = max(0, self.lease * self._chunk_batches + self._index)
-        return batches * self._batch * self._view.item_frames
-
-    def start(self) -> None:
-        """Begin to serve leases. With a world: collective, one Dup."""
-        self._leases.start()
-
-    def close(self) -> None:
-        """End background work. With a world: collective, one barrier, blocking."""
-        self._leases.close()
-
-    def next(self) -> Batch:
-        """Return the next minibatch; a chunk that is used up is followed by another.
-
-        Communicates: as `PoolBatches.next`.
-        """
-        if self._index == self._chunk_batches:
-            self.lease, self._index = self._leases.take(), 0
-            self._block = None
-        if self._block is None:
-            epoch, chunk = divmod(self.lease, self.num_chunks)
-            first = chunk * self._chunk_items
-            self._block = self._order.block(epoch, first, first + self._chunk_items)
-        at = self._index * self._batch
-        self._index += 1
+    def window(self, index: int) -> Batch:
+        assert self._block is not None
+        at = index * self._batch
         return self._block.batch(at, at + self._batch, self._view.item_frames)
-
-    def state(self) -> dict[str, Any]:
-        """Return this rank's lease and place in it. Collective with a world."""
-        return {
-            "lease": self.lease,
-            "window": self._index,
-            **self._leases.state(self.lease),
-            **self._geometry,
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken. Collective with a world.
-
-        Raises:
-            DataError: it was taken from other data or another geometry.
-        """
-        require_geometry(self._geometry, state)
-        self.lease, self._index = int(state["lease"]), int(state["window"])
-        self._block = None
-        self._leases.load_state(state)
 
 
 def _minibatch(batch: int, view: View) -> str:

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.data.batch import Batch
+from mpilm.data.batch import Batch, Batches
+from mpilm.data.counts import counts_of
 from mpilm.data.hdf5 import origin, read_tokens
 from mpilm.errors import DataError
+from mpilm.world.base import World
 
 # Tokens of all rows together that are read ahead: 2 or 4 MB a rank, and a read (some
 # 16 us, measured, docs/data.md) every hundred steps or so. Chosen, not tuned.
@@ -82,7 +84,7 @@ class RowWindows:
         self._first, self._block = index, block
 
 
-class Streams:
+class Streams(Batches):
     """Endless minibatches of one rank: `batch` rows of the split, `steps` at a time.
 
     tokens       (N,) token ids: an HDF5 dataset or an array
@@ -91,12 +93,25 @@ class Streams:
 
     The carried state is zeroed at the start of every epoch.
 
+    Args:
+        world: ranks out of lockstep: they count samples through it; None: in lockstep.
+        goal: samples of all ranks at which the run ends, see `Counter`.
+
     Raises:
         DataError: the split is too short for so many ranks.
+        WorldError: a world without background communication.
     """
 
     def __init__(
-        self, tokens: Any, batch: int, steps: int, rank: int = 0, size: int = 1
+        self,
+        tokens: Any,
+        batch: int,
+        steps: int,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        world: World | None = None,
+        goal: int = 0,
     ) -> None:
         num_rows = size * batch
         num_targets = len(tokens) - 1
@@ -108,7 +123,8 @@ class Streams:
             )
         row_targets = self.num_windows * steps
         self.num_dropped = num_targets - num_rows * row_targets
-        self._geometry = {"rows": num_rows, "steps": steps, "tokens": len(tokens)}
+        geometry = {"rows": num_rows, "steps": steps, "tokens": len(tokens)}
+        super().__init__(counts_of(rank, size, world, goal), geometry)
         self._passes = 0
         self._window = 0
         rows = np.arange(rank * batch, (rank + 1) * batch, dtype=np.int64)
@@ -121,14 +137,7 @@ class Streams:
         """Passes over the data so far."""
         return self._passes + self._window / self.num_windows
 
-    def start(self) -> None:
-        """Do nothing: no other rank is asked for anything."""
-
-    def close(self) -> None:
-        """Do nothing, as `start`."""
-
-    def next(self) -> Batch:
-        """Return the next minibatch; after the last one the next epoch begins."""
+    def draw(self) -> Batch:
         inputs_TB, targets_TB = self._rows.window(self._window)
         start = self._window == 0
         self._window += 1
@@ -136,33 +145,11 @@ class Streams:
             self._passes, self._window = self._passes + 1, 0
         return Batch(inputs_TB, targets_TB, targets_TB.size, start)
 
-    def state(self) -> dict[str, Any]:
-        """Return where the streams stand, and the geometry that this is true for."""
-        return {"passes": self._passes, "window": self._window, **self._geometry}
+    def place(self) -> dict[str, Any]:
+        return {"passes": self._passes, "window": self._window}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken.
-
-        Raises:
-            DataError: it was taken from other data or another geometry.
-        """
-        require_geometry(self._geometry, state)
-        self._passes, self._window = int(state["passes"]), int(state["window"])
-
-
-def require_geometry(mine: dict[str, int], state: dict[str, Any]) -> None:
-    """Raise unless a saved data cursor means the same here.
-
-    Raises:
-        DataError: other data, ranks, batch or steps.
-    """
-    for name, value in mine.items():
-        if int(state[name]) != value:
-            raise DataError(
-                f"resume: the place in the data was saved with {name} ="
-                f" {int(state[name])}, this run has {value}: ranks, batch, unroll and"
-                " corpus must stay as they were"
-            )
+    def go_to(self, place: dict[str, Any]) -> None:
+        self._passes, self._window = int(place["passes"]), int(place["window"])
 
 
 class EvaluationStreams:

@@ -40,6 +40,10 @@ def _ignore(part: Any) -> None:
     pass
 
 
+def keep_lr() -> None:
+    """Leave the learning rate as it is: what `refresh` does until a trainer sets it."""
+
+
 class Sums(NamedTuple):
     """What a model made of some minibatches.
 
@@ -70,6 +74,9 @@ class Learner:
             one fused operation) or the model's own parameters. None: as its groups and
             its kind demand, see optimizer.py; it is made twice then.
 
+    refresh  called when a gradient is complete and before an update: the trainer sets
+             `lr` there to what it is now (a slow rank's minibatch may have taken long)
+
     Raises:
         ModelError: the model has no float32 parameters to train, or the optimiser is
             none that a Learner can use.
@@ -94,6 +101,7 @@ class Learner:
         self.model = model.to(self.device)
         self.batches = batches
         self.samples = 0
+        self.refresh: Callable[[], None] = keep_lr
         self._parameters = FlatParameters(self.model, self.device)
         self.layout = self._parameters.layout
         self.theta = self._parameters.theta
@@ -132,7 +140,9 @@ class Learner:
         def work(notify: Notify) -> float | Tensor:
             return self._differentiate(batch, notify, scale)
 
-        return self._compute(work, ready)
+        loss = self._compute(work, ready)
+        self.refresh()
+        return loss
 
     def _differentiate(
         self, batch: Any, notify: Notify, scale: float
@@ -146,6 +156,7 @@ class Learner:
 
     def update(self) -> None:
         """Take one step of the optimiser: theta <- theta - lr * P(grad)."""
+        self.refresh()
         self._parameters.attach_grad()
         if THETA in self._optimizer.parameters:
             self._optimizer.parameters[THETA].grad = self.grad

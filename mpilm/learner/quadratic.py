@@ -80,6 +80,7 @@ class ProtocolLearner:
         self.lr, self.momentum, self.noise = lr, momentum, noise
         self.samples_per_step = samples_per_step
         self.samples = 0
+        self.refresh: Callable[[], None] = lambda: None
         self._parts = [segment.slice for segment in reversed(self.layout.segments)]
 
     def loss(self) -> float:

@@ -46,6 +46,7 @@ class Learner(Protocol):
     layout        where each parameter and component lies
     samples       samples (tokens, frames) this rank has processed
     lr            learning rate of the next update
+    refresh       sets `lr` to what it is now; `gradient` and `update` call it
     is_plain_sgd  whether the next update is theta <- theta - lr * grad, no more
     """
 
@@ -54,6 +55,7 @@ class Learner(Protocol):
     layout: Layout
     samples: int
     lr: float
+    refresh: Callable[[], None]
 
     @property
     def is_plain_sgd(self) -> bool: ...

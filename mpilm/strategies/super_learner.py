@@ -43,6 +43,11 @@ class SuperLearner:
         return self.learner.samples
 
     @property
+    def refresh(self) -> Callable[[], None]:
+        """Set `lr` to what it is now."""
+        return self.learner.refresh
+
+    @property
     def lr(self) -> float:
         """Learning rate of the next update."""
         return self.learner.lr
@@ -62,6 +67,7 @@ class SuperLearner:
         share = 1.0 / self.node.size
         loss = learner.gradient(ready=reduction.segment_is_ready, scale=share)
         reduction.finish()
+        learner.refresh()  # the others of the node may have taken longer
         if scale != 1.0:
             learner.grad *= scale
         if ready is not None:

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 
 from mpilm.config import Config
-from mpilm.data.frame_batches import FramePool
-from mpilm.data.pool import PoolBatches
 from mpilm.errors import CheckpointError, DivergenceError, MpilmError
 from mpilm.storage.checkpoint import Checkpoints
 from mpilm.storage.runlog import RunLog, write_summary
@@ -32,10 +30,9 @@ from mpilm.train.screen import Screen, count
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.train.summary import closing_lines, summarise
 from mpilm.train.task import open_task
-from mpilm.world.base import IN_PLACE, MAX, World
+from mpilm.world.base import World
 
 COUNTS = ("mixes", "staleness")  # of a strategy's accounts, in a row of the log
-POOLS = (PoolBatches, FramePool)
 LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
 
 
@@ -102,6 +99,9 @@ class Trainer:
                 self.restore(saved)
             if world.rank == 0:
                 self.folder.write_description(config, self.task)
+        self.batches.synchronise(self.learner.samples)
+        self.before = self.learner.samples  # this step, on this rank
+        self.learner.refresh = self.refresh_lr
         self.recorder = MetricsRecorder(world, self.totals)
         self.validations = Milestones(config.train.valid_every, self.samples)
         self.savings = Milestones(config.checkpoint.every, self.samples)
@@ -137,14 +137,16 @@ class Trainer:
 
     @property
     def samples(self) -> int:
-        """Samples that all ranks have processed, as known here.
+        """Samples that all ranks have processed, as known here."""
+        return self.batches.done(self.learner.samples)
 
-        Ranks out of lockstep know how much of the common pool has been given out; on
-        shards of their own each takes the others to be as far as it is.
+    def refresh_lr(self) -> None:
+        """Set the learning rate to the one after the samples of all ranks so far.
+
+        In lockstep those before this step. Otherwise the others go on while this rank
+        computes, and its update takes the rate of the moment in which it is made.
         """
-        if not self.strategy.lockstep and isinstance(self.batches, POOLS):
-            return self.batches.samples
-        return self.learner.samples * self.world.size
+        self.learner.lr = self.schedule.lr(self.batches.done(self.before))
 
     def train(self, stop: StopRequest | None = None) -> bool:
         """Train to the end; return False if `stop` was requested on some rank.
@@ -171,10 +173,11 @@ class Trainer:
                 lockstep=strategy.lockstep,
                 agree=strategy.pace.agree,
             )
-            self.recorder.begin(vote.traffic)
+            self.recorder.begin(vote.traffic, self.batches.traffic)
             samples = strategy.pace.agree(self.samples)
             while samples < config.train.samples and not self.schedule.finished:
-                learner.lr = self.schedule.lr(samples)
+                self.before = learner.samples
+                self.refresh_lr()
                 loss = strategy.step(learner)
                 totals.step += 1
                 samples = strategy.pace.agree(self.samples)
@@ -194,9 +197,11 @@ class Trainer:
             strategy.retire(learner)
             vote.finish(self.drain_retired)
             strategy.finish(learner)
-            with self.recorder.paused(), self.world.all_or_none():
-                if self.failure:
-                    raise self.failure
+            with self.recorder.paused():
+                with self.world.all_or_none():
+                    if self.failure:
+                        raise self.failure
+                samples = self.batches.synchronise(learner.samples)
             if not vote.stopped:
                 self.screen.done()
                 self.validate()
@@ -243,9 +248,8 @@ class Trainer:
         with self.paused("gather"):
             self.strategy.retire(self.learner)
             self.strategy.finish(self.learner)
-            samples = np.array([self.samples], np.int64)
-            self.world.comm.Allreduce(IN_PLACE, samples, MAX)
-        self.sync(int(samples[0]))
+            samples = self.batches.synchronise(self.learner.samples)
+        self.sync(samples)
 
     def drain_retired(self) -> None:
         """`drain` on a rank that takes no more steps: afterwards it answers again."""

@@ -84,10 +84,10 @@ class MetricsRecorder:
 
     def __init__(self, world: World, totals: Totals) -> None:
         self.world, self.totals = world, totals
-        self.excluded = Traffic()
+        self.excluded: tuple[Traffic, ...] = ()
         self.last = self.read()
 
-    def begin(self, excluded: Traffic) -> None:
+    def begin(self, *excluded: Traffic) -> None:
         """Count from now on, but not the bytes and messages of `excluded`."""
         self.excluded = excluded
         self.last = self.read()
@@ -99,9 +99,10 @@ class MetricsRecorder:
             "seconds": self.world.now_s(),
             "blocked_s": traffic.blocked_s,
             "in_flight_s": traffic.in_flight_s,
-            "bytes_sent": traffic.bytes_sent - excluded.bytes_sent,
-            "bytes_received": traffic.bytes_received - excluded.bytes_received,
-            "messages": traffic.messages - excluded.messages,
+            "bytes_sent": traffic.bytes_sent - sum(e.bytes_sent for e in excluded),
+            "bytes_received": traffic.bytes_received
+            - sum(e.bytes_received for e in excluded),
+            "messages": traffic.messages - sum(e.messages for e in excluded),
         }
 
     def mark(self) -> None:

@@ -99,9 +99,17 @@ class LanguageTask(Task):
 
     def batches(self, config: Config, world: World, *, lockstep: bool) -> Batches:
         train, data = config.train, config.data
-        tokens = self.corpus.split("train")
+        tokens, counted_by = self.corpus.split("train"), None if lockstep else world
         if data.source == "shards":
-            return Streams(tokens, train.batch, train.unroll, world.rank, world.size)
+            return Streams(
+                tokens,
+                train.batch,
+                train.unroll,
+                world.rank,
+                world.size,
+                world=counted_by,
+                goal=train.samples,
+            )
         return PoolBatches(
             tokens,
             train.batch,
@@ -110,7 +118,8 @@ class LanguageTask(Task):
             world.rank,
             world.size,
             seed=train.seed,
-            world=None if lockstep else world,
+            world=counted_by,
+            goal=train.samples,
         )
 
     def evaluation(
@@ -157,9 +166,18 @@ class FrameTask(Task):
         self.require_split("valid")
         split, view = self.corpus.split("train"), self.view(train)
         rank, size = world.rank, world.size
+        counted_by = None if lockstep else world
         if data.source == "shards":
             return FrameShards(
-                split, view, train.batch, data.cache, rank, size, seed=train.seed
+                split,
+                view,
+                train.batch,
+                data.cache,
+                rank,
+                size,
+                seed=train.seed,
+                world=counted_by,
+                goal=train.samples,
             )
         return FramePool(
             split,
@@ -169,7 +187,8 @@ class FrameTask(Task):
             rank,
             size,
             seed=train.seed,
-            world=None if lockstep else world,
+            world=counted_by,
+            goal=train.samples,
         )
 
     def evaluation(

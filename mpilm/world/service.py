@@ -9,8 +9,8 @@ have had their answers, and none is on its way. The rank that learns of it first
 begin again and ask before another has stopped, so questions change between two
 communicators from one end to the next: what comes early waits for the next `begin`.
 
-`Pairwise` (adpsgd), `ParameterServer` (async_sgd) and the pool's `LeaseCounter` are
-services.
+`Pairwise` (adpsgd), `ParameterServer` (async_sgd) and `Counter` (samples and the pool's
+leases, on rank 0 only) are services.
 """
 
 from __future__ import annotations

@@ -165,11 +165,8 @@ def test_ranks_out_of_lockstep_train_to_the_end(run, name, source):
     )
     summary = json.loads(trainers[0].folder.summary.read_text())
     own = [trainer.learner.samples for trainer in trainers]
-    assert summary["samples"] == sum(own) >= 30 * 3 * 40
-    if source == "pool":  # the slow rank takes fewer chunks
-        assert own[1] < min(own[0], own[2])
-    else:
-        assert own == [30 * 40] * 3
+    assert 30 * 3 * 40 <= summary["samples"] == sum(own) < 31 * 3 * 40
+    assert 4 * own[1] < min(own[0], own[2])  # it takes a fifth of the steps
     assert summary["valid_perplexity"] < 35  # of a vocabulary of 40
 
 

@@ -1,4 +1,7 @@
-"""The common pool: every chunk once, nobody waits, a slow rank takes fewer."""
+"""The common pool: every chunk once, nobody waits, a slow rank takes fewer.
+
+How ranks know how far all are together: test_data_counts.py.
+"""
 
 from __future__ import annotations
 
@@ -199,8 +202,9 @@ def test_it_ends_however_the_ranks_end(seed: int) -> None:
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_leases_go_on_after_a_checkpoint(closed: bool) -> None:
-    """No lease is given twice, none is lost, and each rank goes on where it was."""
+@pytest.mark.parametrize("until_s", [0.0, 3.0, 5.0])
+def test_leases_go_on_after_a_checkpoint(closed: bool, until_s: float) -> None:
+    """Every lease is begun once or handed back; each rank goes on where it was."""
     machine = Machine(step_s=0.1, jitter=0.5)
     faults = Faults(slow={"1": 7.0})
 
@@ -208,7 +212,7 @@ def test_leases_go_on_after_a_checkpoint(closed: bool) -> None:
         source = pool(world.rank, world.size, world)
         source.start()
         leases = []
-        while world.now_s() < 5.0 + world.rank:
+        while world.now_s() < until_s + world.rank:
             if source.next().start:
                 leases.append(source.lease)
             world.compute(lambda notify: None)
@@ -217,18 +221,19 @@ def test_leases_go_on_after_a_checkpoint(closed: bool) -> None:
         state = source.state()
         if not closed:
             source.close()
-        assert source.state() == state
+        assert equal(source.state(), state)
         # what would come next on this rank, if it is in the middle of a chunk
         following = source.next() if source._window < WINDOWS else None
         return state, leases, following
 
-    def second(world: VirtualWorld) -> list[int]:
+    def second(world: VirtualWorld) -> tuple[dict[str, Any], list[int]]:
         state, _, following = saved[world.rank]
         source = pool(world.rank, world.size, world)
         source.start()
         if world.rank == 0:
             world.sleep(1.0)  # nobody may ask before the counter is back
         source.load_state(state)
+        source.synchronise(0)
         leases = []
         for number in range(15):
             batch = source.next()
@@ -238,18 +243,51 @@ def test_leases_go_on_after_a_checkpoint(closed: bool) -> None:
             if batch.start:
                 leases.append(source.lease)
             world.compute(lambda notify: None)
+        state = source.state()
         source.close()
-        return leases
+        return state, leases
 
     saved = run_virtual(first, 4, machine=machine, faults=faults, seed=1)
     more = run_virtual(second, 4, machine=machine, seed=2)
-    before = [lease for _, leases, _ in saved for lease in leases]
-    after = [lease for leases in more for lease in leases]
-    everything = sorted(before + after)
-    assert len(set(everything)) == len(everything)
-    missing = set(range(everything[-1] + 1)) - set(everything)
-    assert len(missing) <= 3  # asked for ahead and not begun
-    assert min(after) > min(max(leases) for _, leases, _ in saved if leases)
+    begun: list[int] = []
+    for ranks in (saved, more):
+        states = [found[0] for found in ranks]
+        begun += [lease for found in ranks for lease in found[1]]
+        for state in states:  # the same on all ranks, but for the rank's own place
+            handed_back = state["returned"].tolist()
+            assert (state["next_lease"], handed_back) == (
+                states[0]["next_lease"],
+                states[0]["returned"].tolist(),
+            )
+        assert sorted(begun + handed_back) == list(range(states[0]["next_lease"]))
+
+
+def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) for name in one
+    )
+
+
+def test_a_slow_rank_holds_no_chunk_that_others_could_begin() -> None:
+    """Leases are begun nearly in order: a rank asks shortly before it needs one."""
+    begun: list[tuple[float, int]] = []
+
+    def main(world: VirtualWorld) -> None:
+        source = pool(world.rank, world.size, world)
+        source.start()
+        while world.now_s() < 30.0:
+            if source.next().start:
+                begun.append((world.now_s(), source.lease))
+            world.compute(lambda notify: None)
+        source.close()
+
+    faults = Faults(slow={"3": 10.0})
+    run_virtual(main, 4, machine=Machine(step_s=0.1), faults=faults)
+    latest = -1
+    for _, lease in begun:
+        # while the slow rank computes two minibatches, three ranks begin 15 chunks
+        assert lease > latest - 20
+        latest = max(latest, lease)
 
 
 def test_minibatches_before_start_and_after_close_are_errors() -> None:
