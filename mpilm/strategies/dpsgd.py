@@ -2,7 +2,8 @@
 
 Source      X. Lian et al., "Can Decentralized Algorithms Outperform Centralized
             Algorithms?", NeurIPS 2017; topologies: mpilm/strategies/topology.py.
-Notation    T   mixing matrix of the round, (K, K), doubly stochastic
+Notation    T   mixing matrix of the round, (K, K), doubly stochastic; the elements of
+                a row are equal, or 0: (1) is the mean over some ranks (mixing.py)
             g_i -> grad, gradient of rank i's minibatch, (P,)
 Update      theta_i <- sum_j T_ij theta_j                                      (1)
             theta_i <- theta_i - lr * P(g_i)                                   (2)
@@ -15,8 +16,8 @@ Messages    every step, one model of 4P bytes to and from each neighbour.
                       theta_j ==> i
 
             A rank may run ahead of a neighbour. Its models arrive in the order of its
-            rounds (MPI's messages do not overtake), and every round asks a neighbour
-            for one: so a model always meets the round it belongs to.
+            rounds (MPI's messages do not overtake), and every round receives one from
+            each neighbour: so each is averaged in the round that it belongs to.
 Invariants  complete graph, plain SGD, no overlap: `allreduce`, to rounding.
             complete graph, overlap: `delay_by_one`, to rounding.
             (1) preserves the mean of all models.
@@ -34,7 +35,8 @@ from msgspec import Meta
 
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
-from mpilm.strategies.topology import TOPOLOGIES, listeners, mixing_matrix
+from mpilm.strategies.mixing import Mean
+from mpilm.strategies.topology import TOPOLOGIES, destinations, mixing_matrix
 from mpilm.vectors import copy_of
 from mpilm.world.base import World
 
@@ -59,8 +61,8 @@ class Dpsgd(Strategy):
     round     rounds of mixing so far: the random topologies depend on it
     num_sent  models sent so far
     received  at most two vectors (P,) for the models of neighbours
-    partners  (K,) int64, rounds in which each rank's model was heard
-    weight    of a model that is heard: the same on all ranks, in all rounds
+    partners  (K,) int64, rounds in which each rank's model was received
+    weight    of a model that is received: the same on all ranks, in all rounds
     """
 
     name = "dpsgd"
@@ -77,18 +79,33 @@ class Dpsgd(Strategy):
         self.weight = float(matrix.diagonal().min())  # 1 on a rank without partner
 
     def step(self, learner: Learner) -> Any:
-        mixing = Mixing(self, learner.theta)
+        mean = self.start_mean(learner.theta)
         if self.config.overlap:
             loss = learner.gradient()
-            mixing.finish_()  # (1)
+            mean.finish_(learner.theta)  # (1)
         else:
-            mixing.finish_()  # (1)
+            mean.finish_(learner.theta)  # (1)
             loss = learner.gradient()
         learner.update()  # (2)
         self.round += 1
-        self.num_sent += len(mixing.sends)
-        self.partners[mixing.peers] += 1
+        self.num_sent += len(mean.sends)
+        self.partners[mean.sources] += 1
         return loss
+
+    def start_mean(self, theta: Any) -> Mean:
+        """Start the mean over this rank and those it receives from: T is uniform.
+
+        Communicates: pairwise, 4P bytes to and from each neighbour; not blocking.
+        """
+        config, comm = self.config, self.comm
+        here = (comm.rank, comm.size, config.seed, self.round)
+        members = TOPOLOGIES[config.topology](*here)
+        to = destinations(config.topology, *here)
+        mean = Mean(comm, theta, members, destinations=to)
+        while len(self.received) < min(2, len(mean.sources)):
+            self.received.append(copy_of(theta))
+        mean.receive(self.received)
+        return mean
 
     def metrics(self) -> dict[str, Any]:
         return {
@@ -101,46 +118,3 @@ class Dpsgd(Strategy):
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
         model = ITEM_BYTES * layout.size
         return self.num_sent * model, int(self.partners.sum()) * model
-
-
-class Mixing:
-    """One round of (1) on its way: models sent and received.
-
-    The first two neighbours' models travel at once, those of further ones (complete
-    graph) one after the other into the second vector, when `finish_` is called.
-
-    Communicates: pairwise, 4P bytes to each listener and from each neighbour.
-    """
-
-    def __init__(self, strategy: Dpsgd, theta: Any) -> None:
-        comm, config = strategy.comm, strategy.config
-        where = (comm.rank, comm.size, config.seed, strategy.round)
-        self.comm, self.theta = comm, theta
-        self.weights = TOPOLOGIES[config.topology](*where)
-        self.peers = [peer for peer in self.weights if peer != comm.rank]
-        self.received = strategy.received
-        while len(self.received) < min(2, len(self.peers)):
-            self.received.append(copy_of(theta))
-        self.receives = [
-            comm.Irecv(model, peer)
-            for model, peer in zip(self.received, self.peers, strict=False)
-        ]
-        told = listeners(config.topology, *where)
-        self.sends = [comm.Isend(theta, peer) for peer in told]
-
-    def finish_(self) -> None:
-        """Wait for the models; replace theta by the weighted sum (1). Blocking."""
-        for place, peer in enumerate(self.peers):
-            model = self.received[min(place, 1)]
-            if place < 2:
-                self.receives[place].Wait()
-            else:
-                self.comm.Recv(model, peer)
-            model *= self.weights[peer]
-            if place > 0:
-                self.received[0] += model
-        for send in self.sends:
-            send.Wait()
-        self.theta *= self.weights[self.comm.rank]
-        if self.peers:
-            self.theta += self.received[0]

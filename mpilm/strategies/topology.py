@@ -69,9 +69,9 @@ def random_ring(rank: int, num_ranks: int, seed: int = 0, round_: int = 0) -> We
 
 
 def exponential(rank: int, num_ranks: int, seed: int = 0, round_: int = 0) -> Weights:
-    """Return whom `rank` hears from in the one-peer exponential graph.
+    """Return whose model `rank` receives in the one-peer exponential graph.
 
-    It hears from rank - 2^(t mod ceil(log2 K)) and is heard by rank + the same: T is
+    It receives from rank - 2^(t mod ceil(log2 K)) and sends to rank + the same: T is
     doubly stochastic but not symmetric.
 
     >>> exponential(0, 8, round_=1)
@@ -96,21 +96,32 @@ def random_pairs(rank: int, num_ranks: int, seed: int = 0, round_: int = 0) -> W
     return _uniform(rank, {order[place]} if place < num_ranks else set())
 
 
+def num_groups(num_ranks: int, group_size: int) -> int:
+    """Return into how many groups `random_groups` cuts the ranks.
+
+    As few as make none larger than `group_size`; but none has a single rank, which
+    would be mixed with nobody: with `group_size` 2 one of an odd number has 3.
+
+    >>> num_groups(8, 4), num_groups(7, 4), num_groups(7, 2)
+    (2, 2, 3)
+    """
+    return max(1, min(-(-num_ranks // group_size), num_ranks // 2))
+
+
 def random_groups(
     seed: int, round_: int, component: int, num_ranks: int, group_size: int
 ) -> list[list[int]]:
     """Return the ranks cut into random groups; members in ascending order.
 
-    Groups have `group_size` members; what is left over is spread over the groups, so
-    that none is smaller (unless there are fewer ranks than that).
+    There are `num_groups`; their sizes differ by one at most.
 
     >>> groups = random_groups(1, 0, 0, num_ranks=7, group_size=3)
     >>> sorted(len(group) for group in groups)
-    [3, 4]
+    [2, 2, 3]
     """
     order = permutation(seed, round_, num_ranks, salt=component + 1)
-    num_groups = max(1, num_ranks // group_size)
-    return [sorted(order[first::num_groups]) for first in range(num_groups)]
+    number = num_groups(num_ranks, group_size)
+    return [sorted(order[first::number]) for first in range(number)]
 
 
 TOPOLOGIES: dict[str, Callable[..., Weights]] = {
@@ -122,12 +133,12 @@ TOPOLOGIES: dict[str, Callable[..., Weights]] = {
 }
 
 
-def listeners(
+def destinations(
     name: str, rank: int, num_ranks: int, seed: int = 0, round_: int = 0
 ) -> list[int]:
     """Return the other ranks that take the model of `rank` into their average.
 
-    >>> listeners("exponential", 0, 8, round_=1)
+    >>> destinations("exponential", 0, 8, round_=1)
     [2]
     """
     if name == "exponential":

@@ -1,9 +1,11 @@
 """Mixing matrices: doubly stochastic, the same on all ranks, contracting as claimed."""
 
 import doctest
+import math
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from mpilm.strategies.topology import (
     TOPOLOGIES,
     contraction,
     cycle_contraction,
+    destinations,
     expected_contraction,
-    listeners,
     mixing_matrix,
+    num_groups,
     permutation,
     random_groups,
     table,
@@ -54,13 +57,13 @@ def test_every_matrix_is_doubly_stochastic(name, size):
 
 @pytest.mark.parametrize("size", range(1, 18))
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_listeners_are_the_columns_of_the_matrix(name, size):
+def test_destinations_are_the_columns_of_the_matrix(name, size):
     for round_ in range(6):
         matrix = mixing_matrix(name, size, seed=7, round_=round_)
         np.fill_diagonal(matrix, 0.0)
         for rank in range(size):
-            told = listeners(name, rank, size, seed=7, round_=round_)
-            assert sorted(told) == np.flatnonzero(matrix[:, rank]).tolist()
+            to = destinations(name, rank, size, seed=7, round_=round_)
+            assert sorted(to) == np.flatnonzero(matrix[:, rank]).tolist()
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
@@ -142,16 +145,33 @@ def test_exponential_graph_has_no_closed_form():
         expected_contraction("exponential", 8)
 
 
-@pytest.mark.parametrize("size", range(2, 18))
-@pytest.mark.parametrize("group_size", [2, 3, 4])
-def test_random_groups_hold_every_rank_once_and_none_is_too_small(size, group_size):
-    for round_ in range(5):
+@pytest.mark.parametrize("group_size", range(2, 9))
+def test_random_groups_are_balanced_and_not_larger_than_asked_for(group_size):
+    for size, round_ in product(range(1, 41), range(3)):
         groups = random_groups(5, round_, 2, size, group_size)
+        assert len(groups) == num_groups(size, group_size)
         assert sorted(rank for group in groups for rank in group) == list(range(size))
-        lengths = [len(group) for group in groups]
-        assert min(lengths) >= min(group_size, size)
-        assert max(lengths) < 2 * group_size
         assert all(group == sorted(group) for group in groups)
+        lengths = [len(group) for group in groups]
+        assert max(lengths) - min(lengths) <= 1
+        if group_size == 2 and size % 2 and size > 1:
+            assert sorted(lengths) == [2] * (size // 2 - 1) + [3]
+            continue
+        assert max(lengths) <= group_size
+        assert min(lengths) >= min(2, size)
+        assert len(groups) == math.ceil(size / group_size)  # no more than that takes
+
+
+@pytest.mark.parametrize("group_size", range(2, 9))
+def test_group_means_are_doubly_stochastic(group_size):
+    for size in range(1, 41):
+        matrix = np.zeros((size, size))
+        for group in random_groups(5, 1, 2, size, group_size):
+            matrix[np.ix_(group, group)] = 1.0 / len(group)
+        np.testing.assert_allclose(matrix.sum(0), 1.0, atol=1e-15)
+        np.testing.assert_allclose(matrix.sum(1), 1.0, atol=1e-15)
+        # what a rank learned is diluted to this, on average
+        assert np.trace(matrix) == pytest.approx(num_groups(size, group_size))
 
 
 def test_random_groups_are_drawn_for_every_round_and_component():
