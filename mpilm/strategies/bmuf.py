@@ -3,9 +3,9 @@
 Source      K. Chen and Q. Huo, "Scalable Training of Deep Learning Machines by
             Incremental Block Training with Intra-Block Parallel Optimization and
             Blockwise Model-Update Filtering", ICASSP 2016.
-Notation    W(t)    -> model, the filtered model after block t, (P,)
-            W_g(t)  start point of the next block: what theta is set to, (P,)
-            Delta   -> delta, filtered update of a block, (P,)
+Notation    W(t)    -> momentum.model_(), the filtered model after block t, (P,)
+            W_g(t)  -> momentum.start_point, what theta is set to after it, (P,)
+            Delta   -> momentum.delta, filtered update of a block, (P,)
             eta     block momentum, 0 <= eta < 1; zeta: block learning rate, > 0
             tau     -> period, minibatches in a block;  K -> comm.size
 Update      Wbar(t)  = (1/K) sum_i theta_i                                     (1)
@@ -15,19 +15,25 @@ Update      Wbar(t)  = (1/K) sum_i theta_i                                     (
                      = W_g(t-1) + zeta G(t)          NBM, the same             (5)
             W_g(t)   = W(t)                  classical block momentum, CBM     (6)
                      = W(t) + eta Delta(t)   Nesterov block momentum, NBM      (7)
-Messages    one Allreduce of 4P bytes every block, blocking; with `stagger` one for each
-            slice of the C components, spread over the block, together as many bytes.
+            theta_i <- theta_i + (W_g(t) - s_i),  s_i = theta_i in (1)         (8)
+            (8) comes `delay` steps after (1); with none it is theta_i <- W_g(t).
+            (2) to (7) stand in block_momentum.py, (8) in blocks.py.
+Messages    one Allreduce of 4P bytes every block, blocking, or with `delay` under way
+            while the learner goes on; with `stagger` one for each slice of the C
+            components, spread over the block, together as many bytes.
 
             all at once   step step step step |====P====|
             staggered     step |=c1=| step |=c2=| step |=c3=| step |=c0=|
+            delay         step step step step |==P==> step step <==| (8) step step
 Invariants  eta = 0, zeta = 1: `model_averaging`, to the bit; so is every warm-up.
             CBM on a constant drift v per block: Delta -> zeta v / (1 - eta).
             NBM: W_g follows torch's Nesterov SGD with momentum eta and rate zeta on -G
             (so AdamW inside and NBM outside is DiLoCo, arXiv 2311.08105).
 Departs     the implementations disagree on (2) under NBM; here G is measured from the
             start point W_g, as the paper writes it. The final model is W(t), never the
-            look-ahead. The warm-up of plain averages and the staggering are additions.
-Cost        two extra copies of the model: W and Delta.
+            look-ahead. Warm-up of plain averages, staggering and delay are additions.
+Cost        two extra copies of the model: W_g and Delta; with `delay` two more: s_i and
+            the mean.
 """
 
 from __future__ import annotations
@@ -37,12 +43,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, Strategy
-from mpilm.vectors import chunked, copy_of
-from mpilm.world.base import World
-
-AUTOMATIC = -1.0
+from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check, due
+from mpilm.world.base import Request, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,142 +64,51 @@ class BmufConfig:
     stagger: bool = False
     """synchronise one component after another over the block, not all at its end"""
 
+    delay: Annotated[int, Meta(ge=0)] = 0
+    """steps that the learner computes on while a mean is under way; below period"""
+
     def __post_init__(self) -> None:
-        check_eta(self.eta)
+        check(self)
 
 
-def check_eta(eta: float) -> None:
-    """Raise ValueError unless `eta` is a momentum or says: automatic."""
-    if eta != AUTOMATIC and not 0.0 <= eta < 1.0:
-        raise ValueError(f"eta: {eta} is neither in [0, 1) nor -1 (automatic)")
-
-
-def filter_(
-    model: Any, delta: Any, mean: Any, *, eta: float, zeta: float, nesterov: bool
-) -> None:
-    """Apply (2) to (7) in place, without temporaries.
-
-    Args:
-        model: W(t-1), becomes W(t).
-        delta: Delta(t-1), becomes Delta(t).
-        mean: Wbar(t), becomes the start point W_g(t).
-        eta, zeta: block momentum and block learning rate.
-        nesterov: whether W_g is the look-ahead, (7); so it was after block t-1.
-
-    >>> import numpy as np
-    >>> model, delta, mean = np.zeros(1), np.zeros(1), np.ones(1)
-    >>> filter_(model, delta, mean, eta=0.5, zeta=1.0, nesterov=True)
-    >>> float(model[0]), float(delta[0]), float(mean[0])
-    (1.0, 1.0, 1.5)
-    """
-    delta *= eta
-    mean -= model
-    if nesterov:
-        mean -= delta  # W_g(t-1) = W(t-1) + eta Delta(t-1)
-    mean *= zeta  # zeta G, (2)
-    delta += mean  # (3)
-    model += delta  # (4)
-    if nesterov:
-        mean[:] = delta
-        mean *= eta
-        mean += model  # (7)
-    else:
-        mean[:] = model  # (6)
-
-
-def due(steps: int, period: int, num_components: int, stagger: bool) -> list[int]:
-    """Return the components whose block ends after `steps` minibatches.
-
-    Staggered, their blocks are as long but end evenly spread over the period; the first
-    block of each is shorter.
-
-    >>> [due(steps, 4, 2, stagger=True) for steps in (1, 2, 3, 4, 5, 6)]
-    [[], [1], [], [0], [], [1]]
-    """
-    if not stagger:
-        return list(range(num_components)) if steps % period == 0 else []
-    return [
-        component
-        for component in range(num_components)
-        if (steps - component * period // num_components) % period == 0
-    ]
-
-
-class Bmuf(Strategy):
-    """Model averaging with block momentum.
-
-    model  W(t), (P,)
-    delta  Delta(t), (P,); zero until the filter begins
-    """
+class Bmuf(BlockStrategy):
+    """Model averaging with block momentum."""
 
     name = "bmuf"
     Config = BmufConfig
-    synchronises = True
-    saves = ("delta", "model", "steps")
 
     def __init__(self, world: World, config: BmufConfig) -> None:
-        super().__init__(world, config)
-        self.steps = 0
-        self.eta = 1.0 - 1.0 / world.size if config.eta == AUTOMATIC else config.eta
-        self.model: Any = None
-        self.delta: Any = None
+        parts = "layers" if config.stagger else "whole"
+        eta = 1.0 - 1.0 / world.size
+        super().__init__(world, config, eta=eta, parts=parts, filtered=True)
 
-    def start(self, learner: Learner) -> None:
-        super().start(learner)
-        self.model = copy_of(learner.theta)
-        self.delta = copy_of(learner.theta)
-        self.delta *= 0.0
+    def ending(self) -> list[int]:
+        config, count = self.config, len(self.components)
+        return due(self.steps, config.period, count, config.stagger)
 
-    def step(self, learner: Learner) -> Any:
-        loss = learner.gradient()
-        learner.update()
-        self.steps += 1
-        for where in self.parts_due(learner):
-            self.synchronise(learner, where)
-        return loss
+    def start_mean(self, number: int, where: slice) -> Request | None:
+        """Start the mean of a part over all ranks; without `delay` nothing yet.
 
-    def parts_due(self, learner: Learner) -> list[slice]:
-        """Return the parts of the model whose block ends now, the same on all ranks."""
-        period, stagger = self.config.period, self.config.stagger
-        parts: list[tuple[slice, ...]] = [(slice(0, learner.layout.size),)]
-        if stagger:
-            parts = list(learner.layout.components.values())
-        ending = due(self.steps, period, len(parts), stagger)
-        return [where for component in ending for where in parts[component]]
-
-    def synchronise(self, learner: Learner, where: slice) -> None:
-        """End the block of a part of the model.
-
-        Communicates: collective, one Allreduce of the part, blocking.
+        Communicates: collective, with `delay` an Iallreduce of the part; not blocking.
         """
-        config = self.config
-        theta, model = learner.theta[where], self.model[where]
-        self.mean_(theta)  # (1)
-        if self.steps <= config.warmup * config.period or self.is_plain:
-            model[:] = theta
-        else:
-            settings = {"eta": self.eta, "zeta": config.zeta}
-            nesterov = config.momentum == "nesterov"
-            for parts in chunked(model, self.delta[where], theta):
-                filter_(*parts, **settings, nesterov=nesterov)
-        self.synchronised(where, model)
+        self.moved += self.allreduced_bytes(where.stop - where.start)
+        if self.delay == 0:
+            return None
+        return self.comm.Iallreduce(self.snapshot[where], self.wbar[where])
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the filter changes nothing: it is left out, with its rounding."""
-        return self.eta == 0.0 and self.config.zeta == 1.0
+    def end_mean(self, started: Request | None, wbar: Any) -> None:
+        """Write the mean into `wbar`.
 
-    def final_model_(self, learner: Learner, out: Any) -> None:
-        """Write W(t) into `out`: what the last whole block came to."""
-        out[:] = self.model
+        Communicates: collective; without `delay` one Allreduce of the part. Blocking.
+        """
+        if started is None:
+            self.mean_(wbar)
+            return
+        started.Wait()
+        wbar *= 1.0 / self.comm.size
+
+    def is_plain(self, step: int) -> bool:
+        return step <= self.config.warmup * self.config.period
 
     def metrics(self) -> dict[str, Any]:
         return self.averages(self.steps // self.config.period)
-
-    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
-        blocks = self.steps // self.config.period
-        sizes = [layout.size]
-        if self.config.stagger:
-            sizes = [w.stop - w.start for p in layout.components.values() for w in p]
-        moved = blocks * sum(map(self.allreduced_bytes, sizes))
-        return moved, moved

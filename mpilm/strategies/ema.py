@@ -76,6 +76,9 @@ def average_(average: Any, model: Any, weight: float, decay: float) -> float:
     (0.25, 1.0)
     """
     weight = decay * weight + (1.0 - decay)  # (3)
+    if weight == 1.0 - decay:  # the first one, which (4) would round
+        average[:] = model
+        return weight
     for first in range(0, len(average), CHUNK):
         chunk = slice(first, first + CHUNK)
         difference = model[chunk] - average[chunk]

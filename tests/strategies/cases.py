@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.strategies.gossip_bmuf import cut
-from mpilm.strategies.topology import mixing_matrix, random_groups
+from mpilm.strategies.blocks import cut
+from mpilm.strategies.topology import mixing_matrix, num_groups, random_groups
 from tests.strategies import references
 from tests.strategies.fleets import LAYOUT
 
@@ -150,7 +150,8 @@ def gossip(vectors: int, **settings: Any) -> Case:
     settings = {"components": "layers", "group_size": 2, **settings}
 
     def reference(theta: Any, target: Any, steps: int, size: int) -> Any:
-        return references.blocks(theta, target, steps, **{"eta": 0.5, **settings})
+        eta = 1.0 - num_groups(size, 2) / size
+        return references.blocks(theta, target, steps, **{"eta": eta, **settings})
 
     return Case(
         "gossip_bmuf", settings, reference,
@@ -206,6 +207,8 @@ CASES = {
     "bmuf": bmuf(period=3),
     "bmuf-classical": bmuf(period=2, momentum="classical", eta=0.5, zeta=0.8),
     "bmuf-staggered": bmuf(period=3, stagger=True),
+    "bmuf-delayed": bmuf(period=3, delay=2),
+    "bmuf-staggered-delayed": bmuf(period=4, stagger=True, delay=3, warmup=1),
     "gossip_bmuf": gossip(2, period=2),
     "gossip_bmuf-delayed": gossip(2, period=3, delay=2),
     "gossip_bmuf-classical": gossip(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpilm.strategies.bmuf import due
-from mpilm.strategies.gossip_bmuf import cut
+from mpilm.strategies.blocks import cut, due
 from mpilm.strategies.topology import mixing_matrix, random_groups
 from tests.strategies.fleets import LAYOUT
 
@@ -112,39 +111,39 @@ def blocks(
     mix="starts",
     delay=0,
     stagger=False,
+    warmup=0,
     filter=True,
 ):
-    """Return models and final model of `gossip_bmuf`; `bmuf`: one group of all."""
+    """Return models and final model of `gossip_bmuf`; `bmuf`: one group of all.
+
+    `bmuf`'s W(t), which the strategies do not keep, is kept here.
+    """
     size, nesterov = len(theta), momentum == "nesterov"
     g, delta, W = theta.copy(), np.zeros_like(theta), theta.copy()
     parts = cut(LAYOUT, components)
-    pending = None
+    pending = {}  # component -> the step of its jump, and the jump
     for step in range(1, steps + 1):
         theta = theta - LR * (theta - target)
-        if pending and step == pending[0]:
-            theta = theta + g - pending[1]
-            pending = None
+        for at, jump in pending.values():
+            if step == at:
+                theta = theta + jump
         w = theta.copy()
-        ending = due(step, period, len(parts), stagger)
-        for component in ending:
+        for component in due(step, period, len(parts), stagger):
             T = group_matrix(1, step // period, component, size, group_size)
+            jump = np.zeros_like(theta)
             for c in parts[component]:
-                if not filter:
-                    g[:, c] = T @ w[:, c]
-                    continue
                 wbar = T @ w[:, c]
-                gbar = g[:, c] if mix == "models" else T @ g[:, c]
-                before = T @ delta[:, c] if mix == "momenta" else delta[:, c]
-                delta[:, c] = eta * before + zeta * (wbar - gbar)
-                if nesterov:
-                    W[:, c] = gbar + zeta * (wbar - gbar)
-                    g[:, c] = W[:, c] + eta * delta[:, c]
+                if not filter or step <= warmup * period:
+                    W[:, c] = g[:, c] = wbar
                 else:
-                    W[:, c] = g[:, c] = gbar + delta[:, c]
-        if delay and ending:
-            pending = (step + delay, w)
-        elif not delay:
-            for component in ending:
-                for c in parts[component]:
-                    theta[:, c] = g[:, c]
+                    gbar = g[:, c] if mix == "models" else T @ g[:, c]
+                    before = T @ delta[:, c] if mix == "momenta" else delta[:, c]
+                    delta[:, c] = eta * before + zeta * (wbar - gbar)
+                    W[:, c] = gbar + (zeta * (wbar - gbar) if nesterov else delta[:, c])
+                    g[:, c] = W[:, c] + (eta * delta[:, c] if nesterov else 0.0)
+                jump[:, c] = g[:, c] - w[:, c]
+            if delay:
+                pending[component] = (step + delay, jump)
+            else:
+                theta = theta + jump
     return theta, (W if filter else theta).mean(axis=0)

@@ -43,12 +43,13 @@ SETTINGS = {
         "momentum": draw.choice(["keep", "reset", "average"]),
     },
     "bmuf": lambda draw, size: {
-        "period": draw.randint(1, 4),
+        "period": (period := draw.randint(1, 4)),
         "eta": draw.choice([-1.0, 0.0, 0.5]),
         "zeta": draw.choice([1.0, 0.7]),
         "momentum": draw.choice(["classical", "nesterov"]),
         "warmup": draw.choice([0, 0, 1]),
         "stagger": draw.random() < 0.5,
+        "delay": draw.choice([0, draw.randrange(period)]),
     },
     "gossip_bmuf": lambda draw, size: {
         "period": (period := draw.randint(1, 4)),
@@ -93,7 +94,7 @@ SETTINGS = {
 LEADS = {
     "allreduce": lambda settings, size: 1,
     "model_averaging": lambda settings, size: settings["period"],
-    "bmuf": lambda settings, size: settings["period"],
+    "bmuf": lambda settings, size: settings["period"] + settings["delay"],
     "dpsgd": lambda settings, size: {
         "complete": 1,
         "fixed_ring": size // 2,
@@ -193,7 +194,7 @@ def open_requests(strategy):
     strategy = getattr(strategy, "inner", strategy)
     if strategy is None:  # not a leader
         return []
-    found = list(getattr(strategy, "exchanges", []))
+    found = list(getattr(strategy, "under_way", []))
     if strategy.service is not None:
         found += strategy.service.open_requests
     return found

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpilm.errors import ConfigError
-from mpilm.strategies.gossip_bmuf import cut
+from mpilm.strategies.blocks import cut
 from mpilm.strategies.topology import random_groups
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine

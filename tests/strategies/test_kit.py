@@ -24,11 +24,6 @@ WRONG = {
     wrong.SkipsData: "steps are taken: .* processed",
 }
 
-PENDING = {
-    "bmuf": ["mass is conserved"],
-    "gossip_bmuf": ["mass is conserved", "bytes are declared"],
-}
-
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_ours_keep_all_laws(case):
@@ -36,8 +31,7 @@ def test_ours_keep_all_laws(case):
     sizes = (2, 4) if case.name == "hierarchical" else (2, 3, 4)
     if case.name == "hierarchical":  # random sizes make no whole nodes
         settings["node_size"] = 1
-    without = PENDING.get(case.name, ())
-    check_strategy(case.name, sizes=sizes, schedules=30, without=without, **settings)
+    check_strategy(case.name, sizes=sizes, schedules=30, **settings)
 
 
 def test_every_strategy_is_checked():

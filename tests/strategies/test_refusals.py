@@ -32,6 +32,10 @@ REFUSED = {
         "gossip_bmuf", 2, {"strategy": {"period": 3, "delay": 3}},
         ["delay: 3 steps are not less than period = 3"],
     ),
+    "the same of bmuf": (
+        "bmuf", 2, {"strategy": {"period": 4, "delay": 5}},
+        ["delay: 5 steps are not less than period = 4"],
+    ),
     "an unknown mixing": (
         "adpsgd", 2, {"strategy": {"mixing": "ring"}},
         ["strategy.mixing", "ring"],
