@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta
 
-from mpilm.convert import Choice, convert, fields_of, unknown
+from mpilm.convert import Choice, convert, fields_of, to_plain, unknown
 from mpilm.errors import ConfigError
 from mpilm.models.configs import MODELS, PretrainConfig
 from mpilm.optim.configs import OPTIMIZERS, SCHEDULES
@@ -123,24 +122,32 @@ class Config:
         for name in SECTIONS:
             section = getattr(self, name)
             if isinstance(section, Choice):
-                settings = msgspec.to_builtins(section.settings)
-                sections[name] = {"name": section.name, **settings}
+                sections[name] = {"name": section.name, **to_plain(section.settings)}
             else:
-                sections[name] = msgspec.to_builtins(section)
+                sections[name] = to_plain(section)
         return sections
+
+    def to_document(self) -> dict[str, dict[str, Any]]:
+        """Return it as TOML can hold it: keys are text, and what is None is not there.
+
+        Resolved again it gives an equal configuration.
+        """
+
+        def without_none(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: without_none(v) for k, v in value.items() if v is not None}
+            if isinstance(value, list):
+                return [without_none(item) for item in value]
+            return value
+
+        document: dict[str, dict[str, Any]] = without_none(self.to_dict())
+        return document
 
     def to_toml(self) -> str:
         """Return it as TOML; reading that back gives an equal configuration."""
         import tomli_w
 
-        def without_none(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {
-                    str(k): without_none(v) for k, v in value.items() if v is not None
-                }
-            return value
-
-        return tomli_w.dumps(without_none(self.to_dict()))
+        return tomli_w.dumps(self.to_document())
 
     def encoded(self) -> bytes:
         """Return the TOML as bytes, see `read_toml`."""

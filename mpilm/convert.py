@@ -97,3 +97,18 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 def fields_of(kind: type) -> dict[str, dataclasses.Field[Any]]:
     """Return the fields of a dataclass by name."""
     return {f.name: f for f in dataclasses.fields(kind)}
+
+
+def to_plain(value: Any) -> Any:
+    """Return what `convert` read: a dataclass as a table with *all* its fields.
+
+    (`msgspec.to_builtins` leaves out the fields that `convert` took from defaults.)
+    """
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value

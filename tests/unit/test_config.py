@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mpilm.config import SECTIONS, read_config, resolve, settings
+from mpilm.config import SECTIONS, read_config, resolve, settings, tomllib
 from mpilm.errors import ConfigError
 
 
@@ -29,6 +29,18 @@ def test_toml_round_trip_gives_an_equal_configuration(tmp_path):
     assert again == first
     assert again.strategy.settings.period == 3
     assert again.optim.settings.lr == 0.25
+
+
+def test_every_setting_is_written_whoever_chose_its_value(tmp_path):
+    """A program with other defaults must not read another configuration from it."""
+    profile = {"kind": "spikes", "factor": 2.0, "probability": 0.5}
+    config = resolve({"train": {"batch": 4}, "faults": {"profile": [profile]}})
+    written = tomllib.loads(config.to_toml())
+    assert written == config.to_document()
+    for s in settings():
+        if not s.choice or s.choice == written[s.section]["name"]:
+            assert s.key in written[s.section], s
+    assert written["faults"]["profile"] == [{**profile, "ranks": []}]
 
 
 @pytest.mark.parametrize(
