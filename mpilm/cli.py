@@ -17,7 +17,7 @@ from typing import Any
 from mpilm import __version__
 from mpilm.errors import MpilmError
 
-STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal stopped the run; --resume goes on
+STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal stopped the run; `resume` goes on
 BAD_INPUT = 2
 
 # what launchers call the rank of a process, and the number of processes that they
@@ -31,6 +31,7 @@ LAUNCHERS = (
 # commands whose ranks share the work; others run once, on rank 0
 PARALLEL = {
     ("train",),
+    ("resume",),
     ("pretrain",),
     ("eval",),
     ("doctor",),
@@ -62,6 +63,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "corpus of features and alignments that Kaldi made",
     ),
     ("train",): ("mpilm.commands.train:train", "train a model (under mpirun or alone)"),
+    ("resume",): ("mpilm.commands.train:resume", "go on with a run that was stopped"),
     ("pretrain",): (
         "mpilm.commands.pretrain:pretrain",
         "first weights of a DNN by restricted Boltzmann machines",

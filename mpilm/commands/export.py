@@ -69,7 +69,8 @@ def export_model(run: Path, out: Path, *, ema: bool = False) -> None:
     import json
 
     from mpilm import __version__
-    from mpilm.train.run import RunFolder, TrainedModel
+    from mpilm.train.folder import RunFolder
+    from mpilm.train.run import TrainedModel
 
     try:
         from safetensors.numpy import save

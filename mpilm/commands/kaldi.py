@@ -114,7 +114,8 @@ def export(
     from mpilm.data.frame_corpus import FrameCorpus
     from mpilm.data.kaldi_export import write_scores, written_beside
     from mpilm.storage.files import require_apart
-    from mpilm.train.run import RunFolder, TrainedModel
+    from mpilm.train.folder import RunFolder
+    from mpilm.train.run import TrainedModel
 
     require_apart(written_beside(out), [corpus, *RunFolder(run).files()])
     model = TrainedModel.read(run, ema=ema)

@@ -29,7 +29,7 @@ def report(
     from mpilm.report.page import page
     from mpilm.report.reader import read_all
     from mpilm.storage.runlog import chrome_trace
-    from mpilm.train.run import RunFolder
+    from mpilm.train.folder import RunFolder
     from mpilm.train.screen import count
 
     if not runs:

@@ -44,7 +44,7 @@ def simulate(
     from mpilm.simulate import simulation
     from mpilm.storage.files import reason, require_apart
     from mpilm.storage.runlog import write_summary
-    from mpilm.train.run import RunFolder
+    from mpilm.train.folder import RunFolder
 
     numbers = rank_counts(ranks)
     settings = read_config(config, set_)

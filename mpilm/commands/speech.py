@@ -276,7 +276,8 @@ def opened(
     from mpilm.speech.hmm import WordHmms
     from mpilm.speech.scorer import ModelScores, require_fit
     from mpilm.storage.files import require_apart
-    from mpilm.train.run import RunFolder, TrainedModel
+    from mpilm.train.folder import RunFolder
+    from mpilm.train.run import TrainedModel
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     with MpiWorld() as world, abort_on_error(world):

@@ -167,7 +167,7 @@ def submit(
     previous = after
     for size, one in zip(sizes, runs, strict=True):
         if (one / "summary.json").exists():
-            say(f"note: {one} holds a run that is complete: the job goes on with it")
+            say(f"note: {one} holds a run that has ended: the job goes on only to more")
         job = build(
             kind,
             size,

@@ -1,18 +1,23 @@
-"""`mpilm train`."""
+"""`mpilm train` and `mpilm resume`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from mpilm.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpilm.config import Config
 
 
 def train(
-    config: tyro.conf.Positional[Path],
+    config: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="CONFIG")
+    ] = None,
     /,
     *,
     out: Path,
@@ -24,26 +29,70 @@ def train(
     """Train a model as a configuration says, on every rank that mpirun starts.
 
     SIGTERM, SIGINT or SIGUSR1 make it write a checkpoint and stop with exit code 75;
-    --resume then goes on from there, to the same bits as an uninterrupted run.
+    `mpilm resume RUN` then goes on from there, to the same bits as an uninterrupted
+    run.
 
     Args:
-        config: TOML file
+        config: TOML file; with --resume it may be left out: the run's own
         out: run folder: configuration, logs, checkpoints, summary.json
         set_: override a setting: section.key=value
         resume: go on from the newest checkpoint in the run folder, if there is one
     """
-    from mpilm.cli import STOPPED_EARLY
     from mpilm.config import read_config
+    from mpilm.train.folder import RunFolder
+
+    def read() -> Config:
+        if config is None:
+            if not resume:
+                raise ConfigError("train: name a configuration, or give --resume")
+            return RunFolder(out).read_config(set_)
+        settings = read_config(config, set_)
+        RunFolder(out).require_apart(settings, config)
+        return settings
+
+    return run(read, out, resume=resume)
+
+
+def resume(
+    run_: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
+    /,
+    *,
+    set_: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")
+    ] = (),
+) -> int:
+    """Go on with a run, on as many ranks as before.
+
+    It goes on as it was last trained, from the newest checkpoint in its folder. A run
+    that has ended is left as it is.
+
+    Args:
+        run_: run folder
+        set_: change a setting from here on: section.key=value; it is noted in the
+            folder
+    """
+    from mpilm.train.folder import RunFolder
+
+    return run(lambda: RunFolder(run_).read_config(set_), run_, resume=True)
+
+
+def run(read: Callable[[], Config], out: Path, *, resume: bool) -> int:
+    """Train on every rank; return the exit code.
+
+    Args:
+        read: returns the configuration, or raises.
+        out: the run folder.
+        resume: go on from its newest checkpoint.
+    """
+    from mpilm.cli import STOPPED_EARLY
     from mpilm.train.loop import Trainer
-    from mpilm.train.run import RunFolder
     from mpilm.train.signals import StopRequest
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
     settings: Config | None = None
     with StopRequest() as stop, MpiWorld() as world, abort_on_error(world, out):
         with world.all_or_none():
-            settings = read_config(config, set_)
-            RunFolder(out).require_apart(settings, config)
+            settings = read()
             world.configure(faults=settings.faults)
         assert settings is not None
         finished = Trainer(settings, world, out, resume=resume).train(stop)

@@ -68,6 +68,7 @@ class Newbob:
         if gain < start_halving: halving begins, and goes on to the end
         if halving has begun: factor <- factor * config.factor
 
+    measure    what it goes by: "loss" or "accuracy"
     factor     what the rate is multiplied by
     best       lowest loss, or highest accuracy, so far (None: none seen)
     halving    whether halving has begun
@@ -82,6 +83,7 @@ class Newbob:
 
     def __init__(self, config: NewbobConfig | NewbobAccuracyConfig) -> None:
         self.config = config
+        self.measure = "loss" if isinstance(config, NewbobConfig) else "accuracy"
         self.factor = 1.0
         self.best: float | None = None
         self.halving = False
@@ -94,7 +96,7 @@ class Newbob:
             loss: mean NLL > 0.
             accuracy: share of frames classified correctly.
         """
-        is_loss = isinstance(self.config, NewbobConfig)
+        is_loss = self.measure == "loss"
         found = loss if is_loss else accuracy
         if self.best is None:
             self.best = found
@@ -180,6 +182,7 @@ class Schedule:
             return {}
         seen = {} if newbob.best is None else {"best": newbob.best}
         return {
+            "measure": newbob.measure,
             "factor": newbob.factor,
             "halving": int(newbob.halving),
             "finished": int(newbob.finished),
@@ -187,9 +190,13 @@ class Schedule:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Take up what `state` returned.
+
+        Newbob begins anew where the state is of another schedule: an accuracy is no
+        loss to compare with.
+        """
         newbob = self.newbob
-        if newbob is None:
+        if newbob is None or state.get("measure") != newbob.measure:
             return
         newbob.factor = float(state["factor"])
         newbob.halving = bool(state["halving"])

@@ -261,7 +261,8 @@ def differences(runs: list[Run]) -> str:
 
 
 def configuration(run: Run) -> str:
-    """Return the resolved configuration, folded."""
+    """Return the resolved configuration, folded; before it what was changed later."""
     text = html.escape(run.toml.strip())
     name = html.escape(str(run.path))
-    return f"<details><summary>{name}</summary><pre>{text}</pre></details>"
+    changes = "".join(f"<br>changed: {html.escape(str(c))}" for c in run.changes)
+    return f"<details><summary>{name}{changes}</summary><pre>{text}</pre></details>"

@@ -23,7 +23,8 @@ from mpilm.config import read_toml, tomllib
 from mpilm.errors import CheckpointError
 from mpilm.storage.files import printable, text_of
 from mpilm.storage.runlog import RankLog, read_run
-from mpilm.train.run import RunFolder
+from mpilm.train.changes import Change, read_changes
+from mpilm.train.folder import RunFolder
 
 Vector = NDArray[np.float64]
 
@@ -66,7 +67,8 @@ class Run:
 
     name       what it is called in the report
     summary    summary.json; empty if the run has not ended
-    config     the resolved configuration, section -> key -> value
+    config     the resolved configuration it began with, section -> key -> value
+    changes    settings that were changed later, see train/changes.py
     logs       rank -> its log
     simulated  whether its seconds are virtual
     """
@@ -77,6 +79,7 @@ class Run:
     config: dict[str, dict[str, Any]]
     toml: str
     logs: dict[int, RankLog]
+    changes: list[Change] = field(default_factory=list)
     simulated: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -285,7 +288,8 @@ def read(path: Path, name: str) -> Run:
             summary = json.loads(text_of(folder.summary))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return Run(name, path, summary, config, toml, read_run(path))
+    changes = read_changes(folder.changes)
+    return Run(name, path, summary, config, toml, read_run(path), changes)
 
 
 def read_all(paths: list[Path]) -> list[Run]:

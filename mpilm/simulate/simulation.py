@@ -21,6 +21,7 @@ import dataclasses
 import gc
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.storage.files import text_of
 from mpilm.storage.runlog import write_summary
 from mpilm.strategies import find_strategy
-from mpilm.train.run import RunFolder
+from mpilm.train.folder import RunFolder
 from mpilm.train.task import open_task
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, VirtualWorld
@@ -225,9 +226,10 @@ def co_simulate(config: Config, out: Path, ranks: int) -> Outcome:
     simulation = Simulation(
         ranks, machine=config.machine, faults=config.faults, seed=config.train.seed
     )
+    folder = RunFolder(out)
+    forget_simulated(folder.summary)
     took = simulation.run(main)
     gc.collect()  # the models, before there are twice as many
-    folder = RunFolder(out)
     summary = json.loads(text_of(folder.summary))
     summary["simulated"] = True
     write_summary(folder.summary, summary)
@@ -244,6 +246,13 @@ def co_simulate(config: Config, out: Path, ranks: int) -> Outcome:
         loss=summary["train_loss"] or None,  # 0: the log has no row yet
         perplexity=summary["valid_perplexity"],
     )
+
+
+def forget_simulated(summary: Path) -> None:
+    """Remove what an earlier simulation came to; a real run's summary stays."""
+    with suppress(OSError, ValueError):
+        if json.loads(text_of(summary)).get("simulated"):
+            summary.unlink()
 
 
 def table(outcomes: list[Outcome]) -> Iterator[str]:

@@ -21,11 +21,14 @@ from mpilm.storage.saved import State, nested, under
 from mpilm.strategies import Strategy, find_strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
+from mpilm.train.changes import Change, read_changes
 from mpilm.train.consensus import measure_consensus
 from mpilm.train.evaluate import Quality, evaluate, swapped
+from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import notes_on
-from mpilm.train.run import RunFolder, make_learner, make_schedule, require_same
+from mpilm.train.run import make_learner, make_schedule
+from mpilm.train.saving import find_place
 from mpilm.train.screen import Screen, count
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.train.summary import closing_lines, summarise
@@ -74,7 +77,12 @@ class Trainer:
             self.folder.claim(world.rank, resume=resume)
         keep = config.checkpoint.keep
         self.checkpoints = Checkpoints(self.folder.checkpoints, world, keep=keep)
-        saved = self.find() if resume else None
+        place = None
+        if resume:
+            place = find_place(self.checkpoints, self.folder, config, self.task)
+        self.has_ended = place is not None and place.is_end
+        if self.has_ended:
+            return
         with world.all_or_none():
             self.learner = make_learner(
                 config,
@@ -95,10 +103,12 @@ class Trainer:
             if config.ema.on:
                 self.ema = Ema(config.ema, self.strategy, self.learner)
             self.best = BestModel(self.learner) if self.schedule.rejects else None
-            if saved:
-                self.restore(saved)
-            if world.rank == 0:
-                self.folder.write_description(config, self.task)
+            if place:
+                self.restore(place.own)
+            if world.rank == 0 and place:
+                self.folder.note_changes(place.changes, place.samples)
+            elif world.rank == 0:
+                self.folder.describe(config, self.task)
         self.batches.synchronise(self.learner.samples)
         self.before = self.learner.samples  # this step, on this rank
         self.learner.refresh = self.refresh_lr
@@ -113,10 +123,10 @@ class Trainer:
         self.screen = Screen(
             config.train.samples, samples=self.samples, speaks=world.rank == 0
         )
-        for line in self.introduction():
+        for line in self.introduction(place.changes if place else []):
             self.screen.line(line)
 
-    def introduction(self) -> Iterator[str]:
+    def introduction(self, changes: list[Change]) -> Iterator[str]:
         """Yield what a person wants to know before it begins."""
         config, task = self.config, self.task
         left_out = self.batches.num_dropped
@@ -134,6 +144,8 @@ class Trainer:
             yield f"note: {note}"
         if self.totals.step:
             yield f"resumed at step {self.totals.step:,}, {self.samples:,} samples"
+        for change in changes:
+            yield f"changed: {change}"
 
     @property
     def samples(self) -> int:
@@ -156,6 +168,11 @@ class Trainer:
             CheckpointError: a file cannot be written. Both are raised on all ranks.
         """
         with self.folder:
+            if self.has_ended:
+                Screen(1, speaks=self.world.rank == 0).line(
+                    f"{self.folder.path}: the run has ended; more train.samples go on"
+                )
+                return True
             if not self.run(stop or StopRequest()):
                 return False
             self.conclude()
@@ -209,7 +226,8 @@ class Trainer:
             self.batches.close()
         if vote.stopped:
             self.screen.line(
-                f"stopped early at {samples:,} samples; --resume goes on from here"
+                f"stopped early at {samples:,} samples; mpilm resume"
+                f" {self.folder.path} goes on from here"
             )
         return not vote.stopped
 
@@ -228,6 +246,8 @@ class Trainer:
         with self.world.all_or_none():
             if self.world.rank == 0:
                 self.folder.require_own()
+                changes = read_changes(self.folder.changes)
+                summary["changes"] = [asdict(change) for change in changes]
                 write_summary(self.folder.summary, summary)
         for text in closing_lines(summary):
             self.screen.line(text)
@@ -366,27 +386,6 @@ class Trainer:
                 shared["theta_ema"] = self.final_theta(self.ema)
                 own |= nested("ema", self.ema.state())
             self.checkpoints.save(self.totals.step, shared, own)
-
-    def find(self) -> State | None:
-        """Return this rank's state in the newest checkpoint; None if there is none.
-
-        Raises:
-            CheckpointError: it is of another corpus, configuration or number of ranks.
-
-        Communicates: collective.
-        """
-        newest = self.checkpoints.latest()
-        if newest is None:
-            return None
-        shared, own = self.checkpoints.load(newest)
-        with self.world.all_or_none():
-            if shared["fingerprint"] != self.task.fingerprint:
-                raise CheckpointError(
-                    f"{self.config.data.corpus}: its {self.task.meaning} is not the"
-                    f" one that {newest.path} was trained with"
-                )
-            require_same(self.config, shared["config"], newest.path)
-        return own
 
     def restore(self, saved: State) -> None:
         """Go on from a state that `save` wrote."""

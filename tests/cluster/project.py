@@ -1,7 +1,7 @@
 """What the tests of the job scripts share: a project folder, patience, /proc.
 
 The scripts run the real `mpilm train`. Its first leg never ends by itself; when it has
-been stopped, a test lowers `train.samples` and lets the next leg finish.
+been stopped, a test lowers `train.samples` of the run and lets the next leg finish.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ class Project:
     def train(self, samples: int) -> None:
         """Set the length of the run."""
         (self.folder / "train.toml").write_text(CONFIG.format(samples=samples))
+
+    def shorten(self, samples: int) -> None:
+        """Let the run, which was endless, have this length."""
+        config = self.run / "config.toml"
+        text = config.read_text()
+        assert text.count(str(ENDLESS)) == 1
+        config.write_text(text.replace(str(ENDLESS), str(samples)))
 
     def checkpoints(self) -> list[Path]:
         """Return the complete checkpoints of the run, oldest first."""

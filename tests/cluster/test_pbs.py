@@ -41,7 +41,7 @@ Job Id: $2
     Account_Name = speech
 END"""
 QSUB = """printf '%s\\n' "$@" >{folder}/qsub.options
-for name in CONFIG RUN SETTINGS MPILM_ENV LAUNCH WARN; do
+for name in CONFIG RUN SETTINGS MPILM_ENV LAUNCH WARN RESUME; do
     echo "$name=${{!name}}" >>{folder}/qsub.environment
 done
 echo 17.server"""
@@ -182,7 +182,7 @@ def test_time_limit_next_job_resume(submit: Submit, project: Project) -> None:
     options = (project.folder / "qsub.options").read_text().splitlines()
     assert options == [
         *("-N", "mpilm"),
-        *("-v", "CONFIG,RUN,SETTINGS,MPILM_ENV,LAUNCH,WARN"),
+        *("-v", "CONFIG,RUN,SETTINGS,MPILM_ENV,LAUNCH,WARN,RESUME"),
         *("-W", "depend=afterany:16.server"),
         *("-q", "workq"),
         *("-l", "select=2:ncpus=1:mpiprocs=1"),
@@ -196,7 +196,9 @@ def test_time_limit_next_job_resume(submit: Submit, project: Project) -> None:
     assert variables["SETTINGS"] == "train.seed=2 optim.lr=0.1"
 
     done = samples_at_stop(first.output())
-    project.train(done + MORE)
+    assert json.loads((project.run / "job.json").read_text())["job"] == "17.server"
+    project.shorten(done + MORE)
+    (project.folder / "train.toml").write_text("is not read any more")
     second = submit(HOST, HOST, identifier="17.server", **variables)
     assert second.wait() == 0, second.output()
     summary = json.loads((project.run / "summary.json").read_text())

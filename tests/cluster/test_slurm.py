@@ -90,7 +90,8 @@ def test_time_limit_requeue_resume(cluster: Cluster, project: Project) -> None:
     assert not (project.run / "summary.json").exists()
     done = samples_at_stop(log_of(project))
 
-    project.train(done + MORE)
+    project.shorten(done + MORE)
+    (project.folder / "train.toml").write_text("is not read any more")
     # A requeued job waits for two minutes, so that its first start is surely over. Here
     # that is known sooner; but a node refuses a job that starts in the second in which
     # it ended the same job. And this leg is not to be cut again.

@@ -133,6 +133,9 @@ def mpirun(
         program: what to start in the place of mpilm.
         terminal: whether stdout is a terminal.
     """
+    if found := os.environ.get("PYTHONPATH"):
+        own = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{own}{os.pathsep}{found}" if own else found
     launcher = [BIN / "mpirun", "--oversubscribe", "--bind-to", "none", "-n", ranks]
     command = [*(launcher if ranks else []), *program, *arguments]
     screen, stdout = pty.openpty() if terminal else os.pipe()

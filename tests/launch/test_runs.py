@@ -18,6 +18,7 @@ from .test_bad_input import contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STOPPED_EARLY = 75
+NO_TORCH = "raise RuntimeError('torch is loaded')"
 
 
 def test_the_second_start_is_refused_and_the_first_goes_on(
@@ -60,7 +61,26 @@ def test_a_killed_run_leaves_its_folder_to_the_next(
 
     assert mpirun(2, *train, during=kill).code != 0
     assert (tmp_path / "owner.json").exists()
-    resumed = mpirun(2, *train, "--resume")
+    resumed = mpirun(2, "resume", tmp_path)
     assert resumed.code == 0, resumed
     assert "resumed at step" in resumed.out
     assert not (tmp_path / "owner.json").exists()
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_run_that_has_ended_ends_at_once(trained, tmp_path: Path, ranks) -> None:
+    (tmp_path / "torch.py").write_text(NO_TORCH)
+    folder, before = trained[0], contents(trained[0])
+    done = mpirun(ranks, "resume", folder, PYTHONPATH=str(tmp_path))
+    if ranks:
+        assert (done.code, done.err) == (0, "")
+        assert done.out == f"{folder}: the run has ended; more train.samples go on\n"
+    else:
+        done.refused("was written by 2 ranks, here are 1")
+    assert contents(folder) == before
+
+
+def test_a_run_that_is_not_there_cannot_be_resumed(tmp_path: Path) -> None:
+    mpirun(0, "resume", tmp_path / "x").refused("x: no run here")
+    mpirun(0, "train", "--out", tmp_path / "x", "--resume").refused("no run here")
+    assert not (tmp_path / "x").exists()

@@ -66,7 +66,7 @@ def test_usr1_to_mpirun_then_resume_is_the_uninterrupted_run_to_the_bit(
     step = int(newest(tmp_path).name.removeprefix("step-"))
     assert step < TINY_STEPS
 
-    resumed = train(inputs, tmp_path, 2, "--resume")
+    resumed = mpirun(2, "resume", tmp_path)
     assert resumed.code == 0
     assert f"resumed at step {step:,}" in resumed.out
     for rank in range(2):

@@ -61,7 +61,8 @@ def test_every_rank_goes_back_to_what_it_had_at_the_best_validation(run, verdict
 def test_the_best_model_is_in_the_checkpoint(run):
     whole = train(run, out="whole", checkpoint={"every": EVERY})
     state = whole[1].best.state()
-    again = train(run, out="whole", resume=True)
+    whole[0].folder.summary.unlink()  # as if it had been killed before its end
+    again = train(run, out="whole", resume=True, checkpoint={"every": EVERY})
     assert (again[1].best.state()["theta"] == state["theta"]).all()
 
 

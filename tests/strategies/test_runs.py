@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from hashlib import sha256
 
+import numpy as np
 import pytest
 
+from mpilm.config import read_config
 from mpilm.errors import MpilmError
+from mpilm.report.page import page
+from mpilm.report.reader import read
 from mpilm.storage.owner import NAME, Owner
+from mpilm.storage.runlog import read_run
+from mpilm.train.changes import Change, differences, read_changes
+from mpilm.train.folder import RunFolder
+
+STEP = 2 * 40  # samples of a step of 2 ranks
 
 
 def contents(folder):
@@ -53,3 +63,80 @@ def test_a_run_whose_folder_was_taken_over_writes_no_more(run, tmp_path, monkeyp
     with pytest.raises(MpilmError, match="this run writes no more"):
         run(2, "allreduce", out="x", steps=20, checkpoint={"every": 5 * 2 * 40})
     assert list((tmp_path / "x" / "checkpoints").iterdir()) == []
+
+
+def test_what_a_run_was_made_with_stays_and_changes_are_noted(run, tmp_path):
+    folder = RunFolder(tmp_path / "x")
+    run(2, "allreduce", out="x", steps=10)
+    made = folder.config.read_bytes(), folder.vocabulary.read_bytes()
+    first = json.loads(folder.summary.read_text())
+    assert first["changes"] == []
+    assert not folder.changes.exists()
+    faults = {"slow": {"1": 2.0}}
+    more = run(2, "allreduce", out="x", steps=20, resume=True, optim={"lr": 0.25})
+    assert (folder.config.read_bytes(), folder.vocabulary.read_bytes()) == made
+    assert read_changes(folder.changes) == [
+        Change(10 * STEP, 10, "optim.lr", 0.5, 0.25),
+        Change(10 * STEP, 10, "train.samples", 10 * STEP, 20 * STEP),
+    ]
+    assert differences(folder.read_config(), more[0].config) == []
+    log = read_run(folder.path)[0].rows
+    assert np.array_equal(log["lr"], [0.5] * 10 + [0.25] * 10)
+    assert json.loads((folder.path / f"summary-{10 * STEP}.json").read_text()) == first
+    last = json.loads(folder.summary.read_text())
+    assert [change["key"] for change in last["changes"]] == [
+        "optim.lr",
+        "train.samples",
+    ]
+    # a choice that has other settings, and a table; then as last trained
+    other = {"schedule": {"name": "newbob", "factor": 0.3}, "faults": faults}
+    run(2, "allreduce", out="x", steps=30, resume=True, optim={"lr": 0.25}, **other)
+    config = folder.read_config()
+    assert config.schedule.settings.factor == 0.3
+    assert config.faults.slow == {"1": 2.0}
+    assert read_config(folder.config).schedule.name == "constant"
+    again = folder.read_config(["schedule.name=constant", "train.samples=4000"])
+    assert (again.schedule.name, again.train.samples) == ("constant", 4000)
+    html = page([read(folder.path, "x")], "x")
+    assert "changed: optim.lr: 0.5 -&gt; 0.25 from sample 800 on" in html
+
+
+def test_changes_of_a_past_that_was_left_are_forgotten(run, tmp_path):
+    """A run that falls back to an older checkpoint never had what came after it."""
+    folder = RunFolder(tmp_path / "x")
+    sections = {"checkpoint": {"every": 5 * STEP, "keep": 9}}
+    run(2, "allreduce", out="x", steps=10, **sections)
+    run(2, "allreduce", out="x", steps=20, resume=True, optim={"lr": 0.2}, **sections)
+    assert [c.samples for c in read_changes(folder.changes)] == [800, 800]
+    for step in (20, 15, 10):
+        (folder.checkpoints / f"step-{step:09d}/shared.h5").write_bytes(b"")
+    with pytest.warns(match="passed over"):
+        run(2, "allreduce", out="x", steps=12, resume=True, **sections)
+    changes = read_changes(folder.changes)
+    assert [(c.samples, c.key) for c in changes] == [(400, "train.samples")]
+    assert folder.read_config().optim.settings.lr == 0.5
+
+
+def test_a_run_that_has_ended_is_left_alone(run, tmp_path, capsys):
+    run(2, "allreduce", out="x", steps=10)
+    before = contents(tmp_path / "x")
+    run(2, "allreduce", out="x", steps=10, resume=True)
+    assert capsys.readouterr().out.endswith(
+        "x: the run has ended; more train.samples go on\n"
+    )
+    for sections in ({"optim": {"lr": 0.25}}, {"steps": 9}, {"train": {"test": False}}):
+        with pytest.raises(MpilmError, match=r"after 800 samples: .* change nothing"):
+            run(2, "allreduce", out="x", resume=True, **{"steps": 10, **sections})
+    assert contents(tmp_path / "x") == before
+    for path in (tmp_path / "x/checkpoints").iterdir():
+        path.rename(tmp_path / path.name)
+    for resume in (True, False):
+        with pytest.raises(MpilmError, match="without its checkpoints: another --out"):
+            run(2, "allreduce", out="x", steps=10, resume=resume)
+
+
+@pytest.mark.parametrize("sections", [{"train": {"seed": 2}}, {"model": {"embed": 9}}])
+def test_what_the_first_model_and_the_data_depend_on_is_refused(run, sections):
+    run(2, "allreduce", out="x", steps=5)
+    with pytest.raises(MpilmError, match="was made with"):
+        run(2, "allreduce", out="x", steps=9, resume=True, **sections)
