@@ -166,10 +166,9 @@ class ParameterServer(Service):
         others = ITEM_BYTES * self.layout.size - own
         ends = 2 * 8 * self.num_ends * (self.comm.size - 1)
         pushes = int(self.partners[self.comm.rank])
-        foreign = int(self.partners.sum()) - pushes
         sent = self.num_pulls * 8 * len(self.peers)
         sent += pushes * others + self.num_served * own
-        received = self.num_pulls * others + foreign * own
+        received = self.num_pulls * others + (int(self.partners.sum()) - pushes) * own
         return sent + ends, received + self.num_served * 8 + ends
 
     # the activity
