@@ -10,24 +10,14 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from mpilm import __version__
-from mpilm.errors import MpilmError
+from mpilm.errors import BAD_INPUT, INTERRUPTED, MpilmError
+from mpilm.launch import launched_rank, terminal_width
 
-STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal stopped the run; `resume` goes on
-BAD_INPUT = 2
-
-# what launchers call the rank of a process, and the number of processes that they
-# started; the first rank that is set counts: an inner launcher stands above srun
-LAUNCHERS = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-    ("PMIX_RANK", ""),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-)
 # commands whose ranks share the work; others run once, on rank 0
 PARALLEL = {
     ("train",),
@@ -121,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print("mpilm: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -134,36 +124,6 @@ def print_anything() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def launch(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return rank and number of the processes that a launcher started; no MPI here.
-
-    A number that came with one process is no rank: a shell that `srun --pty` started,
-    or a single task, inherits the numbers of what is around it.
-
-    >>> launch({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"})
-    (2, 4)
-    >>> launch({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "1"})
-    (0, 1)
-    """
-    for rank_name, size_name in LAUNCHERS:
-        rank, size = (environment.get(name, "") for name in (rank_name, size_name))
-        if not rank.isdecimal():
-            continue
-        if rank_name == "PMIX_RANK" and rank == environment.get("SLURM_PROCID"):
-            size = environment.get("SLURM_STEP_NUM_TASKS", "")
-        if rank_name == "SLURM_PROCID" and not size:
-            size = "1"  # the shell of a batch script
-        if not size.isdecimal():
-            size = str(int(rank) + 1)  # not told: at least so many
-        return (int(rank), int(size)) if int(size) > 1 else (0, 1)
-    return 0, 1
-
-
-def launched_rank() -> int:
-    """Return the rank that a launcher gave this process; 0 without one."""
-    return launch(os.environ)[0]
 
 
 def show_warning(message: Warning | str, *_: Any) -> None:
@@ -189,11 +149,8 @@ def run(command: tuple[str, ...], arguments: Sequence[str]) -> int:
     module = import_module(module_name)
     function = getattr(module, function_name)
     prog = " ".join(("mpilm", *command))
-    if "OMPI_COMM_WORLD_RANK" in os.environ:
-        from mpilm.train.screen import terminal_width
-
-        if terminal_width() is None:  # a rank has a terminal, but nobody sees it
-            os.environ["TERM"] = "dumb"
+    if "OMPI_COMM_WORLD_RANK" in os.environ and terminal_width() is None:
+        os.environ["TERM"] = "dumb"  # a rank has a terminal, but nobody sees it
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_whole_numbers)
     try:

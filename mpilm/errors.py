@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+# exit codes
+ERROR = 1  # not foreseen: with a traceback
+BAD_INPUT = 2  # an MpilmError
+STALLED = 3  # a wait lasted longer than allowed
+DIED = 4  # a rank, as [faults] declares
+STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal stopped the run; `resume` goes on
+INTERRUPTED = 130  # by SIGINT
+
 
 class MpilmError(Exception):
     """Base of all errors that the command line prints as one line, no traceback.

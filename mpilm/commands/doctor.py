@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpilm.cli import launch, launched_rank
 from mpilm.doctor import children, facts, measure
 from mpilm.doctor.findings import Finding, amount, duration, ok
 from mpilm.doctor.folder import check_folder, check_shared_memory
+from mpilm.launch import launched, launched_rank
 from mpilm.train.screen import count
 
 ENOUGH_OVERLAP = 0.5  # chosen, not tuned
@@ -52,7 +52,7 @@ def is_launched(environment: Mapping[str, str]) -> bool:
     alone = "OMPI_COMM_WORLD_RANK" in environment or (
         "PMI_RANK" in environment and "SLURM_STEP_NUM_TASKS" not in environment
     )
-    return alone or launch(environment)[1] > 1
+    return alone or launched(environment)[1] > 1
 
 
 class Report:

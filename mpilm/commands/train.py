@@ -84,7 +84,7 @@ def run(read: Callable[[], Config], out: Path, *, resume: bool) -> int:
         out: the run folder.
         resume: go on from its newest checkpoint.
     """
-    from mpilm.cli import STOPPED_EARLY
+    from mpilm.errors import STOPPED_EARLY
     from mpilm.train.loop import Trainer
     from mpilm.train.signals import StopRequest
     from mpilm.world.mpi import MpiWorld, abort_on_error

@@ -132,7 +132,7 @@ def check_world(size: int, environment: Mapping[str, str] = os.environ) -> Findi
     problem
     """
     from mpilm.errors import WorldError
-    from mpilm.world.mpi.abort import check_launch
+    from mpilm.launch import check_launch
 
     try:
         check_launch(size, environment)

@@ -6,7 +6,6 @@ On a terminal a live bar; elsewhere a line every few seconds.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from typing import Any
@@ -15,30 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from mpilm.launch import terminal_width
+
 PLAIN_EVERY_S = 5.0  # chosen, not tuned
-
-
-def terminal_width() -> int | None:
-    """Return the columns of the terminal that shows our output, or None.
-
-    Open MPI gives every rank a pseudo-terminal of its own, whatever mpirun writes to;
-    the terminal that matters is that of mpirun, the parent process.
-    """
-    path = (
-        f"/proc/{os.getppid()}/fd/1"
-        if "OMPI_COMM_WORLD_RANK" in os.environ
-        else "/proc/self/fd/1"
-    )
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_NOCTTY)
-    except OSError:
-        return None
-    try:
-        if not os.isatty(descriptor):
-            return None
-        return os.get_terminal_size(descriptor).columns or 80
-    finally:
-        os.close(descriptor)
 
 
 class Screen:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpilm.errors import WorldError
-from mpilm.world.mpi.abort import check_launch
+from mpilm.launch import check_launch
 
 from .conftest import Launch
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from mpilm.cli import COMMANDS, LAUNCHERS, launch, main
+from mpilm.cli import COMMANDS, main
+from mpilm.launch import LAUNCHERS, launched
 
 
 def mpilm(*arguments, **options):
@@ -108,8 +109,8 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_rank_is_one_of_several_that_a_launcher_started(place, monkeypatch, tmp_path):
     environment, expected = PLACES[place]
-    assert launch(environment) == expected
-    for name in {name for names in LAUNCHERS for name in names if name}:
+    assert launched(environment) == expected
+    for name in {name for launcher in LAUNCHERS for name in launcher[1:] if name}:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

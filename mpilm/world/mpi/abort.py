@@ -5,25 +5,15 @@ One rank that dies quietly would leave the others waiting for ever.
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from mpilm.errors import MpilmError, WorldError
+from mpilm.errors import BAD_INPUT, ERROR, INTERRUPTED, MpilmError
 from mpilm.world.mpi.stall import say
-
-ERROR, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
-
-# who started this process -> how many it started
-LAUNCHERS = {
-    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
-    "PMI_SIZE": "MPICH's mpiexec or a PMI launcher",
-    "SLURM_STEP_NUM_TASKS": "srun",
-}
 
 
 class Abortable(Protocol):
@@ -131,31 +121,3 @@ def save_traceback(rank: int, error: BaseException, folder: Path | str | None) -
             return f" (traceback: {path})"
     sys.stderr.write(text)
     return ""
-
-
-def check_launch(world_size: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise if a launcher started several processes and MPI sees only one.
-
-    `srun` sets SLURM_STEP_NUM_TASKS, sbatch and salloc do not: a single rank inside an
-    allocation is nobody's mistake.
-
-    >>> check_launch(1, {"SLURM_NTASKS": "4"})
-    >>> check_launch(1, {"SLURM_STEP_NUM_TASKS": "4", "OMPI_COMM_WORLD_SIZE": "1"})
-
-    Raises:
-        WorldError: one line with the remedy.
-    """
-    if world_size > 1:
-        return
-    for name, launcher in LAUNCHERS.items():
-        started = environment.get(name, "")
-        if not started.isdecimal():
-            continue
-        if int(started) > 1:
-            raise WorldError(
-                f"{launcher} started {started} processes, but MPI sees a world of one"
-                " rank: start with the mpirun of the MPI that mpi4py uses"
-                " (python -m mpi4py --mpi-library), in an sbatch script too",
-                everywhere=True,
-            )
-        return

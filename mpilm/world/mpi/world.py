@@ -18,9 +18,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpilm.errors import WorldError
+from mpilm.errors import DIED, STALLED, WorldError
+from mpilm.launch import check_launch
 from mpilm.world.base import Activity, Notify, World
-from mpilm.world.mpi.abort import abort_on_error, check_launch
+from mpilm.world.mpi.abort import abort_on_error
 from mpilm.world.mpi.clock import clock, pause_s
 from mpilm.world.mpi.progress import Progress, Stopped
 from mpilm.world.mpi.resources import Resources
@@ -47,8 +48,6 @@ FORWARD_S = 0.5  # for mpirun to read our last line; without it, 1 of 40 was los
 LEAVE_S = 10.0  # how long a rank that exits without close() waits for the others
 CRASH_S = 1.0  # the same after an uncaught exception
 JOIN_S = 5.0  # for threads at the end
-STALLED = 3  # exit code of a stall
-DIED = 4  # of a rank whose death is declared
 
 
 class MpiWorld(World):
