@@ -171,6 +171,7 @@ def memory(world: World, args: argparse.Namespace) -> list[dict[str, Any]]:
     cases = [(name, *VARIANTS[name]) for name in VARIANTS if name != "local"]
     cases.append(("adpsgd, pieces = 1", "adpsgd", {"pieces": 1}))
     cases.append(("async_sgd, momentum", "async_sgd", {"momentum": 0.9}))
+    cases.append(("bmuf, delay", "bmuf", DELAYED))
     cases.append(("gossip_bmuf, delay", "gossip_bmuf", DELAYED))
     for name, kind, settings in cases:
         layout = layers(parameters)

@@ -175,11 +175,8 @@ class BlockStrategy(Strategy):
         self.receive_all()
         return super().state()
 
-    def final_model_(self, learner: Learner, out: Any) -> None:
-        """Write W into `out`, what the last whole block came to; unfiltered theta.
-
-        Communicates: with `delay` it waits for what is under way.
-        """
+    def filtered_model_(self, learner: Learner, out: Any) -> None:
+        """Write W into `out`, what the last whole block came to; unfiltered theta."""
         self.receive_all()
         if self.momentum is None:
             out[:] = learner.theta

@@ -43,6 +43,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from mpilm.strategies.base import Learner
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check, due
 from mpilm.world.base import Request, World
 
@@ -109,6 +110,13 @@ class Bmuf(BlockStrategy):
 
     def is_plain(self, step: int) -> bool:
         return step <= self.config.warmup * self.config.period
+
+    def final_model_(self, learner: Learner, out: Any) -> None:
+        """Write W(t) into `out`, what the last whole block came to.
+
+        Communicates: with `delay` it waits for what is under way.
+        """
+        self.filtered_model_(learner, out)
 
     def metrics(self) -> dict[str, Any]:
         return self.averages(self.steps // self.config.period)

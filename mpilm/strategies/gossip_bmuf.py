@@ -194,7 +194,7 @@ class GossipBmuf(BlockStrategy):
         Communicates: collective, one Allreduce of 4P bytes, blocking; with `delay`
         it waits for what is under way.
         """
-        super().final_model_(learner, out)
+        self.filtered_model_(learner, out)
         self.mean_(out)
 
     def metrics(self) -> dict[str, Any]:

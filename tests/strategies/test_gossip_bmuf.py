@@ -161,6 +161,40 @@ def test_partners_are_counted_and_symmetric():
     assert accounts[0]["mixes"] == 10
 
 
+def copies(strategy):
+    """Return how many vectors like theta a strategy holds beside it."""
+    held = [strategy.snapshot, strategy.wbar]
+    if strategy.momentum is not None:
+        held += [strategy.momentum.start_point, strategy.momentum.delta]
+    for inbox in getattr(strategy, "inboxes", []):
+        held += inbox
+    different = {vector.ctypes.data: len(vector) for vector in held}
+    return sum(different.values()) / P
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "number"),
+    [
+        ("bmuf", {}, 2),
+        ("bmuf", {"stagger": True}, 2),
+        ("bmuf", {"delay": 2}, 4),
+        ("gossip_bmuf", {}, 2 + 12 / P),  # the longest slice of a component
+        ("gossip_bmuf", {"components": "whole"}, 3),
+        ("gossip_bmuf", {"components": "whole", "group_size": 4}, 5),
+        ("gossip_bmuf", {"components": "whole", "filter": False}, 1),
+        ("gossip_bmuf", {"delay": 2}, 5),
+        ("gossip_bmuf", {"delay": 2, "mix": "momenta"}, 6),
+        ("gossip_bmuf", {"delay": 2, "filter": False}, 2),
+    ],
+)
+def test_extra_copies_of_the_model_are_those_of_the_headers(name, settings, number):
+    for rank in fleet(name, 4, period=4, steps=10, **settings):
+        theta = rank.learner.theta
+        held = copies(rank.strategy) - (0 if rank.strategy.delay else 1)  # theta itself
+        assert held == pytest.approx(number)
+        assert (rank.strategy.snapshot is theta) == (not rank.strategy.delay)
+
+
 def test_delays_spread_through_chains_of_partners():
     settings = {"steps": 40, "period": 10, "machine": Machine(step_s=1.0)}
     settings["faults"] = Faults(slow={"0": 10.0})
