@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mpilm import Learner, run_mpi, strategy
+from mpilm import Learner, run_mpi, run_virtual, strategy  # noqa: F401 - last line
 
 
 class Batch(NamedTuple):
