@@ -95,10 +95,7 @@ def recognise(hmms: WordHmms, graph: Any, scores_TC: Any) -> list[str]:
 
 def _decoded(split: FrameSplit, penalty: float, recognised: list[list[str]]) -> Decoded:
     said = [split_words(text) for text in split.texts]
-    pairs = [(s, r) for s, r in zip(said, recognised, strict=True) if s]
-    errors = None
-    if pairs:
-        errors = count_errors([s for s, _ in pairs], [r for _, r in pairs])
+    errors = count_errors(said, recognised) if any(said) else None
     names = dict(zip(split.names, recognised, strict=True))
     return Decoded(split.name, penalty, names, errors)
 

@@ -48,22 +48,34 @@ class WordErrors:
 def count_errors(
     said: Sequence[Sequence[str]], recognised: Sequence[Sequence[str]]
 ) -> WordErrors:
-    """Return the word errors of texts, each with at least one word said.
+    """Return the word errors of texts, as Kaldi's compute-wer counts them.
 
-    >>> count_errors([["a", "b", "c"]], [["a", "c", "d"]]).rate
-    0.6666666666666666
+    Where nothing was said, all that is recognised is inserted.
+
+    >>> found = count_errors([["a", "b", "c"], []], [["a", "c", "d"], ["e"]])
+    >>> found.errors, found.words, found.insertions
+    (3, 3, 1)
     """
     jiwer = require("jiwer", "jiwer")
     pairs = list(zip(said, recognised, strict=True))
-    found = jiwer.process_words(
-        [" ".join(reference) for reference, _ in pairs],
-        [" ".join(hypothesis) for _, hypothesis in pairs],
-    )
+    insertions = sum(len(words) for reference, words in pairs if not reference)
+    substitutions = deletions = 0
+    spoken = [(reference, words) for reference, words in pairs if reference]
+    if spoken:
+        ids: dict[str, str] = {}  # jiwer gets numbers: it would split and strip words
+
+        def numbers(words: Sequence[str]) -> str:
+            return " ".join(ids.setdefault(word, str(len(ids))) for word in words)
+
+        texts = [list(map(numbers, side)) for side in zip(*spoken, strict=True)]
+        found = jiwer.process_words(*texts)
+        substitutions, deletions = found.substitutions, found.deletions
+        insertions += found.insertions
     return WordErrors(
-        substitutions=found.substitutions,
-        deletions=found.deletions,
-        insertions=found.insertions,
+        substitutions=substitutions,
+        deletions=deletions,
+        insertions=insertions,
         words=sum(len(reference) for reference, _ in pairs),
         utterances=len(pairs),
-        wrong=sum(list(reference) != list(h) for reference, h in pairs),
+        wrong=sum(list(reference) != list(words) for reference, words in pairs),
     )

@@ -269,3 +269,28 @@ def test_word_errors_of_several_texts_are_summed():
     found = count_errors([["a", "b"], ["c"], ["d"]], [["a"], ["c", "c"], ["d"]])
     assert found == WordErrors(0, 1, 1, words=4, utterances=3, wrong=2)
     assert str(found).startswith("WER 50.00% (2 of 4 words: 0 substituted, 1 deleted")
+
+
+def test_words_where_nothing_was_said_are_inserted():
+    """Kaldi's compute-wer counts these utterances, too."""
+    said, recognised = [[], ["a"], [], []], [["x", "y"], ["a"], [], ["z"]]
+    assert count_errors(said, recognised) == WordErrors(
+        0, 0, 3, words=1, utterances=4, wrong=2
+    )
+    assert count_errors([[]], [["x"]]).insertions == 1
+    blank, next_line = "half\u00a0past", "a\u2028b"  # words, not two words each
+    assert count_errors([[blank, next_line]], [["half", "past"]]).errors == 2
+
+
+def test_a_text_that_is_empty_counts_where_others_are_not(tones, model, tmp_path):
+    some = tmp_path / "some.h5"
+    some.write_bytes(tones.read_bytes())
+    with h5py.File(some, "r+") as file:
+        texts = file["splits/test/texts"]
+        texts[0] = ""
+    (whole,) = decoded(tones, model, "test", penalties=(5.0,))
+    (result,) = decoded(some, model, "test", penalties=(5.0,))
+    assert result.errors.utterances == whole.errors.utterances
+    (first, *_) = result.recognised.values()
+    assert len(first) >= 1
+    assert result.errors.insertions == whole.errors.insertions + len(first)
