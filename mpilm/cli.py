@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from mpilm import __version__
-from mpilm.errors import BAD_INPUT, INTERRUPTED, MpilmError
+from mpilm.errors import BAD_INPUT, INTERRUPTED, MpilmError, say
 from mpilm.launch import launched_rank, terminal_width
 
 # commands whose ranks share the work; others run once, on rank 0
@@ -100,17 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = not words or words[-1] in ("-h", "--help", "help")
         print(overview(), file=sys.stdout if asked else sys.stderr)
         if not asked:
-            print(f"mpilm: no command {words[0]!r}", file=sys.stderr)
+            say(f"no command {words[0]!r}")
         return 0 if asked else BAD_INPUT
     warnings.showwarning = show_warning  # type: ignore[assignment]
     try:
         return run(command, words[len(command) :])
     except MpilmError as error:
         if launched_rank() == 0 or not error.everywhere:
-            print(f"mpilm: {error}", file=sys.stderr)
+            say(str(error))
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("mpilm: interrupted", file=sys.stderr)
+        say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
@@ -129,7 +129,7 @@ def print_anything() -> None:
 def show_warning(message: Warning | str, *_: Any) -> None:
     """Print a warning as one line; all ranks get the same ones, so rank 0 speaks."""
     if launched_rank() == 0:
-        print("mpilm: warning:", *str(message).split(), file=sys.stderr)
+        say(" ".join(["warning:", *str(message).split()]))
 
 
 def find(words: Sequence[str]) -> tuple[str, ...] | None:

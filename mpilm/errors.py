@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 # exit codes
 ERROR = 1  # not foreseen: with a traceback
 BAD_INPUT = 2  # an MpilmError
@@ -45,3 +47,9 @@ class WorldError(MpilmError):
 
 class DivergenceError(MpilmError):
     """The loss or the model is not finite any more."""
+
+
+def say(text: str) -> None:
+    """Tell people something: a line on stderr; what a command yields is on stdout."""
+    sys.stderr.write(f"mpilm: {text}\n")
+    sys.stderr.flush()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from mpilm.data.hdf5 import PrepareSummary
+from mpilm.data.hdf5 import PrepareSummary, ShowProgress
 from mpilm.errors import DataError
 
 Paths = tuple[Path, ...]
@@ -115,7 +115,7 @@ def positive(option: str, value: int | None) -> int | None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None]]:
+def progress_bar() -> Iterator[ShowProgress]:
     """Show a bar on a terminal, nothing elsewhere; yield what to call with counts."""
     from rich.console import Console
     from rich.progress import Progress

@@ -49,8 +49,8 @@ def pretrain(
         speaks = world.rank == 0
         shown: Any = progress_bar() if speaks else nullcontext(lambda done, total: None)
         with shown as progress:
-            say = print if speaks else lambda line: None
-            layers = Pretrainer(settings, world, progress=progress, say=say).run()
+            show = print if speaks else lambda line: None
+            layers = Pretrainer(settings, world, progress=progress, show=show).run()
         with world.all_or_none():
             if speaks:
                 write_layers(out, layers)

@@ -83,7 +83,7 @@ def simulate(
     what = "protocol only" if protocol_only else "co-simulation"
     print(f"\n{settings.strategy.name}, {what}; seconds are virtual")
     print(simulation.about(settings.machine))
-    for line in simulation.table(outcomes):
+    for line in simulation.outcome_table(outcomes):
         print(line)
     result = {
         "simulated": True,

@@ -17,7 +17,7 @@ import tyro
 
 from mpilm.commands.queued import Submitted, make, require_free
 from mpilm.commands.simulate import rank_counts
-from mpilm.errors import ConfigError, WorldError
+from mpilm.errors import ConfigError, WorldError, say
 
 if TYPE_CHECKING:
     from mpilm.config import Config
@@ -190,11 +190,6 @@ def submit(
             print(identifier)
         previous = identifier if chain else after
     return 0
-
-
-def say(text: str) -> None:
-    """Print for people; stdout is for the jobs' numbers."""
-    print(f"mpilm: {text}", file=sys.stderr)
 
 
 def find_scheduler(name: str, *, dry_run: bool) -> str:

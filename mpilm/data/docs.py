@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from zlib import crc32
 
-from mpilm.data.hdf5 import SPLITS, PrepareSummary
+from mpilm.data.hdf5 import SPLITS, PrepareSummary, ShowProgress
 from mpilm.data.sources import unreadable
-from mpilm.data.text import Progress, write_corpus
+from mpilm.data.text import write_corpus
 from mpilm.data.vocabulary import Words
 from mpilm.errors import DataError
 from mpilm.storage.files import require_apart
@@ -76,7 +76,7 @@ def prepare_docs(
     *,
     vocab: int | None = 10_000,
     library: Path | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> PrepareSummary:
     """Write a corpus of real English from Python's own documentation.
 
@@ -136,7 +136,7 @@ def split_of(document: str) -> str:
 
 
 def documents(
-    library: Path, progress: Progress | None = None
+    library: Path, progress: ShowProgress | None = None
 ) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of every document, in a fixed order.
 

@@ -34,6 +34,7 @@ from mpilm.errors import DataError
 from mpilm.storage.files import create_hdf5, new_output, reason
 
 T = TypeVar("T")
+ShowProgress = Callable[[int, int], None]  # called with how much is done, and in all
 
 FORMAT = "mpilm corpus"
 VERSION = 1

@@ -11,6 +11,7 @@ from kaldiio.matio import write_array, write_array_ascii
 from numpy.typing import NDArray
 
 from mpilm.data.frame_corpus import FrameSplit
+from mpilm.data.hdf5 import ShowProgress
 from mpilm.storage.files import new_output
 
 Score = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -26,7 +27,7 @@ def write_scores(
     split: FrameSplit,
     out: Path,
     counts_C: NDArray[np.int64],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: ShowProgress = lambda done, total: None,
 ) -> None:
     """Write the scores of a split: `out`, and beside it .scp and .priors.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 
 from mpilm.data.cmvn import Cmvn, CmvnMode
 from mpilm.data.frames import FrameSummary, FrameWriter
-from mpilm.data.hdf5 import new_hdf5
+from mpilm.data.hdf5 import ShowProgress, new_hdf5
 from mpilm.data.kaldi import Alignments, KaldiFolder
 from mpilm.data.kaldi_archives import Archives, Bad, files_of, utterance
 from mpilm.errors import DataError
 from mpilm.storage.files import require_apart
-
-Progress = Callable[[int, int], None]
 
 
 def prepare_kaldi(
@@ -32,7 +30,7 @@ def prepare_kaldi(
     context: int = 0,
     shares: Mapping[str, float] | None = None,
     bad: Bad | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: ShowProgress = lambda done, total: None,
 ) -> FrameSummary:
     """Write the corpus of some Kaldi folders; memory holds one utterance.
 

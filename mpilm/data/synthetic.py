@@ -33,8 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.data.hdf5 import SPLITS, CorpusWriter, PrepareSummary, new_hdf5
-from mpilm.data.text import Progress
+from mpilm.data.hdf5 import SPLITS, CorpusWriter, PrepareSummary, ShowProgress, new_hdf5
 from mpilm.errors import DataError
 
 # Chains side by side: enough that numpy's overhead for one step is shared by many
@@ -182,7 +181,7 @@ def prepare_synthetic(
     seed: int = 1,
     order: int = 1,
     branching: int | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> PrepareSummary:
     """Write a corpus in a synthetic language; its perplexity floor is in the summary.
 

@@ -18,14 +18,13 @@ from mpilm.data.hdf5 import (
     UNK,
     CorpusWriter,
     PrepareSummary,
+    ShowProgress,
     new_hdf5,
 )
 from mpilm.data.sources import Part, Paths, count_bytes, plan_parts, read_text
 from mpilm.data.vocabulary import ENCODERS, Encoder
 from mpilm.errors import DataError
 from mpilm.storage.files import require_apart
-
-Progress = Callable[[int, int], None]
 
 # Share of the train text that stands in for a split that is not given; the shares of
 # the Penn Treebank are about 7%. Chosen, not tuned.
@@ -42,7 +41,7 @@ def prepare_text(
     level: Literal["word", "char"] = "word",
     lower: bool = False,
     share: float = HELD_OUT_SHARE,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> PrepareSummary:
     """Write the corpus file `out` from text files; return what it holds.
 

@@ -195,10 +195,10 @@ def summary_table(runs: list[Run]) -> str:
             for value in values
         )
         lines.append(f"<tr><th>{name}</th>{cells}</tr>")
-    return table("<th></th>" + head, lines)
+    return html_table("<th></th>" + head, lines)
 
 
-def table(head: str, lines: list[str]) -> str:
+def html_table(head: str, lines: list[str]) -> str:
     """Return a table of lines under a line of headings."""
     body = "".join(lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -221,7 +221,7 @@ def rank_part(run: Run, index: int) -> str:
         "<th>rank</th><th>samples/s</th><th>waiting</th><th>sent</th>"
         "<th>speed of the fastest</th><th>of its own best</th>"
     )
-    numbers = table(head, [rank_line(row) for row in shown])
+    numbers = html_table(head, [rank_line(row) for row in shown])
     name = f"all {len(rows)} ranks" if shown is rows else f"the {len(shown)} slowest"
     return (
         f"<h3>{label(run, index)}</h3>{plots.ranks(run, index)}"
@@ -257,7 +257,7 @@ def differences(runs: list[Run]) -> str:
     if not lines:
         return "<p>Nowhere.</p>"
     head = "".join(f"<th>{label(run, i)}</th>" for i, run in enumerate(runs))
-    return table("<th></th>" + head, lines)
+    return html_table("<th></th>" + head, lines)
 
 
 def configuration(run: Run) -> str:

@@ -255,7 +255,7 @@ def forget_simulated(summary: Path) -> None:
             summary.unlink()
 
 
-def table(outcomes: list[Outcome]) -> Iterator[str]:
+def outcome_table(outcomes: list[Outcome]) -> Iterator[str]:
     """Yield the lines of a table, a row per number of ranks."""
     real = any(outcome.perplexity is not None for outcome in outcomes)
     head = f"{'ranks':>6}{'steps':>8}{'seconds':>11}{'samples/s':>14}{'efficiency':>12}"

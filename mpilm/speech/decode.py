@@ -6,13 +6,14 @@ fewest errors among `PENALTIES`; of several, the middle one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from mpilm.data.frame_corpus import FrameSplit
+from mpilm.data.hdf5 import ShowProgress
 from mpilm.data.lists import split_words
 from mpilm.errors import DataError
 from mpilm.speech.hmm import WordHmms
@@ -23,8 +24,6 @@ from mpilm.world.base import World
 
 # nats; chosen, not tuned
 PENALTIES = tuple(range(-10, 61, 5))
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def decode(
     world: World,
     *,
     penalties: Sequence[float] = (0.0,),
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> list[Decoded]:
     """Return what is recognised in a split, for each penalty.
 

@@ -11,7 +11,7 @@ Durations of the states are fitted with the Gaussians.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from mpilm.data.frames import FrameCorpus, FrameSummary, FrameWriter, Utterance
-from mpilm.data.hdf5 import new_hdf5
+from mpilm.data.hdf5 import ShowProgress, new_hdf5
 from mpilm.data.lists import split_words
 from mpilm.data.wav import Recording, WavReader
 from mpilm.errors import DataError
@@ -39,8 +39,6 @@ from mpilm.speech.plan import (
     single,
 )
 from mpilm.storage.files import create_hdf5, reason, require_apart
-
-Progress = Callable[[int, int], None]
 
 MOST_LISTED = 20  # bad recordings named in the provenance
 
@@ -91,7 +89,7 @@ def prepare_wav(
     rounds: int = 8,
     rate: int | None = None,
     skip_bad: bool = False,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> WavSummary:
     """Write a frames corpus of recordings; return what it holds.
 
@@ -152,7 +150,7 @@ class _Making:
         features: FeatureConfig,
         reader: WavReader,
         skipped: Skipped,
-        progress: Progress | None,
+        progress: ShowProgress | None,
     ) -> None:
         self.hmms, self.features, self.reader = hmms, features, reader
         self.skipped, self.progress = skipped, progress

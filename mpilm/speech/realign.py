@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.data.frames import FrameCorpus, FrameSplit, FrameSummary, FrameWriter
-from mpilm.data.hdf5 import new_hdf5
+from mpilm.data.hdf5 import ShowProgress, new_hdf5
 from mpilm.data.lists import split_words
 from mpilm.errors import DataError
 from mpilm.speech.align import Aligner
 from mpilm.speech.hmm import WordHmms
 from mpilm.speech.scorer import ModelScores
 from mpilm.world.base import IN_PLACE, World
-
-Progress = Callable[[int, int], None]
 
 BLOCK = 64  # utterances of a rank between two exchanges; chosen, not tuned
 # utterance -> its labels, or what is wrong with it
@@ -34,7 +31,7 @@ def realign(
     *,
     skip_bad: bool = False,
     provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> tuple[FrameSummary | None, list[str]]:
     """Write a corpus of the same features; return what it holds, and what was bad.
 

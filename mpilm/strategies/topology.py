@@ -247,7 +247,7 @@ def cycle_contraction(num_ranks: int) -> float:
     return float(rho ** (1 / num_rounds)) if rho > 1e-12 else 0.0  # rounding
 
 
-def table(sizes: Sequence[int]) -> str:
+def contraction_table(sizes: Sequence[int]) -> str:
     """Return the contraction factors of all topologies as a table in Markdown."""
     rows = ["| K | fixed_ring | random_ring | random_pairs | exponential | complete |"]
     rows.append("|---|---|---|---|---|---|")
@@ -277,4 +277,6 @@ def _uniform(rank: int, peers: set[int]) -> Weights:
 
 
 if __name__ == "__main__":
-    print(table([int(size) for size in sys.argv[1:]] or [8, 16, 32, 64, 128]))
+    print(
+        contraction_table([int(size) for size in sys.argv[1:]] or [8, 16, 32, 64, 128])
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpilm.config import Config
 from mpilm.data.frame_batches import FrameShards
+from mpilm.data.hdf5 import ShowProgress
 from mpilm.errors import ConfigError, DivergenceError
 from mpilm.learner.learner import Learner
 from mpilm.models.configs import DnnConfig
@@ -32,7 +33,7 @@ class Pretrainer:
     Args:
         config: [model] dnn, [pretrain], [strategy], [data] and [train] seed, device.
         progress: called with minibatches done and how many there are.
-        say: called with a line for each RBM.
+        show: called with a line for each RBM.
 
     Raises:
         MpilmError: bad input; one line, the same on every rank.
@@ -45,11 +46,11 @@ class Pretrainer:
         config: Config,
         world: World,
         *,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-        say: Callable[[str], None] = lambda line: None,
+        progress: ShowProgress = lambda done, total: None,
+        show: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config, self.world = config, world
-        self.progress, self.say = progress, say
+        self.progress, self.show = progress, show
         settings = config.model.settings
         with world.all_or_none():
             if not isinstance(settings, DnnConfig) or settings.activation != "sigmoid":
@@ -142,7 +143,7 @@ class Pretrainer:
             after = self.error(learner)
             top: Any = learner.model.top
             weight, bias = top.weight.detach().clone(), top.hidden_bias.detach().clone()
-        self.say(
+        self.show(
             f"RBM {index + 1} of {self.settings.layers}: squared reconstruction error"
             f" {before:.3f} -> {after:.3f}, {steps:,} minibatches on"
             f" {count(world.size, 'rank')}, {batches.num_dropped:,} frames left out"

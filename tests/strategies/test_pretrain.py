@@ -67,7 +67,7 @@ def test_reconstruction_errors_fall_and_all_ranks_agree(corpus, size, strategy):
         said = lines.append if world.rank == 0 else lambda line: None
         moved = (lambda *at: steps.append(at)) if world.rank == 0 else lambda *at: None
         config = configure(corpus, strategy)
-        return Pretrainer(config, world, say=said, progress=moved).run()
+        return Pretrainer(config, world, show=said, progress=moved).run()
 
     ranks = run_virtual(main, size)
     pairs = [re.findall(r"([\d.]+) -> ([\d.]+)", line) for line in lines]

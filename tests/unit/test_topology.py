@@ -15,6 +15,7 @@ from mpilm.strategies import topology
 from mpilm.strategies.topology import (
     TOPOLOGIES,
     contraction,
+    contraction_table,
     cycle_contraction,
     destinations,
     expected_contraction,
@@ -22,7 +23,6 @@ from mpilm.strategies.topology import (
     num_groups,
     permutation,
     random_groups,
-    table,
 )
 
 RANDOM = ("random_ring", "random_pairs")
@@ -193,7 +193,7 @@ def test_docs_show_the_table_that_the_command_prints():
     page = Path(__file__).parents[2] / "docs/convergence.md"
     rows = re.findall(r"^\| \d+ \|.*\|$", page.read_text(), re.MULTILINE)
     assert [int(row.split("|")[1]) for row in rows] == list(DERIVED)
-    assert rows == table(list(DERIVED)).splitlines()[2:]
+    assert rows == contraction_table(list(DERIVED)).splitlines()[2:]
     command = [sys.executable, "-m", "mpilm.strategies.topology", "8", "16"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True)
     assert shown.stdout.splitlines()[2:] == rows[:2]

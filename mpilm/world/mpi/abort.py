@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from mpilm.errors import BAD_INPUT, ERROR, INTERRUPTED, MpilmError
-from mpilm.world.mpi.stall import say
+from mpilm.errors import BAD_INPUT, ERROR, INTERRUPTED, MpilmError, say
 
 
 class Abortable(Protocol):

@@ -13,7 +13,6 @@ rank that does not answer is named all the same. Nothing here ever blocks.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from mpilm.errors import say
 from mpilm.world.mpi.clock import clock
 from mpilm.world.parts import named_ranks
 
@@ -222,9 +222,3 @@ class StallInspector:
         abort_at_s = waiting.since_s + self.abort_s
         if now_s < abort_at_s < waiting.report_s:
             waiting.report_s = abort_at_s
-
-
-def say(text: str) -> None:
-    """Print one line on stderr, in one piece."""
-    sys.stderr.write(f"mpilm: {text}\n")
-    sys.stderr.flush()

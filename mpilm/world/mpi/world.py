@@ -18,14 +18,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpilm.errors import DIED, STALLED, WorldError
+from mpilm.errors import DIED, STALLED, WorldError, say
 from mpilm.launch import check_launch
 from mpilm.world.base import Activity, Notify, World
 from mpilm.world.mpi.abort import abort_on_error
 from mpilm.world.mpi.clock import clock, pause_s
 from mpilm.world.mpi.progress import Progress, Stopped
 from mpilm.world.mpi.resources import Resources
-from mpilm.world.mpi.stall import Waiting, say
+from mpilm.world.mpi.stall import Waiting
 from mpilm.world.parts import completion_shares
 
 if TYPE_CHECKING:
