@@ -65,9 +65,16 @@ class Batches(ABC):
         """Go on from what `place` returned."""
 
     # for whoever trains with it
-    def start(self) -> None:
-        """Begin background work, if there is any. Collective."""
-        self.counts.start()
+    def start(self, goal: int = 0) -> None:
+        """Begin background work, if there is any.
+
+        Args:
+            goal: samples of all ranks at which the run ends, so that all know of it at
+                once; 0: it has no such end.
+
+        Communicates: out of lockstep collective, one Dup.
+        """
+        self.counts.start(goal)
 
     def close(self) -> None:
         """End background work, if there is any. Collective."""

@@ -64,7 +64,7 @@ class Turns:
         self._next, self._size = rank, size
         self.traffic = Traffic()
 
-    def start(self) -> None:
+    def start(self, goal: int = 0) -> None:
         """Nothing to begin."""
 
     def close(self) -> None:
@@ -108,8 +108,6 @@ class Counter(Service):
 
     Args:
         world: of at least two ranks.
-        goal: samples of all ranks at which the run ends; every rank learns of it at
-            once. 0: there is none.
 
     Raises:
         WorldError: a world without background communication.
@@ -117,11 +115,11 @@ class Counter(Service):
 
     waits_for = "a count or a question for the pool"
 
-    def __init__(self, world: World, goal: int = 0) -> None:
+    def __init__(self, world: World) -> None:
         require_background(world, "that counts samples out of lockstep")
         super().__init__(world, world.comm, "counter")  # `start` makes its own comm
         self.traffic = Traffic()
-        self._goal = goal
+        self._goal = 0
         self._is_started = self._is_closed = False
         # rank r: what it knows, and what it has sent
         self._own = self._others = 0  # b_r; sum of b_j, j != r
@@ -146,10 +144,14 @@ class Counter(Service):
         self._returned: list[int] = []  # leases before that, to give again
         self._taken, self._given = np.zeros(2, np.int64), np.zeros(1, np.int64)
 
-    def start(self) -> None:
-        """Begin to serve on rank 0. Collective, one Dup."""
+    def start(self, goal: int = 0) -> None:
+        """Begin to serve on rank 0. Collective, one Dup.
+
+        Args:
+            goal: samples of all ranks at which the run ends; 0: there is none.
+        """
         self.comm = self.comm.Dup()
-        self._is_started = True
+        self._goal, self._is_started = goal, True
         if self.comm.rank == 0:
             self.begin()
 
@@ -388,8 +390,8 @@ class Counter(Service):
 Counts = Turns | Counter
 
 
-def counts_of(rank: int, size: int, world: World | None, goal: int) -> Counts:
+def counts_of(rank: int, size: int, world: World | None) -> Counts:
     """Return the `Counter` of a world of several ranks; without one `Turns`."""
     if world is None or world.size == 1:
         return Turns(rank, size)
-    return Counter(world, goal)
+    return Counter(world)

@@ -47,7 +47,6 @@ class FrameShards(Batches):
         batch: items of a minibatch, B.
         cache_frames: frames that are shuffled together.
         world: ranks out of lockstep: they count samples through it; None: in lockstep.
-        goal: samples of all ranks at which the run ends, see `Counter`.
 
     Raises:
         DataError: fewer utterances than ranks, or too few items.
@@ -65,7 +64,6 @@ class FrameShards(Batches):
         *,
         seed: int,
         world: World | None = None,
-        goal: int = 0,
     ) -> None:
         items_U = view.count(split)
         useful = np.flatnonzero(items_U)
@@ -98,7 +96,7 @@ class FrameShards(Batches):
             "items": int(loads.sum()),
             "data_seed": seed,
         }
-        super().__init__(counts_of(rank, size, world, goal), geometry)
+        super().__init__(counts_of(rank, size, world), geometry)
         self._passes = self._index = 0
         self._held = (-1, -1)
         self._block: Block | None = None
@@ -142,7 +140,6 @@ class FramePool(LeasedBatches):
         chunk_batches: minibatches of a chunk; its items are shuffled together.
         world: ranks out of lockstep: leases come from a counter on rank 0; None: they
             are dealt in turn.
-        goal: samples of all ranks at which the run ends, see `Counter`.
 
     Raises:
         DataError: fewer chunks than ranks.
@@ -160,7 +157,6 @@ class FramePool(LeasedBatches):
         *,
         seed: int,
         world: World | None = None,
-        goal: int = 0,
     ) -> None:
         useful = np.flatnonzero(view.count(split))
         self._order = Order(split, view, useful, seed)
@@ -181,7 +177,7 @@ class FramePool(LeasedBatches):
             "items": num_items,
             "pool_seed": seed,
         }
-        counts = counts_of(rank, size, world, goal)
+        counts = counts_of(rank, size, world)
         super().__init__(counts, geometry, windows=chunk_batches)
         unused = num_items - self.num_chunks * self._chunk_items
         self.num_dropped = unused * view.item_frames

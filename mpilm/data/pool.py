@@ -109,7 +109,6 @@ class PoolBatches(LeasedBatches):
         seed: of the order of chunks; the same on all ranks.
         world: ranks out of lockstep: leases come from a counter on rank 0; None: they
             are dealt in turn.
-        goal: samples of all ranks at which the run ends, see `Counter`.
 
     Raises:
         DataError: there are fewer chunks than ranks.
@@ -127,7 +126,6 @@ class PoolBatches(LeasedBatches):
         *,
         seed: int,
         world: World | None = None,
-        goal: int = 0,
     ) -> None:
         self._chunk_targets = batch * steps * chunk_windows
         self.num_chunks = (len(tokens) - 1) // self._chunk_targets
@@ -145,7 +143,7 @@ class PoolBatches(LeasedBatches):
             "tokens": len(tokens),
             "pool_seed": seed,
         }
-        counts = counts_of(rank, size, world, goal)
+        counts = counts_of(rank, size, world)
         super().__init__(counts, geometry, windows=chunk_windows)
         self.num_dropped = len(tokens) - 1 - self.num_chunks * self._chunk_targets
         self.tokens = tokens

@@ -95,7 +95,6 @@ class Streams(Batches):
 
     Args:
         world: ranks out of lockstep: they count samples through it; None: in lockstep.
-        goal: samples of all ranks at which the run ends, see `Counter`.
 
     Raises:
         DataError: the split is too short for so many ranks.
@@ -111,7 +110,6 @@ class Streams(Batches):
         size: int = 1,
         *,
         world: World | None = None,
-        goal: int = 0,
     ) -> None:
         num_rows = size * batch
         num_targets = len(tokens) - 1
@@ -124,7 +122,7 @@ class Streams(Batches):
         row_targets = self.num_windows * steps
         self.num_dropped = num_targets - num_rows * row_targets
         geometry = {"rows": num_rows, "steps": steps, "tokens": len(tokens)}
-        super().__init__(counts_of(rank, size, world, goal), geometry)
+        super().__init__(counts_of(rank, size, world), geometry)
         self._passes = 0
         self._window = 0
         rows = np.arange(rank * batch, (rank + 1) * batch, dtype=np.int64)

@@ -87,10 +87,12 @@ def ideal_samples_per_s(config: Config, num_ranks: int) -> float:
 def simulate_protocol(
     config: Config, layout: Layout, ranks: int, steps: int
 ) -> Outcome:
-    """Return what `steps` of the protocol come to on `ranks` virtual ranks.
+    """Return what the protocol comes to on `ranks` virtual ranks.
 
     Args:
         layout: of the real model.
+        steps: of every rank; out of lockstep together `ranks` times as many, as in
+            training: a slow rank takes fewer.
 
     Raises:
         ConfigError: the strategy needs a real model, or step_s is 0.
@@ -105,6 +107,7 @@ def simulate_protocol(
     per_step = samples_per_step(config)
     kind = find_strategy(config.strategy.name)
     settings = scaled_settings(config.strategy.settings, scale)
+    begun = [0] * ranks  # steps of each rank
 
     def main(world: VirtualWorld) -> tuple[float, float, int]:
         learner = ProtocolLearner(
@@ -120,7 +123,9 @@ def simulate_protocol(
         strategy.start(learner)
         before = dataclasses.replace(world.traffic)
         began_s = world.now_s()
-        for _ in range(steps):
+        agree, lockstep = strategy.pace.agree, strategy.lockstep
+        while begun[world.rank] < steps if lockstep else agree(left(begun)):
+            begun[world.rank] += 1
             strategy.step(learner)
         strategy.retire(learner)
         seconds = world.now_s() - began_s
@@ -128,6 +133,9 @@ def simulate_protocol(
         sent = world.traffic.bytes_sent - before.bytes_sent
         strategy.finish(learner)
         return seconds, blocked_s, sent
+
+    def left(begun: list[int]) -> int:
+        return max(0, ranks * steps - sum(begun))
 
     simulation = Simulation(
         ranks,
@@ -137,15 +145,18 @@ def simulate_protocol(
     )
     took = simulation.run(main)
     # out of lockstep every rank has its own pace; the speeds of ranks add up
-    speed = sum(steps * per_step / seconds for seconds, _, _ in took)
+    speeds = [
+        n * per_step / max(s, 1e-12) for n, (s, _, _) in zip(begun, took, strict=True)
+    ]
+    speed = sum(speeds)
     return Outcome(
         ranks=ranks,
-        steps=steps,
-        samples=ranks * steps * per_step,
+        steps=max(begun),
+        samples=sum(begun) * per_step,
         seconds=max(seconds for seconds, _, _ in took),
         samples_per_s=speed,
         efficiency=speed / ideal_samples_per_s(config, ranks),
-        communication=sum(b / s for s, b, _ in took) / ranks,
+        communication=sum(b / max(s, 1e-12) for s, b, _ in took) / ranks,
         bytes_sent=round(scale * sum(sent for _, _, sent in took)),
     )
 

@@ -96,7 +96,7 @@ class Trainer:
             self.strategy.require(self.learner)
         self.totals = Totals()
         self.failure: MpilmError | None = None  # will stop all ranks in order
-        self.batches.start()
+        self.batches.start(config.train.samples)
         self.strategy.start(self.learner)
         with world.all_or_none():
             self.ema: Ema | None = None

@@ -18,7 +18,7 @@ from mpilm.learner.learner import Learner
 from mpilm.models.configs import DnnConfig
 from mpilm.models.rbm import Rbm, RbmStack
 from mpilm.models.weights import save_weights
-from mpilm.strategies import find_strategy
+from mpilm.strategies import Strategy, find_strategy
 from mpilm.train.evaluate import evaluate, swapped
 from mpilm.train.screen import count
 from mpilm.train.task import FrameTask, open_task
@@ -72,23 +72,27 @@ class Pretrainer:
         """Return weight and bias of every hidden layer. Collective."""
         layers: Layers = []
         for index in range(self.settings.layers):
+            kind = find_strategy(self.config.strategy.name)
+            strategy = kind(self.world, self.config.strategy.settings)
             with self.world.all_or_none():
-                batches = self.batches(index)
+                batches = self.batches(index, lockstep=strategy.lockstep)
                 learner = self.learner(layers, batches)
-            layers.append(self.train(index, learner, batches))
+                strategy.require(learner)
+            layers.append(self.train(index, learner, batches, strategy))
         return layers
 
-    def batches(self, index: int) -> FrameShards:
+    def batches(self, index: int, *, lockstep: bool) -> FrameShards:
         """Return this rank's minibatches for a layer."""
-        config = self.config
+        config, world = self.config, self.world
         return FrameShards(
             self.task.corpus.split("train"),
             self.task.view(config.train),
             config.pretrain.batch,
             config.data.cache,
-            self.world.rank,
-            self.world.size,
+            world.rank,
+            world.size,
             seed=config.train.seed + index,
+            world=None if lockstep else world,
         )
 
     def learner(self, layers: Layers, batches: FrameShards) -> Learner:
@@ -114,28 +118,37 @@ class Pretrainer:
         )
 
     def train(
-        self, index: int, learner: Learner, batches: FrameShards
+        self,
+        index: int,
+        learner: Learner,
+        batches: FrameShards,
+        strategy: Strategy,
     ) -> tuple[Tensor, Tensor]:
         """Train one RBM; return its weight and hidden bias. Collective."""
         pretrain, world = self.config.pretrain, self.world
-        kind = find_strategy(self.config.strategy.name)
-        strategy = kind(world, self.config.strategy.settings)
-        with world.all_or_none():
-            strategy.require(learner)
-        batches.start()
-        strategy.start(learner)
         passes = pretrain.bernoulli_epochs if index else pretrain.gaussian_epochs
         lr = pretrain.bernoulli_lr if index else pretrain.gaussian_lr
-        steps = passes * batches.num_batches
+        steps = passes * batches.num_batches  # of a rank, if all take as many
+        in_step = pretrain.batch * world.size
+        batches.start(steps * in_step)
+        strategy.start(learner)
         before = self.error(learner)
-        for step in range(steps):
-            samples = step * pretrain.batch * world.size  # of all ranks
-            momentum = self.momentum(samples)
+        done = batches.synchronise(0)  # by all ranks
+        own = 0  # by this rank, before the minibatch in work
+
+        def refresh() -> None:
+            momentum = self.momentum(batches.done(own))
             learner.optimizer.param_groups[0]["momentum"] = momentum
             learner.lr = lr * (1.0 - momentum)
+
+        learner.refresh = refresh
+        while done < steps * in_step:
+            own = learner.samples
             strategy.step(learner)
-            self.done += 1
-            self.progress(self.done, batches.num_batches * self.epochs)
+            done = strategy.pace.agree(batches.done(learner.samples))
+            here = min(steps, done // in_step)
+            self.progress(self.done + here, batches.num_batches * self.epochs)
+        self.done += steps
         strategy.retire(learner)
         strategy.finish(learner)
         batches.close()

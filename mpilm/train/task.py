@@ -108,7 +108,6 @@ class LanguageTask(Task):
                 world.rank,
                 world.size,
                 world=counted_by,
-                goal=train.samples,
             )
         return PoolBatches(
             tokens,
@@ -119,7 +118,6 @@ class LanguageTask(Task):
             world.size,
             seed=train.seed,
             world=counted_by,
-            goal=train.samples,
         )
 
     def evaluation(
@@ -177,7 +175,6 @@ class FrameTask(Task):
                 size,
                 seed=train.seed,
                 world=counted_by,
-                goal=train.samples,
             )
         return FramePool(
             split,
@@ -188,7 +185,6 @@ class FrameTask(Task):
             size,
             seed=train.seed,
             world=counted_by,
-            goal=train.samples,
         )
 
     def evaluation(

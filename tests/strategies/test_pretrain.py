@@ -18,6 +18,8 @@ from mpilm.storage.state_file import read_state
 from mpilm.train.loop import Trainer
 from mpilm.train.pretrain import Pretrainer, write_layers
 from mpilm.train.run import TrainedModel
+from mpilm.world.faults import Faults
+from mpilm.world.machine import Machine
 from mpilm.world.virtual import run_virtual
 from tests.unit.kaldi_files import NUM_FEATURES, make_folder
 
@@ -86,6 +88,47 @@ def test_reconstruction_errors_fall_and_all_ranks_agree(corpus, size, strategy):
 def layers_of(corpus):
     (layers,) = run_virtual(lambda w: Pretrainer(configure(corpus), w).run(), 1)
     return layers
+
+
+def test_a_slow_rank_out_of_lockstep_takes_fewer_minibatches(corpus):
+    """All take as many together as in lockstep, and the momentum is of all samples."""
+    found = {}
+    faults = Faults(slow={"1": 20.0})
+
+    class Watched(Pretrainer):
+        def learner(self, layers, batches):
+            learner = super().learner(layers, batches)
+            update, group = learner.update, learner.optimizer.param_groups[0]
+            mine = found.setdefault(len(layers), {})
+            rates = found.setdefault("momentum", [])
+
+            def watched():
+                update()
+                done = sum(mine.values())  # before this update, by all
+                rates.append((group["momentum"], self.momentum(done)))
+                mine[self.world.rank] = learner.samples
+
+            learner.update = watched
+            return learner
+
+    def main(world):
+        Watched(configure(corpus, "adpsgd"), world).run()
+        return world.now_s()
+
+    def in_lockstep(world):
+        Pretrainer(configure(corpus, "model_averaging"), world).run()
+        return world.now_s()
+
+    machine = Machine(step_s=0.1)
+    took_s = run_virtual(main, 2, machine=machine, faults=faults)[0]
+    steps = round(run_virtual(in_lockstep, 2, machine=machine)[0] / 0.1)
+    for layer in range(3):  # 12 passes each; a minibatch has 5 frames
+        goal = 2 * 5 * steps // 3
+        assert goal <= sum(found[layer].values()) < goal + 2 * 5
+        assert found[layer][1] <= found[layer][0] / 10
+    assert took_s < 2 * steps * 0.1 + 3 * 2.0  # each layer ends in a slow step
+    for used, expected in found["momentum"]:
+        assert used == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.long

@@ -54,6 +54,32 @@ def test_a_scaled_protocol_takes_the_same_time(name, monkeypatch):
     assert scaled.bytes_sent == pytest.approx(whole.bytes_sent, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "adpsgd"},
+        {"name": "async_sgd"},
+        {"name": "hierarchical", "inner": "adpsgd", "node_size": 2},
+    ],
+    ids=lambda strategy: strategy["name"],
+)
+def test_out_of_lockstep_a_slow_rank_takes_fewer_of_the_steps(strategy):
+    """As in training: the samples of all are given, not the steps of each."""
+    document = {
+        "train": {"batch": 2, "unroll": 5},
+        "strategy": strategy,
+        "machine": MACHINE | {"bandwidth_Bps": 1e9},
+        "faults": {"slow": {"3": 20.0}},
+    }
+    found = simulation.simulate_protocol(resolve(document), LAYOUT, 4, 100)
+    node = strategy.get("node_size", 1)
+    assert 400 * 10 <= found.samples < (400 + node) * 10
+    fast = 4 - node  # the node of the slow rank is as slow
+    steps = 400 / (fast + node / 20)
+    assert found.steps == pytest.approx(steps, rel=0.05)
+    assert found.seconds <= steps * 0.1 * 1.05 + 20 * 0.1
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("simulate")

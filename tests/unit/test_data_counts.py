@@ -45,8 +45,8 @@ class Fleet:
 
     def main(self, world: VirtualWorld) -> int:
         rank = world.rank
-        counts = Counter(world, self.goal)
-        counts.start()
+        counts = Counter(world)
+        counts.start(self.goal)
         own = self.drawn[rank] = self.done[rank] = 0
         while self.ask(world, counts, own) < self.goal:
             self.drawn[rank] += N
@@ -142,7 +142,7 @@ def test_counts_go_on_after_a_pause_and_a_restart() -> None:
     faults = Faults(slow={"2": 7.0})
 
     def main(world: VirtualWorld) -> list[int]:
-        counts = Counter(world, 0)
+        counts = Counter(world)
         counts.start()
         own = 1000 * world.rank  # where a checkpoint was
         totals = [counts.synchronise(own)]
@@ -176,8 +176,8 @@ def test_it_ends_however_the_ranks_end(seed: int) -> None:
     machine = Machine(step_s=0.1, jitter=0.9, latency_s=float(random.choice([0, 0.3])))
 
     def main(world: VirtualWorld) -> int:
-        counts = Counter(world, goal)
-        counts.start()
+        counts = Counter(world)
+        counts.start(goal)
         own = 0
         while world.now_s() < ends_s[world.rank]:
             counts.drawn(N)
@@ -196,16 +196,16 @@ def test_it_ends_however_the_ranks_end(seed: int) -> None:
 
 
 def test_in_lockstep_and_alone_nobody_is_asked() -> None:
-    turns = counts_of(1, 3, None, goal=99)
-    turns.start()
+    turns = counts_of(1, 3, None)
+    turns.start(99)
     turns.drawn(N)
     assert turns.done(N) == turns.synchronise(N) == 3 * N
     turns.close()
     assert vars(turns.traffic) == vars(Turns(0, 1).traffic)
 
     def main(world: VirtualWorld) -> int:
-        alone = counts_of(0, 1, world, goal=99)
-        alone.start()
+        alone = counts_of(0, 1, world)
+        alone.start(99)
         found = alone.done(N)
         alone.close()
         return found if world.traffic.messages == 0 else -1
