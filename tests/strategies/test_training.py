@@ -64,19 +64,25 @@ def test_period_in_samples_equals_period_in_minibatches(run):
     assert torch.equal(theta(by_steps), theta(by_samples))
 
 
+@pytest.mark.parametrize("optim", [{"momentum": 0.9}, {"name": "adamw", "lr": 0.01}])
 @pytest.mark.parametrize("momentum", ["keep", "reset", "average"])
-def test_moments_are_kept_reset_or_averaged(run, momentum):
+def test_moments_are_kept_reset_or_averaged(run, momentum, optim):
     trainers = run(
         2,
         "model_averaging",
         steps=10,
-        optim={"momentum": 0.9},
+        optim=optim,
         strategy={"period": 10, "momentum": momentum},
     )
     first, second = (
         torch.cat([v.flatten() for v in t.learner.moments().values()]) for t in trainers
     )
-    assert len(first) == trainers[0].learner.layout.size
+    vectors = 2 if "name" in optim else 1
+    assert len(first) == vectors * trainers[0].learner.layout.size
+    for trainer in trainers:  # the count that AdamW corrects the bias by
+        for state in trainer.learner.optimizer.state.values():
+            if "step" in state:
+                assert state["step"] == (0 if momentum == "reset" else 10)
     if momentum == "keep":
         assert not torch.equal(first, second)
     else:
