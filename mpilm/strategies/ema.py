@@ -25,6 +25,7 @@ Cost        one extra copy of the model.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -96,6 +97,8 @@ class Ema:
         config: the window.
         strategy: must synchronise.
         learner: whose model the strategy synchronises.
+        done: from samples of this rank to those of all, `Batches.done`; if not given,
+            all ranks are as far as this one.
 
     model  E(t), (P,); before the first synchronisation the model as it was
     parts  (start, stop) -> n(t), samples at its last synchronisation
@@ -106,7 +109,13 @@ class Ema:
     Communicates: none.
     """
 
-    def __init__(self, config: EmaConfig, strategy: Strategy, learner: Learner) -> None:
+    def __init__(
+        self,
+        config: EmaConfig,
+        strategy: Strategy,
+        learner: Learner,
+        done: Callable[[int], int] | None = None,
+    ) -> None:
         if not strategy.synchronises:
             raise ConfigError(
                 f"ema: {strategy.name} has no synchronised model to average:"
@@ -114,14 +123,15 @@ class Ema:
                 " synchronises (model_averaging, bmuf)"
             )
         self.config, self.strategy, self.learner = config, strategy, learner
-        self.began = learner.samples * strategy.world.size
+        self.done = done or (lambda own: own * strategy.world.size)
+        self.began = self.done(learner.samples)
         self.model = copy_of(learner.theta)
         self.parts: dict[tuple[int, int], tuple[float, int]] = {}
         strategy.on_synchronised = self.observe
 
     def observe(self, where: slice, model: Any) -> None:
         """Take up a synchronised part of the model, which is only read."""
-        now = self.learner.samples * self.strategy.world.size
+        now = self.done(self.learner.samples)
         part = (where.start, where.stop)
         weight, before = self.parts.get(part, (0.0, self.began))
         decay = self.config.decay(now - before)

@@ -101,7 +101,8 @@ class Trainer:
         with world.all_or_none():
             self.ema: Ema | None = None
             if config.ema.on:
-                self.ema = Ema(config.ema, self.strategy, self.learner)
+                parts = self.strategy, self.learner
+                self.ema = Ema(config.ema, *parts, done=self.batches.done)
             self.best = BestModel(self.learner) if self.schedule.rejects else None
             if place:
                 self.restore(place.own)
