@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] in (["--version"], ["-V"]):
         print(f"mpilm {__version__}")
         return 0
-    command = find(words)
+    command = find_command(words)
     if command not in PARALLEL and launched_rank() > 0:
         return 0
     if command is None:
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if asked else BAD_INPUT
     warnings.showwarning = show_warning  # type: ignore[assignment]
     try:
-        return run(command, words[len(command) :])
+        return run_command(command, words[len(command) :])
     except MpilmError as error:
         if launched_rank() == 0 or not error.everywhere:
             say(str(error))
@@ -132,7 +132,7 @@ def show_warning(message: Warning | str, *_: Any) -> None:
         say(" ".join(["warning:", *str(message).split()]))
 
 
-def find(words: Sequence[str]) -> tuple[str, ...] | None:
+def find_command(words: Sequence[str]) -> tuple[str, ...] | None:
     """Return the command that `words` begin with."""
     for length in (2, 1):
         if tuple(words[:length]) in COMMANDS:
@@ -140,7 +140,7 @@ def find(words: Sequence[str]) -> tuple[str, ...] | None:
     return None
 
 
-def run(command: tuple[str, ...], arguments: Sequence[str]) -> int:
+def run_command(command: tuple[str, ...], arguments: Sequence[str]) -> int:
     """Call the function of `command` with arguments parsed by its signature."""
     import tyro
 

@@ -78,7 +78,7 @@ def generate(
         seed: of the random choice
     """
     from mpilm.data.hdf5 import UNK
-    from mpilm.data.text import decode, encode_prompt
+    from mpilm.data.text import encode_prompt, text_from_ids
     from mpilm.train.run import TrainedModel
 
     options = {"--tokens": tokens, "--temperature": temperature, "--top-k": top_k}
@@ -100,5 +100,5 @@ def generate(
         never=never,
         generator=torch.Generator().manual_seed(seed),
     )
-    print(decode([*ids, *made], model.vocabulary, model.level))
+    print(text_from_ids([*ids, *made], model.vocabulary, model.level))
     return 0

@@ -50,7 +50,7 @@ def export(
 
     if corpus is None:
         raise DataError("--format ark: scores of which corpus? say --corpus")
-    kaldi.export(
+    kaldi.export_scores(
         run, corpus=corpus, out=out, split=split, posteriors=posteriors, ema=ema
     )
 

@@ -87,7 +87,7 @@ def kaldi(
             print(f"    and {len(bad.lines) - MOST_SHOWN:,} more")
 
 
-def export(
+def export_scores(
     run: tyro.conf.Positional[Path],
     /,
     *,

@@ -76,7 +76,7 @@ def probe(
         for name, peer in (("", far), ("node_", near))
     }
     if comm.rank == 0:
-        print(section(everyone, hosts, links, str(config), device))
+        print(machine_section(everyone, hosts, links, str(config), device))
     return 0
 
 
@@ -95,7 +95,7 @@ def step_times(learner: Any, steps: int) -> list[float]:
     return took[WARM_UP:]
 
 
-def section(
+def machine_section(
     times: list[list[float]],
     hosts: list[str],
     links: dict[str, tuple[float, float] | None],

@@ -99,11 +99,11 @@ def wav(
         f"{out}: {summary.frames.features} features, {summary.frames.classes} classes,"
         f" {len(summary.words):,} words, {summary.rate:,} samples/s"
     )
-    print_summary(summary.frames)
+    print_frames(summary.frames)
     report_bad(summary.problems)
 
 
-def print_summary(summary: FrameSummary) -> None:
+def print_frames(summary: FrameSummary) -> None:
     """Print what is in the splits."""
     for split, utterances in summary.utterances.items():
         frames = summary.frames[split]
@@ -159,7 +159,7 @@ def align(
         )
         if summary:
             print(f"{out}: aligned anew")
-            print_summary(summary)
+            print_frames(summary)
             report_bad(problems)
     return 0
 

@@ -147,7 +147,7 @@ def submit(
     else:
         sizes = [Size(nodes, **per_node)]
     settings = read_config(config, set_)
-    check(settings, [size.ranks for size in sizes])
+    check_run(settings, [size.ranks for size in sizes])
     for note in settings.notes:
         say(f"note: {note}")
     threads = settings.train.threads
@@ -226,7 +226,7 @@ def time_of(text: str) -> str:
     return text if len(parts) == 3 else f"0:{text}"
 
 
-def check(config: Config, numbers: list[int]) -> None:
+def check_run(config: Config, numbers: list[int]) -> None:
     """Raise unless the run can begin on each of these numbers of ranks.
 
     Raises:

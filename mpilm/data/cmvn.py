@@ -50,7 +50,7 @@ class Cmvn:
 
     def add(self, key: str, features_TF: NDArray[np.float32]) -> None:
         """Count in the frames of an utterance of a speaker."""
-        stats = statistics(features_TF)
+        stats = cmvn_statistics(features_TF)
         self._stats[key] = self._stats[key] + stats if key in self._stats else stats
 
     def apply(self, key: str, features_TF: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -61,7 +61,9 @@ class Cmvn:
         """
         if self.mode == "none":
             return features_TF
-        stats = self._stats[key] if self.mode == "speaker" else statistics(features_TF)
+        stats = (
+            self._stats[key] if self.mode == "speaker" else cmvn_statistics(features_TF)
+        )
         if stats.shape[1] != features_TF.shape[1] + 1:
             raise DataError(
                 f"CMVN statistics of {stats.shape[1] - 1} features,"
@@ -76,10 +78,10 @@ class Cmvn:
         return centred.astype(np.float32)
 
 
-def statistics(features_TF: NDArray[np.float32]) -> NDArray[np.float64]:
+def cmvn_statistics(features_TF: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return Kaldi's CMVN statistics, (2, F+1).
 
-    >>> statistics(np.array([[1.0, 2.0], [3.0, 5.0]], np.float32)).tolist()
+    >>> cmvn_statistics(np.array([[1.0, 2.0], [3.0, 5.0]], np.float32)).tolist()
     [[4.0, 7.0, 2.0], [10.0, 29.0, 0.0]]
     """
     x = features_TF.astype(np.float64)

@@ -39,7 +39,9 @@ class Utterance:
     text: str
 
 
-def fingerprint(num_features: int, num_classes: int, names: Sequence[str]) -> str:
+def frames_fingerprint(
+    num_features: int, num_classes: int, names: Sequence[str]
+) -> str:
     """Return a hash of what a model's inputs and outputs mean."""
     meaning = json.dumps([num_features, num_classes, list(names)])
     return hashlib.sha256(meaning.encode()).hexdigest()
@@ -179,7 +181,7 @@ class FrameCorpus:
         if "classes/names" in file:
             self.classes = file["classes/names"].asstr()[:].tolist()
         meaning = (self.num_features, self.num_classes, self.classes)
-        if fingerprint(*meaning) != self.fingerprint:
+        if frames_fingerprint(*meaning) != self.fingerprint:
             raise ValueError("its classes do not match its fingerprint")
         self.splits: tuple[str, ...] = tuple(
             sorted(file["splits"], key=lambda name: (*SPLITS, name).index(name))

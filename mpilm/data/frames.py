@@ -35,7 +35,7 @@ from mpilm.data.frame_corpus import (
     FrameCorpus,
     FrameSplit,
     Utterance,
-    fingerprint,
+    frames_fingerprint,
 )
 from mpilm.data.hdf5 import FORMAT, SPLITS, VERSION, library_version
 from mpilm.data.lists import is_utf8
@@ -109,7 +109,9 @@ class FrameWriter:
         file.attrs["num_features"] = num_features
         file.attrs["num_classes"] = num_classes
         file.attrs["context"] = context
-        file.attrs["fingerprint"] = fingerprint(num_features, num_classes, classes)
+        file.attrs["fingerprint"] = frames_fingerprint(
+            num_features, num_classes, classes
+        )
         if classes:
             file.create_dataset("classes/names", data=list(classes), dtype=TEXT)
 

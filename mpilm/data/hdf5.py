@@ -66,7 +66,7 @@ def origin(tokens: Any) -> str:
     return "the data"
 
 
-def fingerprint(raw: bytes, offsets: NDArray[np.int64]) -> str:
+def words_fingerprint(raw: bytes, offsets: NDArray[np.int64]) -> str:
     """Return a hash of a vocabulary: of its words and of their order."""
     digest = hashlib.sha256(offsets.astype("<i8").tobytes())
     digest.update(raw)
@@ -122,7 +122,7 @@ class Corpus:
         self.splits: tuple[str, ...] = tuple(
             sorted(file["splits"], key=lambda name: (*SPLITS, name).index(name))
         )
-        if fingerprint(self._raw, self._offsets) != self.fingerprint:
+        if words_fingerprint(self._raw, self._offsets) != self.fingerprint:
             raise ValueError("its vocabulary does not match its fingerprint")
         for name in self.splits:
             tokens = file["splits"][name]
@@ -256,7 +256,7 @@ class CorpusWriter:
         offsets = np.zeros(len(words) + 1, np.int64)
         np.cumsum([len(word) for word in words], out=offsets[1:])
         raw = b"".join(words)
-        self.fingerprint = fingerprint(raw, offsets)
+        self.fingerprint = words_fingerprint(raw, offsets)
         self.level = level
         self.floor = floor
         self.num_words = len(words)

@@ -115,7 +115,7 @@ class Archives:
         array = read_object(file, path, offset)
         for axis, part in enumerate((match["part"] or "").split(",")):
             if part not in ("", ":"):
-                array = _cut(array, axis, part, place)
+                array = _range_of(array, axis, part, place)
         return array
 
     def _open(self, path: Path) -> BinaryIO:
@@ -135,7 +135,7 @@ class Archives:
         self._file = None
 
 
-def _cut(array: NDArray[Any], axis: int, part: str, place: str) -> NDArray[Any]:
+def _range_of(array: NDArray[Any], axis: int, part: str, place: str) -> NDArray[Any]:
     """Return the rows or columns first:last, last included, as Kaldi counts.
 
     As in Kaldi, the last row may lie a little beyond the end: see BEYOND.

@@ -181,7 +181,7 @@ def encode_prompt(prompt: str, vocabulary: Sequence[str], level: str) -> list[in
     return begin + found or [0]
 
 
-def decode(ids: Iterable[int], vocabulary: Sequence[str], level: str) -> str:
+def text_from_ids(ids: Iterable[int], vocabulary: Sequence[str], level: str) -> str:
     """Return the text of token ids; `<eos>` ends a line."""
     glue = " " if level == "word" else ""
     text = glue.join("\n" if vocabulary[i] == EOS else vocabulary[i] for i in ids)

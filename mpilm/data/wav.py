@@ -69,9 +69,9 @@ def list_recordings(folder: Path) -> list[Recording]:
             what = "is not a folder" if folder.exists() else "no such folder"
             raise DataError(f"{folder}: {what}")
         if (folder / "wav.scp").is_file():
-            found = list(_listed(folder))
+            found = list(_in_lists(folder))
         else:
-            found = [_named(path) for path in folder.iterdir() if _is_wav(path)]
+            found = [_by_name(path) for path in folder.iterdir() if _is_wav(path)]
     except OSError as error:
         raise unreadable(folder, error) from error
     if not found:
@@ -83,7 +83,7 @@ def _is_wav(path: Path) -> bool:
     return path.suffix.lower() == ".wav" and not path.name.startswith(".")
 
 
-def _named(path: Path) -> Recording:
+def _by_name(path: Path) -> Recording:
     if not is_utf8(path.stem):
         return Recording(path.name, path, "", (), "its name is not UTF-8")
     match = NAMED.fullmatch(path.stem)
@@ -93,7 +93,7 @@ def _named(path: Path) -> Recording:
     return Recording(path.stem, path, match[2], (match[1],))
 
 
-def _listed(folder: Path) -> Iterator[Recording]:
+def _in_lists(folder: Path) -> Iterator[Recording]:
     paths = dict(read_list(folder / "wav.scp", of_paths=True))
     texts = dict(read_list(folder / "text"))
     speakers = {}

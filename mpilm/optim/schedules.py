@@ -42,14 +42,15 @@ def warmup(samples: int, warmup_samples: int) -> float:
     return min(1.0, (samples + 1) / warmup_samples) if warmup_samples else 1.0
 
 
-def exponential(
+def exponential_decay(
     samples: int, total: int, *, final_ratio: float, stages: int = 0
 ) -> float:
     """Return rate over initial rate (4); `final_ratio` from `total` samples on.
 
-    >>> [round(exponential(s, 100, final_ratio=0.01), 3) for s in (0, 50, 100, 200)]
+    >>> decay = exponential_decay
+    >>> [round(decay(s, 100, final_ratio=0.01), 3) for s in (0, 50, 100, 200)]
     [1.0, 0.1, 0.01, 0.01]
-    >>> stage = [exponential(s, 90, final_ratio=0.01, stages=3) for s in (29, 30, 89)]
+    >>> stage = [decay(s, 90, final_ratio=0.01, stages=3) for s in (29, 30, 89)]
     >>> [round(ratio, 3) for ratio in stage]
     [1.0, 0.1, 0.01]
     """
@@ -145,7 +146,7 @@ class Schedule:
         config = self.config
         rate = self.full_lr * warmup(samples, config.warmup_samples)
         if isinstance(config, ExponentialConfig):
-            rate *= exponential(
+            rate *= exponential_decay(
                 max(0, samples - config.warmup_samples),
                 self.samples - config.warmup_samples,
                 final_ratio=config.final_ratio,

@@ -124,7 +124,9 @@ def page(runs: list[Run], title: str) -> str:
         parts.append(section("Staleness", drawn))
     parts.append(section("Ranks", *(rank_part(r, i) for i, r in enumerate(runs))))
     if several:
-        parts.append(section("Where the configurations differ", differences(runs)))
+        parts.append(
+            section("Where the configurations differ", differing_settings(runs))
+        )
     parts.append(section("Configuration", *(configuration(run) for run in runs)))
     body = "\n".join(parts)
     return (
@@ -240,7 +242,7 @@ def rank_line(row: RankRow) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def differences(runs: list[Run]) -> str:
+def differing_settings(runs: list[Run]) -> str:
     """Return a table of the settings that are not the same in all runs."""
 
     def value_of(run: Run, name: str, key: str) -> Any:

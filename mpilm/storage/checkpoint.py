@@ -215,7 +215,7 @@ class Checkpoints:
             yield
         except Exception as error:
             failure = error
-        text = None if failure is None else _line(failure)
+        text = None if failure is None else _line_of(failure)
         failures = self.world.comm.allgather(text)
         for rank, text in enumerate(failures):
             if text is not None:
@@ -300,7 +300,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _line(error: Exception) -> str:
+def _line_of(error: Exception) -> str:
     """Return one line that says what failed and which file it was."""
     if isinstance(error, MpilmError):
         return str(error)

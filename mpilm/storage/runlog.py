@@ -123,7 +123,7 @@ class RunLog:
         self.flush_rows, self.flush_s = flush_rows, flush_s
         rows, events = np.empty(0, np.dtype(list(fields.items()))), np.empty(0, EVENT)
         if from_step > 0 and self.path.exists():
-            _, old_rows, old_events = _read(self.path)
+            _, old_rows, old_events = _read_log(self.path)
             old_rows = old_rows[old_rows["step"] <= from_step]
             rows = _in_fields(rows.dtype, old_rows, path)
             events = old_events[old_events["step"] <= from_step]
@@ -131,7 +131,7 @@ class RunLog:
         self.earlier_s = float(events["stop_s"].max()) if len(events) else 0.0
         self.rows, self.events = _Table("rows", rows), _Table("events", events)
         self.defaults = {
-            name: unknown(rows.dtype[name]) for name in rows.dtype.names or ()
+            name: not_measured(rows.dtype[name]) for name in rows.dtype.names or ()
         }
         self.lock = Lock()
         self.descriptor = -1
@@ -205,7 +205,7 @@ class RunLog:
         try:
             with self.lock:
                 self._flush()
-                _, rows, events = _read(self.path)
+                _, rows, events = _read_log(self.path)
                 with suppress(CheckpointError):  # no place for a copy: then not
                     self._renew(rows, events, room=0)
         finally:
@@ -223,7 +223,7 @@ class RunLog:
     def _flush(self) -> None:
         tables = (self.rows, self.events)
         if any(table.is_full for table in tables):
-            _, rows, events = _read(self.path)
+            _, rows, events = _read_log(self.path)
             most = max(table.num + len(table.waiting) for table in tables)
             self._renew(rows, events, room=2 * most)
         try:
@@ -259,10 +259,10 @@ class RunLog:
         return CheckpointError(f"{self.path}: cannot write the log: {reason(error)}")
 
 
-def unknown(kind: np.dtype) -> float:
+def not_measured(kind: np.dtype) -> float:
     """Return what stands for a value that was not measured: NaN, or -1.
 
-    >>> unknown(np.dtype("17i8")), unknown(np.dtype("f8"))
+    >>> not_measured(np.dtype("17i8")), not_measured(np.dtype("f8"))
     (-1, nan)
     """
     return -1 if kind.base.kind == "i" else math.nan
@@ -279,7 +279,7 @@ def _in_fields(dtype: np.dtype, old: np.ndarray, path: Path | str) -> np.ndarray
         raise CheckpointError(f"{path}: a log with other fields; move it away")
     rows = np.empty(len(old), dtype)
     for name in known:
-        rows[name] = old[name] if name in before else unknown(dtype[name])
+        rows[name] = old[name] if name in before else not_measured(dtype[name])
     return rows
 
 
@@ -300,7 +300,7 @@ def _reserve(file: h5py.File, table: _Table, records: np.ndarray) -> int:
     return int(dataset.id.get_offset())
 
 
-def _read(path: Path) -> tuple[int, np.ndarray, np.ndarray]:
+def _read_log(path: Path) -> tuple[int, np.ndarray, np.ndarray]:
     """Return the rank and the records of a log that count.
 
     Raises:
@@ -322,7 +322,7 @@ def read_log(path: Path | str) -> RankLog:
     Raises:
         CheckpointError: one line with the path: missing, truncated, corrupt, foreign.
     """
-    rank, rows, events = _read(Path(path))
+    rank, rows, events = _read_log(Path(path))
     log = RankLog(
         rank,
         {name: rows[name] for name in rows.dtype.names or ()},

@@ -98,10 +98,10 @@ def _entries(file: h5py.File) -> Iterator[tuple[str, Any]]:
     if len(datasets) != expected:
         raise ValueError(f"{len(datasets)} entries of {expected}")
     for name, dataset in datasets:
-        yield name, _read(name, dataset)
+        yield name, _entry(name, dataset)
 
 
-def _read(name: str, dataset: h5py.Dataset) -> Any:
+def _entry(name: str, dataset: h5py.Dataset) -> Any:
     creation = dataset.id.get_create_plist()
     if (
         dataset.shape is None

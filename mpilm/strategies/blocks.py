@@ -238,7 +238,7 @@ def due(steps: int, period: int, num_components: int, stagger: bool) -> list[int
     ]
 
 
-def check(config: Any) -> None:
+def check_blocks(config: Any) -> None:
     """Raise ValueError unless the settings of blocks go with each other."""
     if config.eta != AUTOMATIC and not 0.0 <= config.eta < 1.0:
         raise ValueError(f"eta: {config.eta} is neither in [0, 1) nor -1 (automatic)")

@@ -44,7 +44,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from mpilm.strategies.base import Learner
-from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check, due
+from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks, due
 from mpilm.world.base import Request, World
 
 
@@ -69,7 +69,7 @@ class BmufConfig:
     """steps that the learner computes on while a mean is under way; below period"""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_blocks(self)
 
 
 class Bmuf(BlockStrategy):

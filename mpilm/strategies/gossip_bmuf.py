@@ -49,7 +49,7 @@ from msgspec import Meta
 
 from mpilm.errors import ConfigError
 from mpilm.strategies.base import ITEM_BYTES, Learner
-from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check
+from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks
 from mpilm.strategies.mixing import Mean
 from mpilm.strategies.topology import num_groups, random_groups
 from mpilm.vectors import copy_of
@@ -85,7 +85,7 @@ class GossipBmufConfig:
     """of the random groups"""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_blocks(self)
 
 
 class GossipBmuf(BlockStrategy):

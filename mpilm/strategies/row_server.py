@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.strategies.parameter_server import ParameterServer, apply_, finish_all
-from mpilm.strategies.rows import by_owner, row_width, table
+from mpilm.strategies.rows import by_owner, row_width, rows_in
 from mpilm.world.base import Message, Request
 
 PULL_ROWS, PUSH_ROWS, ROWS = range(4, 7)  # tags, beside those of ParameterServer
@@ -108,19 +108,19 @@ class RowServer(ParameterServer):
     def gather_(self, index: int, ids: Any, out: Any) -> None:
         """Copy rows of the own shard, of the segment of this index, into `out`."""
         segment, start = self.layout.segments[index], self.own.start
-        values, first = table(self.values, start, segment)
+        values, first = rows_in(self.values, start, segment)
         with self.lock:
             out[:] = values[ids - first].reshape(-1)
 
     def apply_rows_(self, index: int, ids: Any, u: Any) -> None:
         """Apply (1) to rows of the own shard."""
         segment, start = self.layout.segments[index], self.own.start
-        values, first = table(self.values, start, segment)
+        values, first = rows_in(self.values, start, segment)
         at, v = ids - first, None
         with self.lock:
             x = values[at]
             if self.momentum:
-                velocity, _ = table(self.velocity, start, segment)
+                velocity, _ = rows_in(self.velocity, start, segment)
                 v = velocity[at]
             apply_(x, v, u.reshape(x.shape), momentum=self.momentum)
             values[at] = x

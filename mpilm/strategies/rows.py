@@ -65,7 +65,7 @@ def by_owner(
             yield rank, ids[first:last], slice(first * width, last * width)
 
 
-def table(shard: Any, start: int, segment: Segment) -> tuple[Any, int]:
+def rows_in(shard: Any, start: int, segment: Segment) -> tuple[Any, int]:
     """Return the rows of a segment that lie in a shard, a 2-D view, and the first's id.
 
     Args:
@@ -73,7 +73,7 @@ def table(shard: Any, start: int, segment: Segment) -> tuple[Any, int]:
         start: where it begins in the flat vector.
 
     >>> layout = Layout.of([("bias", (3,), "out"), ("embed", (4, 2), "embed")])
-    >>> table(np.arange(6.0), 5, layout["embed"])
+    >>> rows_in(np.arange(6.0), 5, layout["embed"])
     (array([[0., 1.],
            [2., 3.],
            [4., 5.]]), 1)

@@ -56,10 +56,10 @@ def differences(
     return found
 
 
-def apply(document: Mapping[str, Any], changes: Iterable[Change]) -> Sections:
+def with_changes(document: Mapping[str, Any], changes: Iterable[Change]) -> Sections:
     """Return plain sections of a configuration after some changes.
 
-    >>> apply({"optim": {"lr": 1.0}}, [Change(0, 0, "optim.lr", 1.0, 0.5)])
+    >>> with_changes({"optim": {"lr": 1.0}}, [Change(0, 0, "optim.lr", 1.0, 0.5)])
     {'optim': {'lr': 0.5}}
     """
     sections: Sections = copy.deepcopy(dict(document))

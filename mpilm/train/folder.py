@@ -23,8 +23,8 @@ from mpilm.storage.files import reason, replace_file, require_apart, text_of
 from mpilm.storage.owner import Owner
 from mpilm.train.changes import (
     Change,
-    apply,
     read_changes,
+    with_changes,
     write_changes,
 )
 from mpilm.train.task import Task
@@ -173,7 +173,7 @@ class RunFolder:
             ConfigError: an override is wrong.
         """
         first = read_config(self.require().config).to_document()
-        last = apply(first, read_changes(self.changes))
+        last = with_changes(first, read_changes(self.changes))
         return resolve(last, overrides, origin=str(self.config))
 
     def has_checkpoint(self) -> bool:

@@ -62,7 +62,7 @@ def find_place(
         before = read_saved(shared["config"], newest.path)
         samples = int(shared["samples"])
         changes = differences(before, config, samples=samples, step=newest.step)
-        require_free(changes, newest.path)
+        require_lasting(changes, newest.path)
         if has_ended and changes and config.train.samples <= samples:
             raise CheckpointError(
                 f"{folder.path}: the run has ended, after {samples:,} samples:"
@@ -84,7 +84,7 @@ def read_saved(text: str, checkpoint: Path) -> Config:
         raise CheckpointError(f"made by another version: {error}") from None
 
 
-def require_free(changes: list[Change], checkpoint: Path) -> None:
+def require_lasting(changes: list[Change], checkpoint: Path) -> None:
     """Raise if a setting is changed that must not be, see `LASTING`.
 
     Raises:

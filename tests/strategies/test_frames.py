@@ -9,7 +9,7 @@ import kaldiio
 import numpy as np
 import pytest
 
-from mpilm.commands.kaldi import export
+from mpilm.commands.kaldi import export_scores
 from mpilm.config import resolve
 from mpilm.data.frames import FrameCorpus
 from mpilm.data.kaldi_prepare import prepare_kaldi
@@ -141,7 +141,7 @@ def test_what_is_exported_is_what_the_model_computes(frames, tmp_path, model):
     """Round trip: Kaldi's files in, scores out as kaldiio reads them, to the bit."""
     train(frames, tmp_path / "run", model, steps=20)
     out = tmp_path / "post.ark"
-    export(tmp_path / "run", corpus=frames, out=out)
+    export_scores(tmp_path / "run", corpus=frames, out=out)
     trained = TrainedModel.read(tmp_path / "run")
     score, read = Scorer(trained, "cpu"), kaldiio.load_scp(str(tmp_path / "post.scp"))
     layout = trained.learner().layout
@@ -201,7 +201,9 @@ def test_features_of_another_dimension_do_not_fit_the_model(frames, tmp_path):
     nine = {"num_classes": 9, "shares": shares, "context": 2}
     prepare_kaldi(folders, tmp_path / "nine.h5", alignments=[ali], **nine)
     out = tmp_path / "post.ark"
-    line = refused(export, tmp_path / "run", corpus=tmp_path / "other.h5", out=out)
+    line = refused(
+        export_scores, tmp_path / "run", corpus=tmp_path / "other.h5", out=out
+    )
     assert f"3 features in a frame, {tmp_path / 'run'} was trained with" in line
     score = Scorer(TrainedModel.read(tmp_path / "run"))
     with pytest.raises(DataError, match=f"trained with {NUM_FEATURES}"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mpilm.data import sources
 from mpilm.data.hdf5 import SPLITS, Corpus, PrepareSummary
-from mpilm.data.text import decode, encode_prompt, prepare_text
+from mpilm.data.text import encode_prompt, prepare_text, text_from_ids
 from mpilm.data.vocabulary import Characters, Words
 from mpilm.errors import DataError
 
@@ -259,12 +259,12 @@ def test_prompt_and_text_are_each_others_inverse() -> None:
     words = ["<eos>", "<unk>", "the", "cat"]
     ids = encode_prompt("The cat barks", words, "word")
     assert ids == [0, 2, 3, 1]
-    assert decode([*ids, 0, 3, 0], words, "word") == "the cat <unk>\ncat"
+    assert text_from_ids([*ids, 0, 3, 0], words, "word") == "the cat <unk>\ncat"
     assert encode_prompt("", words, "word") == [0]
     characters = ["a", "<eos>", "b", " "]
     ids = encode_prompt("b a", characters, "char")
     assert ids == [1, 2, 3, 0]
-    assert decode([*ids, 1, 0], characters, "char") == "b a\na"
+    assert text_from_ids([*ids, 1, 0], characters, "char") == "b a\na"
     with pytest.raises(DataError, match="'z' is not in the vocabulary"):
         encode_prompt("z", characters, "char")
 

@@ -23,7 +23,7 @@ from mpilm.world.base import (
     Op,
     Request,
 )
-from mpilm.world.mpi.large import Several, num_bytes, pieces, started
+from mpilm.world.mpi.large import Several, num_bytes, pieces, posted
 from mpilm.world.mpi.requests import CollectiveQueue, Transfer, perform
 from mpilm.world.mpi.resources import Resources
 from mpilm.world.mpi.slow_links import collective_delay_s
@@ -96,7 +96,7 @@ class MpiComm(Comm):
         if faults is not None and faults.profile:
             link = faults.link(self.members[self.rank], peer)
             if link is not NO_FAULT:
-                start = partial(started, self.handle.Isend, stage.host, dest, tag)
+                start = partial(posted, self.handle.Isend, stage.host, dest, tag)
                 return self.resources.slow_links.send(
                     start,
                     self.key,
@@ -108,7 +108,7 @@ class MpiComm(Comm):
                 )
         return Transfer(
             self.progress,
-            started(self.handle.Isend, stage.host, dest, tag),
+            posted(self.handle.Isend, stage.host, dest, tag),
             what,
             nbytes=nbytes,
             stages=(stage,),
@@ -123,7 +123,7 @@ class MpiComm(Comm):
         kind = "any tag" if tag == ANY_TAG else f"tag {tag}"
         return Transfer(
             self.progress,
-            started(self.handle.Irecv, stage.host, peer, _tag(tag)),
+            posted(self.handle.Irecv, stage.host, peer, _tag(tag)),
             f"a message from {sender} ({kind})",
             status=MPI.Status(),
             nbytes=stage.host.nbytes,
@@ -319,7 +319,7 @@ class MpiMessage(Message):
         comm.meter.count(messages=1)
         transfer = Transfer(
             comm.progress,
-            started(self.message.Irecv, stage.host),
+            posted(self.message.Irecv, stage.host),
             f"a message from rank {comm.members[self.source]} (tag {self.tag})",
             status=MPI.Status(),
             nbytes=stage.host.nbytes,

@@ -18,7 +18,7 @@ from mpi4py.util.dtlib import from_numpy_dtype
 MOST = 2**31 - 1  # elements in one call
 
 
-def started(call: Callable[..., MPI.Request], host: np.ndarray, *to: int) -> Any:
+def posted(call: Callable[..., MPI.Request], host: np.ndarray, *to: int) -> Any:
     """Return the request of `call(host, *to)`, an Isend or Irecv of mpi4py."""
     if host.size <= MOST:
         return call(host, *to)
