@@ -51,9 +51,9 @@ class RunFolder:
 
     def files(self) -> Iterator[Path]:
         """Yield what a run consists of, as far as it is there."""
-        yield from (self.config, self.changes, self.vocabulary, self.summary)
-        yield from (self.path / "log").glob("*")
-        yield from self.checkpoints.glob("*/*")
+        yield from (self.config, self.changes, self.vocabulary)
+        for pattern in ("owner.json", "summary*.json", "log/*", "checkpoints/*/*"):
+            yield from self.path.glob(pattern)
 
     def require_apart(self, config: Config, source: Path) -> None:
         """Raise if a new run here would write over what it reads.
@@ -68,14 +68,13 @@ class RunFolder:
         """
         if self.has_checkpoint():
             return
-        written = [self.vocabulary, self.summary]
+        written = set(self.files())
         try:
-            same = self.config.read_bytes() == config.encoded()
+            if self.config.read_bytes() == config.encoded():
+                written.remove(self.config)
         except OSError:
-            same = True  # nothing is there
-        require_apart(
-            written if same else [self.config, *written], config.inputs(source)
-        )
+            pass  # nothing is there
+        require_apart(written, config.inputs(source))
 
     def claim(self, rank: int, *, resume: bool) -> None:
         """Make the folder; what is there already stays as it is.

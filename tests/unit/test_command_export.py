@@ -109,3 +109,11 @@ def test_training_writes_over_no_configuration(trained, tmp_path, capsys):
     assert stop.value.code == 2
     assert "would be written: name another file" in capsys.readouterr().err
     assert (folder / "config.toml").read_text() == text
+    (folder / "log").mkdir()
+    corpus = (trained.parent / "corpus.h5").rename(folder / "log" / "rank-0000.h5")
+    words[1:2] = [str(trained / "config.toml"), "--set", f"data.corpus={corpus}"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert f"{corpus} is read, and would be written" in capsys.readouterr().err
+    corpus.rename(trained.parent / "corpus.h5")
