@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "build" / "tests"
 PYTEST = ("-m", "pytest", "-q", "--color=no", "--durations=5")
 EVERY = ("-m", "long or not long")  # plain pytest leaves out what is marked `long`
-# A rank that waits inside MPI hears no alarm: a thread ends it. Without -x a rank that
+# A rank that waits inside MPI gets no alarm: a thread ends it. Without -x a rank that
 # failed would go on, to messages that the others do not expect.
 UNDER_MPI = ("-m", "mpi4py", *PYTEST, "-x", "--with-mpi", "--timeout-method=thread")
 MPIRUN = {

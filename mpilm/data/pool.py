@@ -1,7 +1,7 @@
 """The common pool: chunks of the data leased to whichever rank is free.
 
 Why         With fixed shards a slow rank's part of the data is hardly seen, and a
-            straggler looks worse than it is (PAPERS.md, trap 28). From a common pool it
+            straggler looks worse than it is (docs/references.md). From a common pool it
             simply takes fewer chunks.
 Notation    lease n -> chunk order(n // C)[n % C]: an endless sequence of epochs, each a
                        permutation of all C chunks drawn from (seed, epoch)

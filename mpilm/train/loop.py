@@ -35,7 +35,7 @@ from mpilm.train.summary import closing_lines, summarise
 from mpilm.train.task import open_task
 from mpilm.world.base import World
 
-COUNTS = ("mixes", "staleness")  # of a strategy's accounts, in a row of the log
+COUNTS = ("mixes", "staleness")  # of a strategy's metrics, in a row of the log
 LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
 
 
@@ -184,14 +184,14 @@ class Trainer:
         config, totals = self.config, self.totals
         learner, strategy = self.learner, self.strategy
         with self.screen, self.log:
-            vote = Agreement(
+            agreement = Agreement(
                 self.world,
                 every=max(config.checkpoint.agree_every, strategy.pace.stride),
                 request=stop,
                 lockstep=strategy.lockstep,
                 agree=strategy.pace.agree,
             )
-            self.recorder.begin(vote.traffic, self.batches.traffic)
+            self.recorder.begin(agreement.traffic, self.batches.traffic)
             samples = strategy.pace.agree(self.samples)
             while samples < config.train.samples and not self.schedule.finished:
                 self.before = learner.samples
@@ -207,30 +207,32 @@ class Trainer:
                     self.sync(samples)
                 if self.failure:
                     stop.requested = "failure"
-                outcome = vote.poll(totals.step, sync=is_due and not strategy.lockstep)
+                outcome = agreement.poll(
+                    totals.step, sync=is_due and not strategy.lockstep
+                )
                 if outcome == SYNC:
                     self.drain()
                 if outcome == STOP:
                     break
             strategy.retire(learner)
-            vote.finish(self.drain_retired)
+            agreement.finish(self.drain_retired)
             strategy.finish(learner)
             with self.recorder.paused():
                 with self.world.all_or_none():
                     if self.failure:
                         raise self.failure
                 samples = self.batches.synchronise(learner.samples)
-            if not vote.stopped:
+            if not agreement.stopped:
                 self.screen.done()
                 self.validate()
             self.save()
             self.batches.close()
-        if vote.stopped:
+        if agreement.stopped:
             self.screen.line(
                 f"stopped early at {samples:,} samples; mpilm resume"
                 f" {self.folder.path} goes on from here"
             )
-        return not vote.stopped
+        return not agreement.stopped
 
     def conclude(self) -> None:
         """Measure what is left to measure; write the summary. Collective."""
@@ -266,7 +268,7 @@ class Trainer:
 
     def drain(self) -> None:
         """Bring ranks that are out of lockstep to a sync point. Collective."""
-        with self.paused("gather"):
+        with self.paused("sync"):
             self.strategy.retire(self.learner)
             self.strategy.finish(self.learner)
             samples = self.batches.synchronise(self.learner.samples)
@@ -288,8 +290,8 @@ class Trainer:
         self.recorder.mark()
         totals.loss_sum += loss
         totals.loss_count += 1
-        learner, accounts = self.learner, self.strategy.metrics()
-        counts = {name: accounts[name] for name in COUNTS if name in accounts}
+        learner, metrics = self.learner, self.strategy.metrics()
+        counts = {name: metrics[name] for name in COUNTS if name in metrics}
         own = {"samples": learner.samples, "loss": loss, "lr": learner.lr}
         try:
             self.log.row(**totals.row(), **own, **counts)
@@ -332,8 +334,8 @@ class Trainer:
         note = "" if is_kept else ": worse, back to the best model"
         self.screen.line(f"valid {quality}{note}")
         with self.recorder.paused():
-            accounts = self.strategy.metrics()
-            found = measure_consensus(self.learner, self.world, accounts)
+            metrics = self.strategy.metrics()
+            found = measure_consensus(self.learner, self.world, metrics)
         totals.consensus_step = totals.step
         totals.consensus_distance = found.distance
         totals.consensus_norm = found.norm

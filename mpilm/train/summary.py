@@ -90,7 +90,7 @@ def summarise(
         f"{task.sample}s_left_out": num_dropped,
         "device": learner.device.type,
         "versions": versions(),
-        **account(reports),
+        **over_ranks(reports),
     }
     if each:
         own_models = [own.perplexity for own in each["valid"]]
@@ -133,7 +133,7 @@ def split_results(split: str, quality: Quality) -> dict[str, float]:
     return found
 
 
-def account(reports: list[RankSummary]) -> dict[str, Any]:
+def over_ranks(reports: list[RankSummary]) -> dict[str, Any]:
     """Return what all ranks took together, and each of them.
 
     A sum is over ranks; a time is a rank's mean; a distance the root mean square.

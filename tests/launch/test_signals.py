@@ -102,4 +102,4 @@ def test_a_signal_before_training_begins_is_not_lost(
     stopped = train(inputs, tmp_path, 0, during=stop)
     assert stopped.code == STOPPED_EARLY
     stopped.has_no_traceback()
-    assert newest(tmp_path).name <= "step-000000012"  # 2 votes of 5 steps each
+    assert newest(tmp_path).name <= "step-000000012"  # 2 agreements of 5 steps each

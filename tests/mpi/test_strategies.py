@@ -36,7 +36,7 @@ TORCH = ["allreduce", "model_averaging", "bmuf", "gossip_bmuf", "dpsgd", "delay_
 def train(
     world: World, name: str, kind: type[ProtocolLearner] = Witness
 ) -> tuple[Any, Strategy, np.ndarray]:
-    """Return this rank's learner, strategy and final model; the ranks meet halfway."""
+    """Return this rank's learner, strategy and final model, synced halfway."""
     case = CASES[name]
     learner = kind(
         SIZE, compute=world.compute, seed=world.rank, momentum=0.5, noise=0.1
@@ -107,7 +107,7 @@ def test_mass_is_conserved_out_of_lockstep(
     finally:
         world.step_s = 0.0
     agree.append(is_quiet(world))
-    accounts = method.metrics()
+    metrics = method.metrics()
     ranks = [
         SimpleNamespace(
             first=first,
@@ -116,7 +116,7 @@ def test_mass_is_conserved_out_of_lockstep(
             partners=partners,
         )
         for first, theta, moved, partners in world.comm.allgather(
-            (learner.first, learner.theta, learner.moved, accounts["partners"])
+            (learner.first, learner.theta, learner.moved, metrics["partners"])
         )
     ]
     try:

@@ -74,14 +74,14 @@ def neighbours(topology: str, seed: int = 0) -> Bytes:
     """A model to and from each neighbour of each round: docs/dpsgd.md."""
 
     def moved(rank: Any, size: int, steps: int) -> tuple[int, int]:
-        heard = sum(
+        received = sum(
             (mixing_matrix(topology, size, seed, round_) > 0).astype(int) - np.eye(size)
             for round_ in range(steps)
         )
         number = rank.world.rank
         return (
-            int(heard[:, number].sum()) * MODEL_BYTES,
-            int(heard[number].sum()) * MODEL_BYTES,
+            int(received[:, number].sum()) * MODEL_BYTES,
+            int(received[number].sum()) * MODEL_BYTES,
         )
 
     return moved

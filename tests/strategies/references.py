@@ -64,7 +64,7 @@ def dpsgd(theta, target, steps, *, topology, seed, overlap=True):
 
 
 def adpsgd(theta, target, steps, *, weight=1 / 3):
-    """In step, each rank meets one ring neighbour and is met by the other, at once.
+    """In step, a rank begins an exchange with one neighbour and answers the other.
 
     Credit comes with a step, and that of the last step is not used any more.
     """

@@ -4,7 +4,7 @@
     python -m tests.strategies.schedules all 0 100000   # soak: seeds 0..99999 of each
 
 A seed decides everything: ranks, their numbers of steps, the machine, who is how slow,
-the strategy's settings, whether the ranks meet in the middle. Whatever it is, all ranks
+the strategy's settings, sync points in the middle. Whatever it is, all ranks
 finish, nothing stays in flight, mass is conserved (laws.py), nobody is further ahead
 than the strategy allows, and the same seed gives the same bits, observed or not. The
 models follow FoundationDB's and TigerBeetle's simulations.
@@ -202,13 +202,15 @@ def open_requests(strategy):
 
 def check_accounts(name, ranks, steps):
     """Raise unless what the ranks counted agrees with each other."""
-    accounts = [rank.strategy.metrics() for rank in ranks]
-    if all("staleness" in own for own in accounts):
-        counted = [int(own["staleness"].sum()) for own in accounts]
+    metrics = [rank.strategy.metrics() for rank in ranks]
+    if all("staleness" in own for own in metrics):
+        counted = [int(own["staleness"].sum()) for own in metrics]
         assert counted == steps, f"staleness of {counted} steps, not of {steps}"
     if name in ("adpsgd", "gossip_bmuf"):
-        partners = np.array([own["partners"] for own in accounts])
-        assert (partners == partners.T).all(), "one met whom the other did not"
+        partners = np.array([own["partners"] for own in metrics])
+        assert (partners == partners.T).all(), (
+            "one counts an exchange that the other does not"
+        )
     if name == "adpsgd":
         begun = sum(rank.strategy.service.round for rank in ranks)
         assert partners.sum() == 2 * begun, "exchanges without an end"

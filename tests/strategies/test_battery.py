@@ -119,9 +119,9 @@ def test_resumed_is_uninterrupted_to_the_bit(case, save_at):
 def test_saving_and_synchronising_change_nothing(case):
     settings = {"steps": 20, "learner": NOISY, **case.of(4)}
     plain = fleet(case.name, 4, **settings)
-    met = fleet(case.name, 4, parts=3, save_at=7, **settings)
-    assert np.array_equal(thetas(plain), thetas(met))
-    assert np.array_equal(plain[0].final, met[0].final)
+    parted = fleet(case.name, 4, parts=3, save_at=7, **settings)
+    assert np.array_equal(thetas(plain), thetas(parted))
+    assert np.array_equal(plain[0].final, parted[0].final)
 
 
 @pytest.mark.parametrize("retire", [True, False])

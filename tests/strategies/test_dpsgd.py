@@ -56,7 +56,7 @@ def train(
         mine.moved = np.array([traffic.bytes_sent, traffic.bytes_received]) - before
         method.finish(mine)
         mine.states = (method.state(), mine.state())
-        mine.accounts = method.metrics()
+        mine.metrics = method.metrics()
         mine.copies = len(getattr(method, "received", ()))
         mine.final = np.empty_like(mine.theta)
         method.final_model_(mine, mine.final)
@@ -197,8 +197,8 @@ def test_a_step_moves_one_model_to_and_from_each_neighbour(topology, size):
     for rank, learner in enumerate(learners):
         sent, received = received_from[:, rank].sum(), received_from[rank].sum()
         assert learner.moved.tolist() == [4 * P * sent, 4 * P * received]
-        assert learner.accounts["partners"].tolist() == received_from[rank].tolist()
-        assert learner.accounts["mixes"] == received
+        assert learner.metrics["partners"].tolist() == received_from[rank].tolist()
+        assert learner.metrics["mixes"] == received
         most = (
             max(
                 (mixing_matrix(topology, size, SEED, t) > 0).sum(1).max()

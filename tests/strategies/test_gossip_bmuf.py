@@ -153,12 +153,12 @@ def test_a_delay_hides_the_messages_behind_computing():
 
 def test_partners_are_counted_and_symmetric():
     ranks = fleet("gossip_bmuf", 5, steps=20, period=2, components=3)
-    accounts = [rank.strategy.metrics() for rank in ranks]
-    partners = np.stack([account["partners"] for account in accounts])
+    metrics = [rank.strategy.metrics() for rank in ranks]
+    partners = np.stack([own["partners"] for own in metrics])
     assert np.array_equal(partners, partners.T)
     assert (np.diag(partners) == 0).all()
     assert partners.sum() >= 5 * 10 * 3
-    assert accounts[0]["mixes"] == 10
+    assert metrics[0]["mixes"] == 10
 
 
 def copies(strategy):

@@ -102,9 +102,9 @@ def test_nodes_of_one_rank_are_the_inner_strategy_to_the_bit(case):
         assert (one.bytes_sent, one.bytes_received) == (
             other.bytes_sent, other.bytes_received,
         )  # fmt: skip
-        own, accounts = one.strategy.metrics(), other.strategy.metrics()
-        assert own.keys() == accounts.keys()
-        for name, value in accounts.items():
+        own, metrics = one.strategy.metrics(), other.strategy.metrics()
+        assert own.keys() == metrics.keys()
+        for name, value in metrics.items():
             np.testing.assert_allclose(own[name], value, atol=1e-12)
 
 
@@ -163,16 +163,16 @@ def test_a_moving_average_sees_the_models_of_the_leaders(case):
 
 def test_shares_are_those_of_the_inner_matrix_spread_over_the_nodes():
     ranks = train("dpsgd", 4, 2, steps=10)
-    accounts = [rank.strategy.metrics() for rank in ranks]
-    shares = np.stack([own["weights"] for own in accounts])
-    assert {own["rounds"] for own in accounts} == {10}
-    np.testing.assert_allclose(shares.sum(axis=0), shares.sum(axis=1))
+    metrics = [rank.strategy.metrics() for rank in ranks]
+    weights = np.stack([own["weights"] for own in metrics])
+    assert {own["rounds"] for own in metrics} == {10}
+    np.testing.assert_allclose(weights.sum(axis=0), weights.sum(axis=1))
     inner = ranks[0].strategy.inner.metrics()["weights"]
     assert inner[0] == 0.0
-    np.testing.assert_allclose(shares[0][2:], np.repeat(inner[1:], 2) / 2)
-    assert shares[0][1] == pytest.approx((10 - inner.sum()) / 2)
-    assert np.array_equal(accounts[0]["partners"][1::2], np.zeros(4))
-    assert "partners" not in accounts[1]
+    np.testing.assert_allclose(weights[0][2:], np.repeat(inner[1:], 2) / 2)
+    assert weights[0][1] == pytest.approx((10 - inner.sum()) / 2)
+    assert np.array_equal(metrics[0]["partners"][1::2], np.zeros(4))
+    assert "partners" not in metrics[1]
 
 
 def test_bytes_are_as_declared():
@@ -236,7 +236,7 @@ def test_nodes_agree_and_synchronise_and_never_hang(inner):
         learner = ProtocolLearner(40, compute=world.compute, seed=world.rank, lr=0.1)
         chosen.start(learner)
         request = StopRequest()
-        vote = Agreement(
+        agreement = Agreement(
             world, every=5, request=request, lockstep=False, agree=chosen.pace.agree
         )
         num_syncs = 0
@@ -257,15 +257,15 @@ def test_nodes_agree_and_synchronise_and_never_hang(inner):
             chosen.step(learner)
             if draw.random() < 0.002:
                 request.requested = "SIGTERM"
-            outcome = vote.poll(learner.samples, sync=draw.random() < 0.1)
+            outcome = agreement.poll(learner.samples, sync=draw.random() < 0.1)
             if outcome == SYNC:
                 synchronise()
             if outcome == STOP:
                 break
         chosen.retire(learner)
-        vote.finish(sync_retired)
+        agreement.finish(sync_retired)
         chosen.finish(learner)
-        return learner.samples, num_syncs, vote.stopped
+        return learner.samples, num_syncs, agreement.stopped
 
     syncs = stops = 0
     for seed in range(60):

@@ -26,14 +26,14 @@ from .fleets import fleet
 CLOCKS = {"seconds", "blocked_s", "in_flight_s", "overlap", "idle"}
 
 
-def accounts_of(ranks):
+def metrics_of(ranks):
     return [rank.strategy.metrics() for rank in ranks]
 
 
-def realised_by(accounts):
+def realised_by(metrics):
     """Return the mean mixing matrix of a run."""
-    shares = np.stack([own["weights"] for own in accounts])
-    return realised(shares, float(np.mean([own["rounds"] for own in accounts])))
+    weights = np.stack([own["weights"] for own in metrics])
+    return realised(weights, float(np.mean([own["rounds"] for own in metrics])))
 
 
 def summary_of(trainers):
@@ -44,10 +44,10 @@ def summary_of(trainers):
 @pytest.mark.parametrize("topology", ["fixed_ring", "complete"])
 def test_dpsgd_realises_its_topology(topology, size):
     ranks = fleet("dpsgd", size, steps=7, topology=topology)
-    accounts = accounts_of(ranks)
+    metrics = metrics_of(ranks)
     expected = mixing_matrix(topology, size)
-    np.testing.assert_allclose(realised_by(accounts), expected, atol=1e-12)
-    gap = realised_gap(accounts)
+    np.testing.assert_allclose(realised_by(metrics), expected, atol=1e-12)
+    gap = realised_gap(metrics)
     assert gap == pytest.approx(spectral_gap(expected), abs=1e-9)
     assert gap == pytest.approx(1 - math.sqrt(expected_contraction(topology, size)))
 
@@ -60,17 +60,17 @@ def test_random_topologies_have_the_gap_of_their_mean(topology, size):
     """A pair's T^T T is T; on a ring the mean of both has the same diagonal, 1/3."""
     ranks = fleet("dpsgd", size, steps=600, topology=topology)
     expected = 1 - expected_contraction(topology, size)
-    assert realised_gap(accounts_of(ranks)) == pytest.approx(expected, abs=0.04)
+    assert realised_gap(metrics_of(ranks)) == pytest.approx(expected, abs=0.04)
 
 
 @pytest.mark.parametrize("size", [3, 4, 8])
 def test_adpsgd_on_a_ring_in_step_realises_the_ring_of_the_papers(size):
     machine = Machine(step_s=1.0, latency_s=1e-3)
     ranks = fleet("adpsgd", size, steps=40, machine=machine, mixing="fixed_ring")
-    accounts = accounts_of(ranks)
+    metrics = metrics_of(ranks)
     expected = mixing_matrix("fixed_ring", size)
-    np.testing.assert_allclose(realised_by(accounts), expected, atol=1e-12)
-    assert realised_gap(accounts) == pytest.approx(spectral_gap(expected))
+    np.testing.assert_allclose(realised_by(metrics), expected, atol=1e-12)
+    assert realised_gap(metrics) == pytest.approx(spectral_gap(expected))
 
 
 @pytest.mark.parametrize("mixing", ["fixed_ring", "random_ring", "random_pairs"])
@@ -79,10 +79,10 @@ def test_adpsgd_realises_a_doubly_stochastic_matrix_whoever_is_slow(mixing):
     faults = Faults(slow={"1": 10.0})
     settings = {"mixing": mixing, "mixes_per_step": 3.0}
     ranks = fleet("adpsgd", 5, steps=30, machine=machine, faults=faults, **settings)
-    matrix = realised_by(accounts_of(ranks))
+    matrix = realised_by(metrics_of(ranks))
     np.testing.assert_allclose(matrix.sum(axis=0), 1.0)
     np.testing.assert_allclose(matrix.sum(axis=1), 1.0)
-    assert 0.0 < realised_gap(accounts_of(ranks)) < 1.0
+    assert 0.0 < realised_gap(metrics_of(ranks)) < 1.0
 
 
 @pytest.mark.parametrize(
@@ -96,25 +96,25 @@ def test_adpsgd_realises_a_doubly_stochastic_matrix_whoever_is_slow(mixing):
     ],
 )
 def test_averages_over_all_ranks_leave_nothing(name, settings, rounds):
-    accounts = accounts_of(fleet(name, 4, steps=20, **settings))
-    assert realised_gap(accounts) == pytest.approx(1.0)
-    assert [own["mixes"] for own in accounts] == [rounds] * 4
-    for rank, own in enumerate(accounts):
-        met = own["partners"] > 0
-        assert met.tolist() == [peer != rank for peer in range(4)]
+    metrics = metrics_of(fleet(name, 4, steps=20, **settings))
+    assert realised_gap(metrics) == pytest.approx(1.0)
+    assert [own["mixes"] for own in metrics] == [rounds] * 4
+    for rank, own in enumerate(metrics):
+        mixed = own["partners"] > 0
+        assert mixed.tolist() == [peer != rank for peer in range(4)]
 
 
 def test_gossip_in_pairs_has_the_gap_of_random_pairs():
     ranks = fleet("gossip_bmuf", 6, steps=200, period=1, components=3)
     expected = 1 - expected_contraction("random_pairs", 6)
-    assert realised_gap(accounts_of(ranks)) == pytest.approx(expected, abs=0.04)
+    assert realised_gap(metrics_of(ranks)) == pytest.approx(expected, abs=0.04)
 
 
 @pytest.mark.parametrize(
     ("name", "size"), [("local", 3), ("async_sgd", 3), ("dpsgd", 1), ("allreduce", 1)]
 )
 def test_where_no_models_are_mixed_there_is_no_gap(name, size):
-    assert math.isnan(realised_gap(accounts_of(fleet(name, size, steps=4))))
+    assert math.isnan(realised_gap(metrics_of(fleet(name, size, steps=4))))
 
 
 @pytest.mark.long

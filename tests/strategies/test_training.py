@@ -184,7 +184,7 @@ def test_ranks_out_of_lockstep_meet_to_validate_and_to_save(run, name):
     trainers = run(
         3,
         name,
-        out="met",
+        out="synced",
         steps=60,
         optim={"clip": 0.0},
         data={"source": "pool", "chunk_windows": 3},
@@ -207,7 +207,7 @@ def test_ranks_out_of_lockstep_meet_to_validate_and_to_save(run, name):
     resumed = run(
         3,
         name,
-        out="met",
+        out="synced",
         resume=True,
         optim={"clip": 0.0},
         data={"source": "pool", "chunk_windows": 3},

@@ -164,7 +164,7 @@ def test_the_corpus_of_this_python(tmp_path: Path) -> None:
     for name in ("valid", "test"):
         assert summary.tokens[name] > 10_000
         assert summary.unknown[name] < 0.08
-    assert 0.01 < summary.unknown["train"] < 0.02  # a model meets <unk> in training
+    assert 0.01 < summary.unknown["train"] < 0.02  # a model sees <unk> in training
     with Corpus.open(out) as corpus:
         assert corpus.provenance["python"] == platform.python_version()
         assert corpus.vocabulary.index("the") < 3

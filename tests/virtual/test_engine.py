@@ -17,7 +17,7 @@ QUICK = Machine(latency_s=1.0, bandwidth_Bps=8.0, step_s=16.0)
 
 def busy(world):
     """Every kind of operation, in an order that jitter decides."""
-    heard = []
+    received = []
     vector = np.full(5, world.rank + 1.0)
 
     def chat():
@@ -33,9 +33,9 @@ def busy(world):
     for _ in range(5):
         number = np.zeros(1, np.int64)
         world.comm.Recv(number, tag=3)
-        heard.append((int(number[0]), world.now_s()))
+        received.append((int(number[0]), world.now_s()))
     activity.join()
-    return heard, vector.tobytes(), world.now_s(), world.traffic
+    return received, vector.tobytes(), world.now_s(), world.traffic
 
 
 def test_the_same_seed_gives_the_same_run_to_the_bit():

@@ -73,12 +73,12 @@ def test_messages_to_one_receiver_queue_at_its_port():
             world.sleep(world.rank / 8)
             world.comm.Send(doubles(1, world.rank), 0)
             return None
-        heard = []
+        received = []
         for _ in range(3):
             number = doubles(1)
             world.comm.Recv(number)
-            heard.append((number[0], world.now_s()))
-        return heard
+            received.append((number[0], world.now_s()))
+        return received
 
     expected = [(1.0, 2.125), (2.0, 3.125), (3.0, 4.125)]
     assert run_virtual(main, 4, machine=SLOW)[0] == expected
@@ -139,12 +139,12 @@ def test_wildcards_take_what_came_first():
             world.sleep(10.0 - world.rank)
             world.comm.Send(doubles(1, world.rank), 0, tag=world.rank)
             return None
-        heard = []
+        received = []
         for _ in range(4):
             buf = doubles(1)
             world.comm.Recv(buf, ANY_SOURCE, ANY_TAG)
-            heard.append(buf[0])
-        return heard
+            received.append(buf[0])
+        return received
 
     assert run_virtual(main, 5)[0] == [4.0, 3.0, 2.0, 1.0]
 

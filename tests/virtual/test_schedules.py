@@ -97,7 +97,7 @@ def expected_after(kind, choice, partners, xs):
 
 
 def matching(size, random):
-    """Who meets whom in a random matching; None: nobody."""
+    """Who exchanges with whom in a random matching; None: nobody."""
     order = list(range(size))
     random.shuffle(order)
     partners = [None] * size
