@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -127,7 +127,7 @@ class Trainer:
         for line in self.introduction(place.changes if place else []):
             self.screen.line(line)
 
-    def introduction(self, changes: list[Change]) -> Iterator[str]:
+    def introduction(self, changes: Sequence[Change] = ()) -> Iterator[str]:
         """Yield what a person wants to know before it begins."""
         config, task = self.config, self.task
         left_out = self.batches.num_dropped
