@@ -161,7 +161,7 @@ class Checkpoints:
         paths: list[Path] = []
         with self._all_or_none():
             if rank == 0:
-                paths = _complete(self.folder)
+                paths = complete_checkpoints(self.folder)
         first: CheckpointError | None = None
         for path in comm.allgather(paths)[0]:
             try:
@@ -240,7 +240,7 @@ class Checkpoints:
             final.rename(replaced)
         partial.rename(final)
         sync_folder(self.folder)
-        found = _complete(self.folder)
+        found = complete_checkpoints(self.folder)
         place = found.index(final)
         kept = [path for path in found[place:] if path != replaced][: self.keep]
         for path in found:
@@ -263,7 +263,7 @@ def load_shared(folder: Path | str) -> State:
     Communicates: none.
     """
     first: CheckpointError | None = None
-    for path in _complete(Path(folder)):
+    for path in complete_checkpoints(Path(folder)):
         try:
             return read_state(Checkpoint.at(path).shared)
         except CheckpointError as error:
@@ -279,7 +279,7 @@ def _none_readable(folder: Path, first: CheckpointError) -> CheckpointError:
     return CheckpointError(line, everywhere=first.everywhere)
 
 
-def _complete(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints, newest first; none if there is no folder."""
     try:
         paths = list(folder.iterdir())

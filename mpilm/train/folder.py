@@ -19,6 +19,7 @@ from typing import Any
 
 from mpilm.config import Config, read_config, resolve
 from mpilm.errors import CheckpointError
+from mpilm.storage.checkpoint import complete_checkpoints
 from mpilm.storage.files import reason, replace_file, require_apart, text_of
 from mpilm.storage.owner import Owner
 from mpilm.train.changes import (
@@ -177,7 +178,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Return whether a complete checkpoint is there."""
-        return any(self.checkpoints.glob("step-?????????"))
+        return bool(complete_checkpoints(self.checkpoints))
 
     def require(self) -> RunFolder:
         """Return self.

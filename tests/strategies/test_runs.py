@@ -135,6 +135,18 @@ def test_a_run_that_has_ended_is_left_alone(run, tmp_path, capsys):
             run(2, "allreduce", out="x", steps=10, resume=resume)
 
 
+@pytest.mark.parametrize("name", ["step-1234567890", "step-000000005.replaced"])
+def test_whatever_its_name_a_checkpoint_is_no_free_folder(run, tmp_path, name):
+    """After a billion steps; after a kill between two renamings."""
+    run(2, "allreduce", out="x", steps=5)
+    folder = tmp_path / "x/checkpoints"
+    (folder / "step-000000005").rename(folder / name)
+    before = contents(tmp_path / "x")
+    with pytest.raises(MpilmError, match="x: holds a run"):
+        run(2, "allreduce", out="x", steps=9)
+    assert contents(tmp_path / "x") == before
+
+
 @pytest.mark.parametrize("sections", [{"train": {"seed": 2}}, {"model": {"embed": 9}}])
 def test_what_the_first_model_and_the_data_depend_on_is_refused(run, sections):
     run(2, "allreduce", out="x", steps=5)

@@ -89,6 +89,21 @@ def test_nothing_is_imported_from_a_room_above() -> None:
     assert upwards == set()
 
 
+def test_a_public_name_has_one_meaning() -> None:
+    """But for those that mean the same: an interface and what keeps it, a command
+    and what it calls."""
+    alike = {"Learner", "decode"}
+    found: dict[str, list[str]] = {}
+    for module, path in files().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found.setdefault(node.name, []).append(module)
+    public = {name: where for name, where in found.items() if name[0] != "_"}
+    twice = {name: where for name, where in public.items() if len(where) > 1}
+    assert {name: where for name, where in twice.items() if name not in alike} == {}
+    assert twice.keys() == alike
+
+
 def test_the_command_line_names_functions_to_load() -> None:
     """They are `cli`'s arrows to the room below."""
     assert "mpilm.commands.train" in arrows()["mpilm.cli"]

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpilm.world import machine
+from mpilm.world.faults import Faults
+from mpilm.world.machine import Link
 from mpilm.world.mpi.clock import clock
 from mpilm.world.mpi.progress import Progress
 from mpilm.world.mpi.requests import Transfer
 from mpilm.world.mpi.staging import Stage
-
-if TYPE_CHECKING:
-    from mpilm.world.faults import Faults
-    from mpilm.world.machine import Link
 
 
 class SlowSend(Transfer):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mpilm.errors import DIED, STALLED, WorldError, say
 from mpilm.launch import check_launch
 from mpilm.world.base import Activity, Notify, World
+from mpilm.world.faults import Faults
 from mpilm.world.mpi.abort import abort_on_error
 from mpilm.world.mpi.clock import clock, pause_s
 from mpilm.world.mpi.progress import Progress, Stopped
@@ -28,10 +29,8 @@ from mpilm.world.mpi.resources import Resources
 from mpilm.world.mpi.stall import Waiting
 from mpilm.world.parts import completion_shares
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # to import it starts MPI
     from mpi4py import MPI
-
-    from mpilm.world.faults import Faults
 
 __all__ = ["MpiWorld", "abort_on_error"]
 
