@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
@@ -28,6 +29,23 @@ class LstmLmConfig:
     """share of units dropped after the embedding and after every layer"""
     tied: bool = False
     """whether the softmax uses the embedding matrix as its weights"""
+    softmax: Literal["full", "sampled", "adaptive"] = "full"
+    """sampled: trained on a sample of the words; adaptive: rare words in clusters"""
+    sampled_frequent: Natural = 1000
+    """sampled: the most frequent words, in every sample"""
+    sampled_random: Natural = 1000
+    """sampled: words drawn for each minibatch, beside its targets and the frequent"""
+    adaptive_cutoffs: tuple[Positive, ...] = (2000, 10000)
+    """adaptive: ids where a cluster of rarer words begins; ascending, below V"""
+    adaptive_div: Annotated[float, Meta(ge=1.0)] = 4.0
+    """adaptive: how many times smaller the inner size of the next cluster is"""
+
+    def __post_init__(self) -> None:
+        cutoffs = self.adaptive_cutoffs
+        if not cutoffs or any(b <= a for a, b in pairwise(cutoffs)):
+            raise ValueError(
+                f"adaptive_cutoffs: {list(cutoffs)}: at least one, each above the last"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""LSTM language model: embedding, LSTM layers, full softmax; state carried on.
+"""LSTM language model: embedding, LSTM layers, softmax; state carried on.
 
 Source      W. Zaremba, I. Sutskever and O. Vinyals, "Recurrent Neural Network
             Regularization", arXiv 1409.2329, 2014: where dropout stands, carried state.
@@ -19,17 +19,21 @@ First model embedding and softmax weights uniform in +-0.1, softmax bias 0 (PyTo
             word_language_model example); LSTM uniform in +-1/sqrt(H) (torch's own);
             forget-gate bias 1 (R. Jozefowicz et al., ICML 2015).
 Departs     tied weights with embed != hidden go through one more matrix, `projection`
-            (E, H), between (3) and (4).
+            (E, H), between (3) and (4). A sampled softmax is trained on another loss
+            than (4), an adaptive one has another softmax: see their files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpilm.errors import ConfigError
+from mpilm.models.adaptive_softmax import AdaptiveSoftmax
+from mpilm.models.sampled_softmax import SampledSoftmax
 from mpilm.models.softmax import Softmax
 
 State = tuple[Tensor, ...]  # (h_LBH, c_LBH), or () for zeros
@@ -48,6 +52,12 @@ class LstmLm(nn.Module):
         layers: LSTM layers L, >= 1.
         dropout: share of units dropped, 0 <= dropout < 1.
         tied: whether softmax.weight is embedding.weight.
+        softmax: from (inputs, words) to the softmax layer; the full one if not given.
+        sparse: whether the embedding's gradient is a sparse tensor, of the rows that a
+            minibatch has read.
+
+    Raises:
+        ConfigError: tied weights with a softmax that has no row for each word.
     """
 
     def __init__(
@@ -59,15 +69,18 @@ class LstmLm(nn.Module):
         layers: int = 1,
         dropout: float = 0.0,
         tied: bool = False,
+        softmax: Callable[[int, int], Softmax | AdaptiveSoftmax] = Softmax,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         between = dropout if layers > 1 else 0.0  # torch warns where it has no effect
-        self.embedding = nn.Embedding(vocab, embed)
+        self.embedding = nn.Embedding(vocab, embed, sparse=sparse)
         self.lstm = nn.LSTM(embed, hidden, layers, dropout=between)
         projected = tied and embed != hidden
         self.projection = nn.Linear(hidden, embed, bias=False) if projected else None
-        self.softmax = Softmax(embed if tied else hidden, vocab)
+        self.softmax = softmax(embed if tied else hidden, vocab)
         if tied:
+            require_tieable(self.softmax, sparse=sparse)
             self.softmax.weight = self.embedding.weight
         self.dropout = nn.Dropout(dropout)
         self._carried: State = ()
@@ -84,8 +97,7 @@ class LstmLm(nn.Module):
                 forget.fill_(1.0 if name.startswith("bias_ih") else 0.0)
         if self.projection is not None:
             self.projection.reset_parameters()
-        nn.init.uniform_(self.softmax.weight, -0.1, 0.1)
-        nn.init.zeros_(self.softmax.bias)
+        self.softmax.reset_parameters()
 
     def features(self, inputs_TB: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the softmax layer's inputs, (T*B, H or E), and the last state."""
@@ -154,7 +166,7 @@ class LstmLm(nn.Module):
         """
         was_training = self.training
         self.eval()
-        device = self.softmax.bias.device
+        device = self.embedding.weight.device
         fed = torch.tensor(list(prompt), dtype=torch.int64, device=device)[:, None]
         state: State = ()
         drawn: list[int] = []
@@ -166,6 +178,25 @@ class LstmLm(nn.Module):
             fed = fed.new_tensor([[drawn[-1]]])
         self.train(was_training)
         return drawn
+
+
+def require_tieable(softmax: nn.Module, *, sparse: bool) -> None:
+    """Raise unless the softmax's weights can be those of an embedding.
+
+    Raises:
+        ConfigError: it has no matrix of a row per word, or a gradient of all rows where
+            that of the embedding is to be of a few.
+    """
+    if not isinstance(softmax, Softmax):
+        raise ConfigError(
+            "model.tied = true: an adaptive softmax has no matrix with a row for each"
+            ' word; model.softmax = "full" and "sampled" have one'
+        )
+    if sparse and not isinstance(softmax, SampledSoftmax):
+        raise ConfigError(
+            "model.sparse = true with model.tied: the full softmax has a gradient for"
+            ' every row of the shared matrix; model.softmax = "sampled" has not'
+        )
 
 
 def draw(

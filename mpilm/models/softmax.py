@@ -200,6 +200,11 @@ class Softmax(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_words, num_inputs))
         self.bias = nn.Parameter(torch.zeros(num_words))
 
+    def reset_parameters(self) -> None:
+        """Draw the weights uniform in +-0.1; biases 0."""
+        nn.init.uniform_(self.weight, -0.1, 0.1)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x_NH: Tensor, targets_N: Tensor) -> Tensor:
         """Return the mean cross-entropy, 0-d, in nats."""
         if not torch.is_grad_enabled():

@@ -43,11 +43,15 @@ def make_learner(
     import torch
 
     from mpilm.learner.learner import Learner
-    from mpilm.models.build import build_model
+    from mpilm.models.build import build_model, require_sample
     from mpilm.optim.build import build_optimizer
 
     torch.set_num_threads(config.train.threads)
     sizes = (num_inputs, num_outputs)
+    if batches:
+        num_targets = config.train.batch * config.train.unroll
+        require_sample(config.model, num_outputs, num_targets)
+        require_gradient(config)
     model = build_model(config.model, *sizes, seed=config.train.seed)
     return Learner(
         model,
@@ -58,6 +62,20 @@ def make_learner(
         seed=seed,
         flat=True,
     )
+
+
+def require_gradient(config: Config) -> None:
+    """Raise unless the optimiser can use this model's gradient.
+
+    Raises:
+        ConfigError: natural gradient of a softmax that is not the full one.
+    """
+    softmax = getattr(config.model.settings, "softmax", "full")
+    if config.optim.name == "ng_sgd" and softmax != "full":
+        raise ConfigError(
+            f'optim.name = "ng_sgd": has no preconditioner for model.softmax ='
+            f' "{softmax}"; sgd and adamw train it'
+        )
 
 
 def no_optimizer(parameters: Any) -> Any:
