@@ -112,8 +112,9 @@ class FrameWriter:
         file.attrs["fingerprint"] = frames_fingerprint(
             num_features, num_classes, classes
         )
+        group = file.create_group("classes")  # made on the way, it would hold a time
         if classes:
-            file.create_dataset("classes/names", data=list(classes), dtype=TEXT)
+            group.create_dataset("names", data=list(classes), dtype=TEXT)
 
     def append(
         self,

@@ -272,8 +272,9 @@ class CorpusWriter:
         file.attrs["fingerprint"] = self.fingerprint
         if floor is not None:
             file.attrs["floor"] = floor
-        file["vocabulary/bytes"] = np.frombuffer(raw, np.uint8)
-        file["vocabulary/offsets"] = offsets
+        group = file.create_group("vocabulary")  # made on the way, it would hold a time
+        group["bytes"] = np.frombuffer(raw, np.uint8)
+        group["offsets"] = offsets
         for name in SPLITS:
             file.create_dataset(
                 f"splits/{name}",

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -128,6 +129,14 @@ def test_characters(tmp_path: Path) -> None:
     assert read(tmp_path / "c.h5", "train") == train
     assert read(tmp_path / "c.h5", "valid") == ["a", "<unk>", "<eos>"]
     assert (summary.level, summary.vocabulary) == ("char", 6)
+
+
+def test_the_same_text_gives_the_same_file_at_another_time(tmp_path: Path) -> None:
+    prepare(tmp_path, "a b\n", vocab=4)
+    first = (tmp_path / "c.h5").read_bytes()
+    time.sleep(1.1)  # times in HDF5 are in seconds
+    prepare(tmp_path, "a b\n", vocab=4)
+    assert (tmp_path / "c.h5").read_bytes() == first
 
 
 def test_all_words_are_kept_without_a_limit(tmp_path: Path) -> None:
