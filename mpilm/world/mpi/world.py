@@ -4,7 +4,7 @@
         ...
 
 mpi4py is imported, and MPI started, when the first `MpiWorld` is made. How messages
-move is told in progress.py, reports of stalls in stall.py, ends in abort.py.
+move stands in progress.py, reports of stalls in stall.py, ends in abort.py.
 """
 
 from __future__ import annotations
