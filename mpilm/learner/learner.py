@@ -13,15 +13,15 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpilm.errors import CheckpointError
 from mpilm.learner.malloc import keep_freed_memory
+from mpilm.learner.minibatch import Parts, moved, samples_of
 from mpilm.learner.optimizer import THETA, LearnerOptimizer
-from mpilm.learner.parameters import FlatParameters, require_ready
+from mpilm.learner.parameters import FlatParameters, require_ready, require_scalar
 from mpilm.learner.random_state import RandomState
 from mpilm.learner.rest import ModuleRest, restored_parts, stored, stored_parts
 from mpilm.storage.saved import nested, under
@@ -62,11 +62,14 @@ class Learner:
 
     Args:
         model: any module with float32 parameters; it is moved to `device`.
-        batches: `.next()` gives minibatches with `num_samples`; None: only to evaluate.
-            With `state()` and `load_state` its place is in the learner's state.
+        batches: `.next()` gives minibatches, see minibatch.py; several that make one
+            step come as `Parts`. None: only to evaluate. With `state()` and
+            `load_state` its place is in the learner's state.
         optimizer: from a list of parameters to a torch optimiser.
         loss: from (model, minibatch) to the mean loss; `model.loss(minibatch)` if not
-            given. Arrays of a named tuple come as tensors on `device`.
+            given. Its arrays come as tensors on `device`. A pair is the loss, and how
+            many of the samples were guessed wrong.
+        num_samples: from a minibatch to its samples; `samples_of` if not given.
         compute: runs the work, `World.compute` under a world.
         device: "cpu", "cuda:0", ...
         seed: of dropout; give each rank another.
@@ -88,7 +91,8 @@ class Learner:
         batches: Any,
         optimizer: Callable[[list[nn.Parameter]], Optimizer],
         *,
-        loss: Callable[[Any, Any], Tensor] | None = None,
+        loss: Callable[[Any, Any], Any] | None = None,
+        num_samples: Callable[[Any], int] | None = None,
         compute: Compute | None = None,
         device: str | torch.device = "cpu",
         seed: int = 0,
@@ -107,6 +111,7 @@ class Learner:
         self.theta = self._parameters.theta
         self.grad = self._parameters.grad
         self._loss = loss or (lambda model, batch: model.loss(batch))
+        self._samples_of = num_samples or samples_of
         self._compute: Compute = compute or run_now
         self._random = RandomState(seed, self.device)
         slots = self._parameters.slots
@@ -135,24 +140,43 @@ class Learner:
             ModelError: the parameters are not views of theta any more, or the loss is
                 no scalar that depends on them.
         """
-        batch = self._to_device(self.batches.next())  # may wait for a lease
+        drawn = self.batches.next()  # may wait for a lease
+        parts = drawn if isinstance(drawn, Parts) else [drawn]
+        counts = [int(self._samples_of(part)) for part in parts]
 
         def work(notify: Notify) -> float | Tensor:
-            return self._differentiate(batch, notify, scale)
+            return self._differentiate(parts, counts, notify, scale)
 
         loss = self._compute(work, ready)
         self.refresh()
         return loss
 
     def _differentiate(
-        self, batch: Any, notify: Notify, scale: float
+        self, parts: list[Any], counts: list[int], notify: Notify, scale: float
     ) -> float | Tensor:
+        """Set `grad` at the mean loss of `parts`, each counted by its samples."""
         self._parameters.check()
         self._random.put_in_place()
-        loss = self._loss(self.model, batch)
-        self._parameters.backward(loss, notify, scale)
-        self.samples += int(batch.num_samples)
-        return loss.detach() if loss.is_cuda else loss.item()
+        total, last = sum(counts), len(parts) - 1
+        mean: float | Tensor = 0.0
+        for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            share = count / max(total, 1) if last else 1.0
+            loss, _ = self._losses(self._to_device(part))
+            final = notify if number == last else _ignore
+            self._parameters.backward(loss, final, scale * share, add=number > 0)
+            found = loss.detach() if loss.is_cuda else loss.item()
+            mean = mean + share * found if last else found
+        self.samples += total
+        return mean
+
+    def _losses(self, batch: Any) -> tuple[Tensor, Any]:
+        """Return the mean loss of a minibatch, and its wrong guesses (None: unknown).
+
+        Raises:
+            ModelError: it is something else.
+        """
+        found = self._loss(self.model, batch)
+        return found if isinstance(found, tuple) and len(found) == 2 else (found, None)
 
     def update(self) -> None:
         """Take one step of the optimiser: theta <- theta - lr * P(grad)."""
@@ -212,12 +236,12 @@ class Learner:
         self._load_carried(())
         try:
             for batch in batches:
-                found = self._nll(self._to_device(batch))
-                if isinstance(found, tuple):
-                    errors = found[1] + (0 if errors is None else errors)
-                    found = found[0]
+                num_samples = int(self._samples_of(batch))
+                found, wrong = self._nll(self._to_device(batch), num_samples)
+                if wrong is not None:
+                    errors = wrong + (0 if errors is None else errors)
                 nll += found
-                count += int(batch.num_samples)
+                count += num_samples
         finally:
             for module, training in modes:
                 module.training = training
@@ -225,11 +249,14 @@ class Learner:
             self.rest.put_back(buffers)
         return Sums(nll.item(), count, math.nan if errors is None else float(errors))
 
-    def _nll(self, batch: Any) -> Any:
+    def _nll(self, batch: Any, num_samples: int) -> tuple[Any, Any]:
         nll = getattr(self.model, "nll", None)
         if nll is not None:
-            return nll(batch)
-        return self._loss(self.model, batch).double() * int(batch.num_samples)
+            found = nll(batch)
+            return found if isinstance(found, tuple) else (found, None)
+        loss, wrong = self._losses(batch)
+        require_scalar(loss)
+        return loss.double() * num_samples, wrong
 
     def load_theta(self, theta_P: Any) -> None:
         """Set theta, from a numpy array of (P,) float32.
@@ -305,15 +332,8 @@ class Learner:
             load(parts)
 
     def _to_device(self, batch: Any) -> Any:
-        """Return a named tuple with its arrays as tensors on the device."""
-        if not hasattr(batch, "_replace"):
-            return batch
-        arrays = {
-            name: self._tensor(value)
-            for name, value in batch._asdict().items()
-            if isinstance(value, np.ndarray | Tensor)
-        }
-        return batch._replace(**arrays)
+        """Return a minibatch with its arrays as tensors on the device."""
+        return moved(batch, self._tensor, self.device)
 
     def _tensor(self, value: Any) -> Tensor:
         tensor = torch.as_tensor(value)

@@ -118,7 +118,7 @@ class FlatParameters:
         self.slots = [self._slot(segment, owner, key) for segment, owner, key in places]
         self._move_in()
         self._notify: Callable[[slice], Any] | None = None
-        self._scale = 1.0
+        self._scale, self._add = 1.0, False
         self._pending: set[str] = set()
         for slot in self.slots:
             slot.parameter.register_hook(self._hook(slot))
@@ -193,9 +193,14 @@ class FlatParameters:
             )
 
     def backward(
-        self, loss: Tensor, notify: Callable[[slice], Any], scale: float = 1.0
+        self,
+        loss: Tensor,
+        notify: Callable[[slice], Any],
+        scale: float = 1.0,
+        *,
+        add: bool = False,
     ) -> None:
-        """Set `grad` to the gradient of `loss` times `scale`.
+        """Set `grad` to the gradient of `loss` times `scale`, or add that to it.
 
         torch would add each gradient to what is there, after zeroing it: two passes
         over memory more than the copy that the hooks make.
@@ -207,9 +212,11 @@ class FlatParameters:
         Raises:
             ModelError: it is no scalar, or depends on no parameter.
         """
-        _require_loss(loss)
+        require_scalar(loss)
+        if not loss.requires_grad:
+            raise ModelError(NO_GRADIENT)
         self.attach_grad()
-        self._notify, self._scale = notify, scale
+        self._notify, self._scale, self._add = notify, scale, add
         self._pending = {slot.segment.name for slot in self.slots}
         try:
             parameters = [slot.parameter for slot in self.slots]
@@ -223,7 +230,8 @@ class FlatParameters:
             raise ModelError(NO_GRADIENT)
         for slot in self.slots:
             if slot.segment.name in self._pending:
-                slot.grad.zero_()
+                if not add:
+                    slot.grad.zero_()
                 notify(slot.segment.slice)
 
     def attach_grad(self) -> None:
@@ -236,7 +244,9 @@ class FlatParameters:
             if self._notify is None:  # somebody else's backward pass
                 return None
             dense = grad.to_dense() if grad.is_sparse else grad
-            if self._scale == 1.0:
+            if self._add:
+                slot.grad.add_(dense, alpha=self._scale)
+            elif self._scale == 1.0:
                 slot.grad.copy_(dense)
             else:
                 torch.mul(dense, self._scale, out=slot.grad)
@@ -268,8 +278,8 @@ def is_aligned(vector: Tensor) -> bool:
     return vector.data_ptr() % 16 == 0
 
 
-def _require_loss(loss: Any) -> None:
-    """Raise unless `loss` is a scalar that depends on something.
+def require_scalar(loss: Any) -> None:
+    """Raise unless `loss` is a scalar.
 
     Raises:
         ModelError: one line that says what it is instead.
@@ -281,8 +291,6 @@ def _require_loss(loss: Any) -> None:
             f"the loss has shape {tuple(loss.shape)}: a Learner takes the mean over the"
             " minibatch, a scalar"
         )
-    if not loss.requires_grad:
-        raise ModelError(NO_GRADIENT)
 
 
 def _places(module: nn.Module) -> list[tuple[Segment, nn.Module, str]]:
@@ -342,7 +350,8 @@ def _require_plain(name: str, parameter: nn.Parameter) -> None:
     """
     if parameter.dtype != torch.float32:
         raise ModelError(
-            f"parameter {name} is {parameter.dtype}; a Learner trains float32"
+            f"parameter {name} is {parameter.dtype}; a Learner trains float32:"
+            " model.float() before; torch.autocast computes in bfloat16 all the same"
         )
 
 
