@@ -184,7 +184,7 @@ def check(chosen, ranks):
     limit = LEADS[name](chosen.settings, size) if name in LEADS else None
     lead = max((lead for rank in ranks for lead in rank.leads), default=0)
     assert limit is None or lead <= limit, f"{lead} steps ahead, more than {limit}"
-    check_accounts(name, ranks, steps)
+    check_metrics(name, ranks, steps)
     for rank in ranks:
         assert not open_requests(rank.strategy), "a request that nobody waited for"
 
@@ -200,7 +200,7 @@ def open_requests(strategy):
     return found
 
 
-def check_accounts(name, ranks, steps):
+def check_metrics(name, ranks, steps):
     """Raise unless what the ranks counted agrees with each other."""
     metrics = [rank.strategy.metrics() for rank in ranks]
     if all("staleness" in own for own in metrics):

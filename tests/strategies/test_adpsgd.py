@@ -58,6 +58,7 @@ def test_a_ring_in_step_mixes_by_the_thirds_of_the_papers(size):
     np.testing.assert_allclose(thetas(ranks), matrix @ firsts(ranks), atol=1e-6, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("size", [2, 3, 7, 16])
 def test_mixing_brings_all_models_together(mixing, size):

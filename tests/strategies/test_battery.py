@@ -124,6 +124,7 @@ def test_saving_and_synchronising_change_nothing(case):
     assert np.array_equal(plain[0].final, parted[0].final)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("retire", [True, False])
 @those(exact=False)
 def test_ranks_that_synchronised_go_on_and_reach_the_minimum(case, retire):

@@ -221,6 +221,7 @@ def predicted_spread(topology, size, lr):
     return np.sum(1.0 / (1.0 - left)) / size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "topology", ["fixed_ring", "random_pairs", "random_ring", "complete"]
 )

@@ -117,6 +117,7 @@ def test_a_resumed_run_ends_in_the_same_bits(frames, tmp_path, model):
         assert a.batches.state() == b.batches.state()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", [DNN, LSTM, BLSTM], ids=lambda m: m["name"])
 def test_the_measured_quality_is_the_same_on_any_number_of_ranks(
     frames, tmp_path, model
@@ -136,6 +137,7 @@ def test_the_measured_quality_is_the_same_on_any_number_of_ranks(
             assert quality.loss == pytest.approx(alone.loss, rel=1e-14)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", [DNN, BLSTM], ids=["dnn", "blstm_am"])
 def test_what_is_exported_is_what_the_model_computes(frames, tmp_path, model):
     """Round trip: Kaldi's files in, scores out as kaldiio reads them, to the bit."""

@@ -25,6 +25,7 @@ WRONG = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_ours_keep_all_laws(case):
     settings = {k: v for k, v in case.of(4).items() if k not in ("eta", "zeta")}

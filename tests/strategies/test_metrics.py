@@ -52,6 +52,7 @@ def test_dpsgd_realises_its_topology(topology, size):
     assert gap == pytest.approx(1 - math.sqrt(expected_contraction(topology, size)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("topology", "size"),
     [("random_ring", 8), ("random_pairs", 8), ("random_pairs", 5)],
@@ -104,6 +105,7 @@ def test_averages_over_all_ranks_leave_nothing(name, settings, rounds):
         assert mixed.tolist() == [peer != rank for peer in range(4)]
 
 
+@pytest.mark.long
 def test_gossip_in_pairs_has_the_gap_of_random_pairs():
     ranks = fleet("gossip_bmuf", 6, steps=200, period=1, components=3)
     expected = 1 - expected_contraction("random_pairs", 6)
@@ -161,7 +163,8 @@ def test_the_worst_rank_is_measured_only_if_asked_for(run):
     assert summary["worst_rank"] is None
 
 
-def test_the_log_holds_the_accounts_of_every_rank(run):
+@pytest.mark.long
+def test_the_log_holds_the_metrics_of_every_rank(run):
     total = 40 * 3 * 40
     trainers = run(
         3,

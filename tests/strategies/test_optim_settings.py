@@ -119,6 +119,7 @@ def frozen(settings):
     return tuple(sorted(settings.items()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "name", "setting"),
     [

@@ -90,6 +90,7 @@ def layers_of(corpus):
     return layers
 
 
+@pytest.mark.long
 def test_a_slow_rank_out_of_lockstep_takes_fewer_minibatches(corpus):
     """All take as many together as in lockstep, and the momentum is of all samples."""
     found = {}

@@ -134,6 +134,7 @@ def test_synchronous_nodes_need_no_thread_multiple(run, monkeypatch, inner):
     assert trainer.totals.step == 2
 
 
+@pytest.mark.long
 def test_nodes_resumed_with_other_nodes(run):
     strategy = {"inner": "dpsgd", "node_size": 2}
     sections = {"steps": 2, "out": "nodes", "strategy": strategy}
@@ -179,6 +180,7 @@ RESUMED = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", RESUMED)
 @pytest.mark.parametrize("nodes", [False, True])
 def test_resumed_with_other_settings(run, case, nodes):

@@ -65,6 +65,7 @@ def test_a_run_whose_folder_was_taken_over_writes_no_more(run, tmp_path, monkeyp
     assert list((tmp_path / "x" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.long
 def test_what_a_run_was_made_with_stays_and_changes_are_noted(run, tmp_path):
     folder = RunFolder(tmp_path / "x")
     run(2, "allreduce", out="x", steps=10)
@@ -101,6 +102,7 @@ def test_what_a_run_was_made_with_stays_and_changes_are_noted(run, tmp_path):
     assert "changed: optim.lr: 0.5 -&gt; 0.25 from sample 800 on" in html
 
 
+@pytest.mark.long
 def test_changes_of_a_past_that_was_left_are_forgotten(run, tmp_path):
     """A run that falls back to an older checkpoint never had what came after it."""
     folder = RunFolder(tmp_path / "x")

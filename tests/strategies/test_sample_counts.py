@@ -78,6 +78,7 @@ NODES_ADPSGD, NODES_ASYNC_SGD = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "strategy", "slow", "source"),
     [
@@ -114,6 +115,7 @@ def test_rates_follow_the_samples_of_all_and_all_end_together(  # noqa: PLR0917
     assert steps[-1] <= max(2, 1.1 * max(steps) / slow + 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["pool", "shards"])
 @pytest.mark.parametrize("name", ["adpsgd", "async_sgd"])
 def test_sync_points_stand_where_all_ranks_are(run, truth, name, source):

@@ -34,6 +34,7 @@ def test_any_schedule(name, seed):
     sweep(name, [seed])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_seeds_reach_what_they_should(name):
     """2 to 16 ranks, stragglers, sync points, uneven steps, various settings."""

@@ -98,6 +98,7 @@ def test_words_are_recognised_alike_at_any_number_of_ranks(tones, model):
     assert figures["wer"] == single.errors.errors / figures["words"]
 
 
+@pytest.mark.long
 def test_a_high_penalty_makes_fewer_words(tones, model):
     counts = [
         sum(map(len, result.recognised.values()))

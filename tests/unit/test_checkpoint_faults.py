@@ -169,6 +169,7 @@ def save_until_killed(folder, first, report):
     run_virtual(main, 2)
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_the_newest_complete_one_loads(tmp_path):
     random.seed(1)
     newest, num_leftovers = 0, 0

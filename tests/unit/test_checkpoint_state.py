@@ -78,6 +78,7 @@ def no_name_inside_another(state):
     return not any(b.startswith(a + "/") for a in state for b in state)
 
 
+@pytest.mark.long
 @given(st.dictionaries(NAMES, VALUES, max_size=6).filter(no_name_inside_another))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_state_comes_back(tmp_path, state):
@@ -131,6 +132,7 @@ def test_truncated_at_any_length_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_changed_byte_is_found_or_harmless(tmp_path):
     """HDF5's checksums guard its metadata, ours the content."""
     path = tmp_path / "s.h5"

@@ -36,6 +36,7 @@ def trained(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_the_module_takes_the_tensors_as_they_are(trained, tmp_path, capsys):
     out = tmp_path / "new" / "model.safetensors"
     assert main(["export", str(trained), "--out", str(out)]) == 0

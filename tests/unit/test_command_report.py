@@ -144,6 +144,7 @@ def test_an_old_log_and_a_run_under_way_are_drawn_too(tmp_path):
     assert Page(text).open == []
 
 
+@pytest.mark.long
 def test_runs_of_a_simulation_are_named_and_marked(tmp_path):
     for ranks in (2, 4):
         folder = write_run(tmp_path / "sim" / f"ranks-{ranks:04d}", ranks=ranks)
@@ -168,6 +169,7 @@ def test_names_tell_runs_apart(tmp_path):
     assert short_names([paths[0], paths[0]]) == ["x", "x"]
 
 
+@pytest.mark.long
 def test_the_trace_is_of_one_run(tmp_path, capsys):
     one, two = write_run(tmp_path / "x"), write_run(tmp_path / "y")
     out, trace = str(tmp_path / "r.html"), tmp_path / "trace.json"
@@ -183,6 +185,7 @@ def test_the_trace_is_of_one_run(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_report_takes_the_place_of_no_input(tmp_path, capsys):
     run, sim = write_run(tmp_path / "x"), tmp_path / "sim"
     write_run(sim / "ranks-0002")

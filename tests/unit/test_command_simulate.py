@@ -115,6 +115,7 @@ def test_training_in_virtual_time(folder, capsys):
     assert [line.split()[0] for line in printed.splitlines()[-2:]] == ["2", "16"]
 
 
+@pytest.mark.long
 def test_thousand_ranks_of_the_protocol_alone(folder, capsys):
     out = folder / "protocol"
     options = ("--protocol-only", "--steps", 5, "--set", "strategy.name=bmuf")

@@ -169,6 +169,7 @@ def cluster(folder, tmp_path):
     return queue, f"{tmp_path}:/usr/bin:/bin"
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_in_the_queue_is_not_submitted_again(folder, cluster, tmp_path):
     queue, path = cluster
     out = ("--out", str(tmp_path / "x"))
@@ -188,6 +189,7 @@ def test_a_sweep_that_is_in_the_queue_is_not_submitted_again(folder, cluster, tm
     assert (after.returncode, after.stdout) == (0, "43\n"), after.stderr
 
 
+@pytest.mark.long
 def test_a_folder_with_a_run_at_work_is_not_submitted(folder, cluster, tmp_path):
     queue, path = cluster
     command = ("train.toml", "--scheduler", "slurm", "--time", "1:00:00")

@@ -98,6 +98,7 @@ def test_every_rank_knows_how_far_all_are(
         assert ended_s - others_s <= own_step_s, rank
 
 
+@pytest.mark.long
 def test_many_ranks_count_seldom_but_near_the_goal() -> None:
     """64 ranks: at first in every 4 steps, so rank 0 takes 16 counts in a step."""
     size, rounds = 64, 300

@@ -66,6 +66,7 @@ def test_words_that_the_terminal_lacks_are_escaped(trained, terminal) -> None:
         assert word in said
 
 
+@pytest.mark.long
 def test_commands_survive_a_strange_path(trained, terminal) -> None:
     folder = trained.parent
     escaped = f"{folder.parent}/caf\\udce9"

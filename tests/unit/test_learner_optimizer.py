@@ -56,6 +56,7 @@ def settings(learner):
     return [{k: v for k, v in g.items() if k != "params"} for g in groups]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flat", [None, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_exact_to_the_bit_with_every_kind(kind, flat, tmp_path):
@@ -70,6 +71,7 @@ def test_resume_is_exact_to_the_bit_with_every_kind(kind, flat, tmp_path):
     assert torch.equal(resumed.theta, whole.theta)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flat", [None, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_a_reset_it_goes_on_as_one_that_begins(kind, flat):

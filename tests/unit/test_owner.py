@@ -160,6 +160,7 @@ def test_one_that_was_taken_for_dead_finds_out(tmp_path, has_locks):
         mine.require()
 
 
+@pytest.mark.long
 def test_of_many_that_start_at_the_same_moment_one_wins(tmp_path, has_locks):
     for _ in range(3):
         at_s = time.time() + 2.0

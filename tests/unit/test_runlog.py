@@ -207,6 +207,7 @@ def log_until_killed(path, first, report):
             step = end + 1
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_is_readable_up_to_the_last_flush(
     tmp_path, monkeypatch
 ):

@@ -94,6 +94,7 @@ def test_closed_form_is_the_eigenvalue(name, size):
     assert computed == pytest.approx(expected_contraction(name, size), abs=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [3, 5, 8])
 @pytest.mark.parametrize("name", RANDOM)
 def test_sample_mean_of_many_draws_agrees_with_the_closed_form(name, size):
