@@ -114,6 +114,7 @@ class Counter(Service):
     """
 
     waits_for = "a count or a question for the pool"
+    ended_by = "batches.close()"
 
     def __init__(self, world: World) -> None:
         require_background(world, "that counts samples out of lockstep")

@@ -16,7 +16,7 @@ activity run. Starting a non-blocking call never does.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -184,7 +184,14 @@ class Comm(ABC):
 
 
 class Activity(ABC):
-    """Work that runs beside the learner on the same rank."""
+    """Work that runs beside the learner on the same rank.
+
+    ended_by  the call without which it goes on for ever; "": it ends by itself
+    finished  whether it has returned
+    """
+
+    ended_by: str = ""
+    finished: bool = False
 
     @abstractmethod
     def join(self) -> None:
@@ -337,6 +344,20 @@ class Within(World):
 
     def close(self) -> None:
         """Do nothing: the outer world ends background work."""
+
+
+def require_ended(activities: Iterable[Activity]) -> None:
+    """Raise if one of these would never end: nobody told it to.
+
+    Raises:
+        WorldError: one line that names the call that is missing.
+    """
+    for activity in activities:
+        if activity.ended_by and not activity.finished:
+            raise WorldError(
+                f"the program ended while ranks still exchange in the background:"
+                f" {activity.ended_by} was not called before"
+            )
 
 
 def require_background(world: World, name: str) -> None:

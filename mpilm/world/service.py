@@ -35,10 +35,12 @@ class Service(ABC):
     comm       where questions go until the next `end`
     lock       guards what learner and activity share; its release lets both look again
     waits_for  what the activity waits for, in reports of stalls and deadlocks
+    ended_by   the call that ends it, in the report of a program that forgot it
     is_ending  this rank asks nothing new
     """
 
     waits_for = "a question"
+    ended_by = "strategy.finish(learner)"
 
     def __init__(self, world: World, comm: Comm, name: str) -> None:
         self.world, self.comm, self.name = world, comm, name
@@ -93,6 +95,7 @@ class Service(ABC):
         self._barrier = None
         self.renew()
         self._activity = self.world.start(self._run, self.name)
+        self._activity.ended_by = self.ended_by
 
     def retire(self) -> None:
         """Serve, and let nobody wait for this rank to ask: its learner is still.

@@ -78,6 +78,49 @@ def test_an_activity_that_fails_ends_all_ranks(launch: Launch) -> None:
     assert (run.returncode, run.said) == (2, ["rank 1: no more chunks"])
 
 
+UNENDED = """
+from mpilm import run_mpi, strategy
+from mpilm.learner.quadratic import ProtocolLearner
+
+def train(world):
+    learner = ProtocolLearner(100, compute=world.compute, seed=world.rank)
+    chosen = strategy("adpsgd", world)
+    chosen.start(learner)
+    for _ in range(20):
+        chosen.step(learner)
+"""
+
+
+@pytest.mark.parametrize("ranks_that_finish", [(), (0,)])
+def test_a_program_that_forgets_to_finish(launch: Launch, ranks_that_finish) -> None:
+    run = launch(
+        2,
+        f"""{UNENDED}
+    if world.rank in {ranks_that_finish}:
+        chosen.finish(learner)
+
+run_mpi(train)
+""",
+    )
+    assert run.returncode == 2
+    (line,) = run.said
+    assert "strategy.finish(learner) was not called" in line
+    assert "Traceback" not in run.stderr
+
+
+def test_an_error_on_all_ranks_while_a_service_runs(launch: Launch) -> None:
+    run = launch(
+        2,
+        f"""{UNENDED}
+    with world.all_or_none():
+        raise ConfigError("no more")
+
+run_mpi(train)
+""",
+    )
+    assert (run.returncode, run.said) == (2, ["no more"])
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_sys_exit(launch: Launch, code: int) -> None:
     run = launch(

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from mpilm.errors import DataError, WorldError
+from mpilm.learner.quadratic import ProtocolLearner
+from mpilm.strategies import strategy
 from mpilm.world.base import IN_PLACE
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, run_virtual
@@ -223,3 +225,16 @@ def test_activities_that_ended_leave_nothing_behind():
         return len(world.state.activities)
 
     assert run_virtual(main, 2) == [1, 1]
+
+
+def test_a_program_that_forgets_to_finish_ends_in_one_line():
+    def main(world):
+        learner = ProtocolLearner(10, compute=world.compute, seed=world.rank)
+        chosen = strategy("adpsgd", world)
+        chosen.start(learner)
+        for _ in range(5):
+            chosen.step(learner)
+
+    with pytest.raises(WorldError, match=r"strategy\.finish\(learner\) was not") as e:
+        run_virtual(main, 3)
+    assert "\n" not in str(e.value)

@@ -31,6 +31,9 @@ class Abortable(Protocol):
     def size(self) -> int:
         """Number of ranks."""
 
+    def require_ended(self) -> None:
+        """Raise WorldError if an activity would never end."""
+
     def close(self) -> None:
         """End in order. Collective."""
 
@@ -77,11 +80,20 @@ def _end(world: Abortable, error: BaseException, folder: Path | str | None) -> N
             where = save_traceback(world.rank, error, folder)
         prefix = f"rank {world.rank}: " if world.size > 1 and not everywhere else ""
         say(f"{prefix}{text}{where}")
-    if everywhere:
+    if everywhere and has_ended(world):
         world.close()
     elif world.size > 1:
         world.abort(code)
     raise SystemExit(code) from error
+
+
+def has_ended(world: Abortable) -> bool:
+    """Return whether no activity would keep `close` waiting for ever."""
+    try:
+        world.require_ended()
+    except MpilmError:
+        return False
+    return True
 
 
 def exit_line(error: BaseException) -> tuple[int, str]:

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpilm.errors import DIED, STALLED, WorldError, say
+from mpilm.errors import BAD_INPUT, DIED, STALLED, WorldError, say
 from mpilm.launch import check_launch
-from mpilm.world.base import Activity, Notify, World
+from mpilm.world.base import Activity, Notify, World, require_ended
 from mpilm.world.faults import Faults
 from mpilm.world.mpi.abort import abort_on_error
 from mpilm.world.mpi.clock import clock, pause_s
@@ -210,6 +210,12 @@ class MpiWorld(World):
     def close(self) -> None:
         if self._closed:
             return
+        try:
+            self.require_ended()
+        except WorldError as error:  # the others may wait for what never comes
+            time.sleep(2.0 * FORWARD_S if self.rank else 0.0)  # one line is enough
+            say(f"rank {self.rank}: {error}" if self.size > 1 else str(error))
+            self.abort(BAD_INPUT)
         for activity in list(self.activities):
             activity.join()
         self.comm.entered += 1
@@ -223,6 +229,14 @@ class MpiWorld(World):
         self.progress.stop(JOIN_S)
         for handle in (*reversed(self.resources.handles), self.control):
             handle.Free()
+
+    def require_ended(self) -> None:
+        """Raise if an activity would never end.
+
+        Raises:
+            WorldError: one line.
+        """
+        require_ended(self.activities)
 
     def _die(self, step: int) -> None:
         """End this process as an accident would. Does not return."""

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from mpilm.errors import WorldError
-from mpilm.world.base import Activity, Notify, World
+from mpilm.world.base import Activity, Notify, World, require_ended
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.parts import completion_shares
@@ -186,6 +186,7 @@ class VirtualWorld(World):
         if self._closed:
             return
         self._closed = True
+        require_ended(self.state.activities)
         for activity in list(self.state.activities):
             if not activity.is_learner:
                 activity.join()
