@@ -8,7 +8,7 @@ other. Libraries of MPI-4 can count further; they take the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,19 +40,18 @@ def as_one(host: np.ndarray) -> MPI.Datatype:
     return whole.Commit()
 
 
-def pieces(send: Any, host: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield what to send and where to receive it, piece by piece.
+def pieces(send: Any, host: np.ndarray) -> list[tuple[Any, np.ndarray]]:
+    """Return what to send and where to receive it, piece by piece.
 
     Args:
         send: as long as `host`, or `MPI.IN_PLACE`.
         host: where MPI receives.
     """
     if host.size <= MOST:
-        yield send, host
-        return
-    for start in range(0, host.size, MOST):
-        piece = slice(start, start + MOST)
-        yield send if send is MPI.IN_PLACE else send[piece], host[piece]
+        return [(send, host)]
+    parts = [slice(start, start + MOST) for start in range(0, host.size, MOST)]
+    in_place = send is MPI.IN_PLACE
+    return [(send if in_place else send[part], host[part]) for part in parts]
 
 
 class Several:

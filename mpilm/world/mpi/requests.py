@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from mpi4py import MPI
+
 from mpilm.errors import WorldError
 from mpilm.world.base import Request
+from mpilm.world.mpi.large import num_bytes
 from mpilm.world.mpi.progress import Progress, Stopped
 from mpilm.world.mpi.staging import Stage
 from mpilm.world.mpi.stall import Waiting
@@ -104,10 +107,6 @@ class Transfer(Operation):
 
     def look(self) -> bool:
         """Test the MPI request; finish and return True if it is done."""
-        from mpi4py import MPI
-
-        from mpilm.world.mpi.large import num_bytes
-
         error: BaseException | None = None
         try:
             if not self.request.Test(self.status):

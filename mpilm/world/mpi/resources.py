@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+from mpi4py import MPI
 
 from mpilm.world.faults import Faults
 from mpilm.world.mpi.progress import Meter, Progress
 from mpilm.world.mpi.slow_links import SlowLinks
 from mpilm.world.mpi.staging import Staging
 from mpilm.world.mpi.stall import StallInspector
-
-if TYPE_CHECKING:  # to import it starts MPI
-    from mpi4py import MPI
 
 
 class Resources:

@@ -25,7 +25,6 @@ from mpilm.world.faults import Faults
 from mpilm.world.mpi.abort import abort_on_error
 from mpilm.world.mpi.clock import clock, pause_s
 from mpilm.world.mpi.progress import Progress, Stopped
-from mpilm.world.mpi.resources import Resources
 from mpilm.world.mpi.stall import Waiting
 from mpilm.world.parts import completion_shares
 
@@ -79,7 +78,8 @@ class MpiWorld(World):
         if comm is None:
             comm = mpi.COMM_WORLD
             check_launch(comm.size)
-        from mpilm.world.mpi.comm import MpiComm
+        from mpilm.world.mpi.comm import MpiComm  # they import mpi4py
+        from mpilm.world.mpi.resources import Resources
 
         self.background = mpi.Query_thread() >= mpi.THREAD_MULTIPLE
         self.step_s = step_s
