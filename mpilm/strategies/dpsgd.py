@@ -82,9 +82,9 @@ class Dpsgd(Strategy):
         mean = self.start_mean(learner.theta)
         if self.config.overlap:
             loss = learner.gradient()
-            mean.finish_(learner.theta)  # (1)
+            mean.finish_()  # (1)
         else:
-            mean.finish_(learner.theta)  # (1)
+            mean.finish_()  # (1)
             loss = learner.gradient()
         learner.update()  # (2)
         self.round += 1

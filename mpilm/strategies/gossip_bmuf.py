@@ -178,7 +178,8 @@ class GossipBmuf(BlockStrategy):
             if not self.delay:
                 buffers = self.inboxes[0]
                 mean.receive([buffer[: len(mean.vector)] for buffer in buffers])
-            mean.finish_(mean.vector if n else wbar)
+            # else over its own vector: w itself is theta, and so wbar, without `delay`
+            mean.finish_(wbar if self.delay and n == 0 else None)
 
     def group(self, component: int) -> list[int]:
         """Return the ranks that average a component in the block that ends now."""

@@ -74,35 +74,44 @@ class Mean:
             request = self.comm.Irecv(buffer, self.sources[place], self.tag)
             self.receives.append((request, buffer))
 
-    def finish_(self, out: Any) -> None:
-        """Write the mean (1) into `out`; it may be `vector`, or the first buffer.
+    def finish_(self, out: Any = None) -> None:
+        """Write the mean (1) into `out`, or over `vector`.
+
+        Args:
+            out: may be the first buffer.
 
         Communicates: waits for all that was started, and for further vectors one by
             one in the last buffers.
         """
-        if not self.sources:
-            for send in self.sends:
-                send.Wait()
-            out[:] = self.vector
-            return
+        out = self.vector if out is None else out
         addends = self._addends()
         total = next(addends)
-        for addend in islice(addends, len(self.sources) - 1):
+        for addend in islice(addends, max(0, len(self.sources) - 1)):
             total += addend
-        last = next(addends)
+        last = next(addends, None)
         for send in self.sends:
             send.Wait()
+        if last is None:  # there is no other
+            if out is not total:
+                out[:] = total
+            return
+        if last is out:
+            total, last = last, total  # a + b = b + a, and nothing to copy
+        elsewhere = total is not out
         for sum_, addend, mean in chunked(total, last, out):
             sum_ += addend
-            mean[:] = sum_
+            if elsewhere:
+                mean[:] = sum_
             mean /= 1 + len(self.sources)  # times float32(1/3) grows by 3e-8 a round
 
     def _addends(self) -> Iterator[Any]:
-        """Yield the vectors in the order of ranks, but this rank's never first.
+        """Yield the vectors in the order of ranks, but this rank's never first of more.
 
         If it should be, it is the second: a + b = b + a. A buffer is used again as soon
         as the next vector is asked for; only the first one stays.
         """
+        if not self.sources:
+            yield self.vector
         lower = sum(source < self.comm.rank for source in self.sources)
         for place in range(len(self.sources)):
             request, buffer = self.receives[place]

@@ -261,7 +261,7 @@ def test_tensors_are_mixed_like_arrays():
         models["torch"] = torch.from_numpy(models["numpy"].copy())
         for theta in models.values():
             method = strategy("dpsgd", world, topology="fixed_ring")
-            method.start_mean(theta).finish_(theta)
+            method.start_mean(theta).finish_()
         return models
 
     for models in Simulation(4).run(main):
