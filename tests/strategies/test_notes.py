@@ -96,6 +96,7 @@ NOTED = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", NOTED)
 def test_what_does_not_go_together_is_noted(run, case):
     name, sections, words = NOTED[case]

@@ -38,6 +38,7 @@ def test_model_averaging_with_period_1_and_plain_sgd_is_allreduce(run, size):
     assert difference < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optim", [{"momentum": 0.9}, {"name": "adamw", "lr": 0.01}])
 @pytest.mark.parametrize("name", ALL[1:])
 def test_one_rank_is_local_to_the_bit(run, name, optim):
@@ -64,6 +65,7 @@ def test_period_in_samples_equals_period_in_minibatches(run):
     assert torch.equal(theta(by_steps), theta(by_samples))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optim", [{"momentum": 0.9}, {"name": "adamw", "lr": 0.01}])
 @pytest.mark.parametrize("momentum", ["keep", "reset", "average"])
 def test_moments_are_kept_reset_or_averaged(run, momentum, optim):
@@ -158,6 +160,7 @@ def test_training_approaches_the_perplexity_floor(run, corpus):
     assert math.isfinite(valid)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["shards", "pool"])
 @pytest.mark.parametrize("name", ["adpsgd", "async_sgd"])
 def test_ranks_out_of_lockstep_train_to_the_end(run, name, source):

@@ -109,6 +109,7 @@ def test_a_high_penalty_makes_fewer_words(tones, model):
     assert counts[2] <= 8  # one word, or only silence, where each costs more than all
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 3])
 def test_an_alignment_by_the_model_is_the_best_path_of_its_scores(
     tones, model, tmp_path, size

@@ -78,6 +78,7 @@ def run(size: int, faults: Faults, *, jitter: float = 0.0, rounds: int = 100) ->
     return fleet
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jitter", [0.0, 0.3])
 @pytest.mark.parametrize("factor", [1.0, 10.0, 100.0])
 @pytest.mark.parametrize("slow", [0, -1], ids=["rank 0", "last rank"])
