@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mpilm import __version__
 from mpilm.config import SECTIONS
 from mpilm.convert import fields_of
 from mpilm.strategies import STRATEGIES
@@ -114,3 +115,11 @@ def test_the_tree_of_the_readme_has_every_folder() -> None:
     tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
     folders = {path.parent.name for path in ROOT.glob("mpilm/*/__init__.py")}
     assert {name for name in folders if f" {name}/" not in tree} == set()
+
+
+def test_the_changelog_dates_the_version_of_the_package() -> None:
+    dated = re.findall(
+        r"^## \[(\d\S*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert dated[0][0] == __version__
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in dated)
