@@ -240,6 +240,7 @@ def check_run(config: Config, numbers: list[int]) -> None:
         for rank in {0, number - 1}:
             place: Any = SimpleNamespace(rank=rank, size=number)
             task.batches(config, place, lockstep=True)
+            task.require_evaluated(config.train, rank, number)
 
 
 def script_variables(

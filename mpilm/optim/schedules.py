@@ -176,6 +176,11 @@ class Schedule:
         """Whether training is to end before its samples are used up."""
         return self.newbob is not None and self.newbob.finished
 
+    @property
+    def may_finish(self) -> bool:
+        """Whether the next validation may be the one after which training ends."""
+        return self.newbob is not None and self.newbob.halving
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""
         newbob = self.newbob

@@ -159,7 +159,11 @@ class Ema:
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Take up what `state` returned; empty: the average begins now."""
+        if not state:
+            fill_(self.model, to_array(self.learner.theta))
+            self.began, self.parts = self.done(self.learner.samples), {}
+            return
         fill_(self.model, state["model"])
         self.began = int(state["began"])
         self.parts = {}

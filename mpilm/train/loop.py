@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -15,21 +15,19 @@ import numpy as np
 
 from mpilm.config import Config
 from mpilm.errors import CheckpointError, DivergenceError, MpilmError
-from mpilm.storage.checkpoint import Checkpoints
 from mpilm.storage.runlog import RunLog, write_summary
-from mpilm.storage.saved import State, nested, under
 from mpilm.strategies import Strategy, find_strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
-from mpilm.train.changes import Change, read_changes
+from mpilm.train.changes import read_changes
 from mpilm.train.consensus import measure_consensus
 from mpilm.train.evaluate import Quality, evaluate, swapped
 from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
-from mpilm.train.notes import notes_on
+from mpilm.train.notes import introduction
 from mpilm.train.run import make_learner, make_schedule
-from mpilm.train.saving import find_place
-from mpilm.train.screen import Screen, count
+from mpilm.train.saving import Part, Saving
+from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.train.summary import closing_lines, summarise
 from mpilm.train.task import open_task
@@ -73,13 +71,11 @@ class Trainer:
         with world.all_or_none():
             self.task = open_task(config.data.corpus, config.model)
             self.batches = self.task.batches(config, world, lockstep=lockstep)
+            self.task.require_evaluated(config.train, world.rank, world.size)
             self.schedule = make_schedule(config, world.size)
             self.folder.claim(world.rank, resume=resume)
-        keep = config.checkpoint.keep
-        self.checkpoints = Checkpoints(self.folder.checkpoints, world, keep=keep)
-        place = None
-        if resume:
-            place = find_place(self.checkpoints, self.folder, config, self.task)
+        self.saving = Saving(config, self.task, self.folder, world)
+        place = self.saving.find() if resume else None
         self.has_ended = place is not None and place.is_end
         if self.has_ended:
             return
@@ -104,8 +100,10 @@ class Trainer:
                 parts = self.strategy, self.learner
                 self.ema = Ema(config.ema, *parts, done=self.batches.done)
             self.best = BestModel(self.learner) if self.schedule.rejects else None
+            done = place.samples if place else 0
+            self.validations = Milestones(config.train.valid_every, done)
             if place:
-                self.restore(place.own)
+                self.totals = place.restore_(self.parts)
             if world.rank == 0 and place:
                 self.folder.note_changes(place.changes, place.samples)
             elif world.rank == 0:
@@ -114,39 +112,18 @@ class Trainer:
         self.before = self.learner.samples  # this step, on this rank
         self.learner.refresh = self.refresh_lr
         self.recorder = MetricsRecorder(world, self.totals)
-        self.validations = Milestones(config.train.valid_every, self.samples)
         self.savings = Milestones(config.checkpoint.every, self.samples)
         self.is_validated = False  # the model has not changed since it was
+        self.is_saved = place is not None
         with world.all_or_none():
-            path = self.folder.log(world.rank)
-            step = self.totals.step
+            path, step = self.folder.log(world.rank), self.totals.step
             self.log = RunLog(path, world.rank, LOG_FIELDS, from_step=step)
         self.screen = Screen(
             config.train.samples, samples=self.samples, speaks=world.rank == 0
         )
-        for line in self.introduction(place.changes if place else []):
+        lines = introduction(config, self.task, self.strategy, self.learner)
+        for line in (*lines, *(place.lines() if place else ())):
             self.screen.line(line)
-
-    def introduction(self, changes: Sequence[Change] = ()) -> Iterator[str]:
-        """Yield what a person wants to know before it begins."""
-        config, task = self.config, self.task
-        left_out = self.batches.num_dropped
-        yield (
-            f"{config.model.name} of {self.learner.layout.size:,} parameters,"
-            f" {config.strategy.name} on {count(self.world.size, 'rank')}"
-            f" ({self.learner.device.type})"
-        )
-        yield (
-            f"{task.path}: {task.num_train:,} training {task.sample}s,"
-            f" {left_out:,} at the ends of the streams left out"
-        )
-        size = self.world.size
-        for note in (*config.notes, *notes_on(config, self.strategy, size)):
-            yield f"note: {note}"
-        if self.totals.step:
-            yield f"resumed at step {self.totals.step:,}, {self.samples:,} samples"
-        for change in changes:
-            yield f"changed: {change}"
 
     @property
     def samples(self) -> int:
@@ -193,13 +170,15 @@ class Trainer:
             )
             self.recorder.begin(agreement.traffic, self.batches.traffic)
             samples = strategy.pace.agree(self.samples)
+            if samples < config.train.samples and self.validations.pass_(samples):
+                self.validate()  # the run was cut off in this validation
             while samples < config.train.samples and not self.schedule.finished:
                 self.before = learner.samples
                 self.refresh_lr()
                 loss = strategy.step(learner)
                 totals.step += 1
                 samples = strategy.pace.agree(self.samples)
-                self.is_validated = False
+                self.is_validated = self.is_saved = False
                 if totals.step % config.train.log_every == 0:
                     self.record(samples, float(loss))
                 is_due = self.validations.due(samples) or self.savings.due(samples)
@@ -212,20 +191,24 @@ class Trainer:
                 )
                 if outcome == SYNC:
                     self.drain()
+                    samples = strategy.pace.agree(self.samples)
                 if outcome == STOP:
                     break
             strategy.retire(learner)
             agreement.finish(self.drain_retired)
             strategy.finish(learner)
+            self.raise_failure(DivergenceError)
             with self.recorder.paused():
-                with self.world.all_or_none():
-                    if self.failure:
-                        raise self.failure
                 samples = self.batches.synchronise(learner.samples)
+            self.save()  # before anything else that may fail, or take long
+            self.raise_failure()
             if not agreement.stopped:
                 self.screen.done()
+                self.validations.pass_(samples)
                 self.validate()
-            self.save()
+                if not self.is_saved:  # it went back to the best model
+                    self.save()
+                self.raise_failure()
             self.batches.close()
         if agreement.stopped:
             self.screen.line(
@@ -256,15 +239,22 @@ class Trainer:
             self.screen.line(text)
 
     def sync(self, samples: int) -> None:
-        """Validate and write a checkpoint, if it is time. Collective.
+        """Write a checkpoint and validate, if it is time. Collective.
+
+        In this order: a validation may fail, or be cut off by the end of a job; then a
+        resumed run begins with it. The last step of a run, or what may be the last by
+        the schedule, is saved in any case.
 
         Args:
             samples: how far the ranks are; the same on all of them.
         """
+        if samples >= self.config.train.samples:
+            return  # `run` does both at the end
+        is_due = self.validations.due(samples)
+        if self.savings.pass_(samples) or (is_due and self.schedule.may_finish):
+            self.save()
         if self.validations.pass_(samples):
             self.validate()
-        if self.savings.pass_(samples):
-            self.save()
 
     def drain(self) -> None:
         """Bring ranks that are out of lockstep to a sync point. Collective."""
@@ -299,6 +289,12 @@ class Trainer:
             self.failure = error
         self.screen.update(samples, loss)
 
+    def raise_failure(self, kind: type[MpilmError] = MpilmError) -> None:
+        """Raise on all ranks what went wrong on one, if it is of this kind."""
+        with self.recorder.paused(), self.world.all_or_none():
+            if isinstance(self.failure, kind):
+                raise self.failure
+
     def diverged(self, what: str) -> DivergenceError:
         """Return the error that says so."""
         return DivergenceError(
@@ -331,6 +327,7 @@ class Trainer:
             totals.valid_error = quality.error
         if self.best:
             self.best.judge(is_kept)
+            self.is_saved = self.is_saved and is_kept
         note = "" if is_kept else ": worse, back to the best model"
         self.screen.line(f"valid {quality}{note}")
         with self.recorder.paused():
@@ -343,10 +340,9 @@ class Trainer:
 
     def quality(self, split: str, source: Strategy | Ema) -> Quality:
         """Measure the final model of `source` on a split. Collective."""
-        with swapped(self.learner, source):
-            return evaluate(
-                self.learner, self.task, split, self.config.train, self.world
-            )
+        learner, train = self.learner, self.config.train
+        with swapped(learner, source):
+            return evaluate(learner, self.task, split, train, self.world)
 
     def final_theta(self, source: Strategy | Ema) -> Any:
         """Return the final model of `source`, (P,). Collective.
@@ -361,46 +357,39 @@ class Trainer:
         return theta
 
     def save(self) -> None:
-        """Write a checkpoint. Collective.
+        """Write a checkpoint, unless nothing has changed since the last. Collective.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: it cannot be written; or the log, but the checkpoint is.
             DivergenceError: the model is not finite any more.
         """
+        if self.is_saved and self.strategy.lockstep:
+            return
         with self.paused("checkpoint"):
-            with self.world.all_or_none():
-                self.log.flush()
-                self.folder.require_own()
-            shared = {
-                "theta": self.final_theta(self.strategy),
-                "fingerprint": self.task.fingerprint,
-                "config": self.config.to_toml(),
-                "samples": self.samples,
-            }
-            own = {
-                **nested("learner", self.learner.state()),
-                **nested("strategy", self.strategy.state()),
-                **nested("schedule", self.schedule.state()),
-                **nested("totals", asdict(self.totals)),
-            }
-            if self.best:
-                own |= nested("best", self.best.state())
+            try:
+                self.log.flush()  # what is saved is logged
+            except CheckpointError as error:
+                self.failure = self.failure or error
+            models = {"theta": self.final_theta(self.strategy)}
             if self.ema:
-                shared["theta_ema"] = self.final_theta(self.ema)
-                own |= nested("ema", self.ema.state())
-            self.checkpoints.save(self.totals.step, shared, own)
+                models["theta_ema"] = self.final_theta(self.ema)
+            self.saving.write(models, self.parts, self.totals, self.samples)
+        self.is_saved = True
 
-    def restore(self, saved: State) -> None:
-        """Go on from a state that `save` wrote."""
-        # the settings of the optimiser are the configuration's, which may have changed
-        self.learner.load_state(under("learner", saved), settings=False)
-        self.strategy.load_state(under("strategy", saved))
-        self.schedule.load_state(under("schedule", saved))
-        self.totals = Totals(**under("totals", saved))
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What has a state, by its name in a checkpoint."""
+        parts: dict[str, Part] = {
+            "learner": self.learner,
+            "strategy": self.strategy,
+            "schedule": self.schedule,
+            "validations": self.validations,
+        }
         if self.best:
-            self.best.load_state(under("best", saved))
-        if self.ema and "ema/model" in saved:  # else it begins now
-            self.ema.load_state(under("ema", saved))
+            parts["best"] = self.best
+        if self.ema:
+            parts["ema"] = self.ema
+        return parts
 
     @contextmanager
     def paused(self, name: str) -> Iterator[None]:
@@ -409,4 +398,7 @@ class Trainer:
         with self.recorder.paused():
             yield
         step = self.totals.step
-        self.log.event(name, began_s, self.world.now_s(), step=step)
+        try:
+            self.log.event(name, began_s, self.world.now_s(), step=step)
+        except CheckpointError as error:
+            self.failure = self.failure or error

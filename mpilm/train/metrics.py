@@ -130,14 +130,23 @@ class Milestones:
     every    samples; 0: there are none
     samples  how far the run is
 
-    >>> stones = Milestones(100, samples=0)
+    >>> stones = Milestones(100)
     >>> stones.due(99), stones.due(250), stones.pass_(250), stones.due(299)
     (False, True, True, False)
     """
 
-    def __init__(self, every: int, samples: int) -> None:
+    def __init__(self, every: int, samples: int = 0) -> None:
         self.every = every
         self.passed = samples // every if every else 0
+
+    def state(self) -> dict[str, int]:
+        """Return what a checkpoint must hold: one that is due is due after a resume."""
+        return {"every": self.every, "passed": self.passed}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Take up what `state` returned, if it is of the same multiples."""
+        if state.get("every") == self.every:
+            self.passed = int(state["passed"])
 
     def due(self, samples: int) -> bool:
         """Return whether a milestone lies behind that was not passed."""

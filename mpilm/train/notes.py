@@ -1,4 +1,7 @@
-"""Settings that do not do together what they say: a line each, before training."""
+"""What a person reads before training: what is trained, on what, and notes.
+
+A note is a line on settings that do not do together what they say.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from mpilm.strategies import Strategy
+from mpilm.train.screen import count
 
 if TYPE_CHECKING:
     from mpilm.config import Config
+    from mpilm.learner.learner import Learner
+    from mpilm.train.task import Task
 
 # strategy -> settings, what makes them void, whether it is so
 VOID: dict[str, list[tuple[tuple[str, ...], str, Callable[[Any], bool]]]] = {
@@ -51,6 +57,23 @@ WHOLE_STEPS = {
     "async_sgd": "every push is a whole step, so the rate of one rank is kept",
     "local": "every rank trains alone, so the rate of one rank is kept",
 }
+
+
+def introduction(
+    config: Config, task: Task, strategy: Strategy, learner: Learner
+) -> Iterator[str]:
+    """Yield what a person wants to know before training begins."""
+    size = strategy.world.size
+    yield (
+        f"{config.model.name} of {learner.layout.size:,} parameters,"
+        f" {config.strategy.name} on {count(size, 'rank')} ({learner.device.type})"
+    )
+    yield (
+        f"{task.path}: {task.num_train:,} training {task.sample}s,"
+        f" {learner.batches.num_dropped:,} at the ends of the streams left out"
+    )
+    for note in (*config.notes, *notes_on(config, strategy, size)):
+        yield f"note: {note}"
 
 
 def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:

@@ -1,17 +1,24 @@
-"""Where a run goes on: its newest checkpoint, and what may have changed since."""
+"""What a run saves, where it goes on, and what may have changed in between."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mpilm.config import Config, resolve, tomllib
 from mpilm.errors import CheckpointError, ConfigError
 from mpilm.storage.checkpoint import Checkpoints
-from mpilm.storage.saved import State
+from mpilm.storage.saved import State, nested, under
 from mpilm.train.changes import Change, differences
 from mpilm.train.folder import RunFolder
+from mpilm.train.metrics import Totals
 from mpilm.train.task import Task
+from mpilm.world.base import World
+
+if TYPE_CHECKING:
+    from mpilm.learner.learner import Learner
 
 # What a checkpoint's arrays, its place in the data or its first model depend on. The
 # corpus and the number of ranks are checked where they are read.
@@ -20,56 +27,134 @@ LASTING |= {"train.batch", "train.unroll", "train.seed"}
 FREE = {"model.dropout"}  # of the model; all else of it is lasting
 
 
+class Part(Protocol):
+    """A part of a trainer that a checkpoint holds."""
+
+    def state(self) -> State:
+        """Return what a checkpoint must hold of this rank."""
+
+    def load_state(self, state: State) -> None:
+        """Take up what `state` returned; of a part that is new here it is empty."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A checkpoint that a run goes on from.
 
     own      this rank's state
+    step     minibatches of rank 0 when it was written
     samples  of all ranks when it was written
     changes  settings that the run had before, and has not now
     is_end   the run had come to its end, and nothing is changed
     """
 
     own: State
+    step: int
     samples: int
     changes: list[Change]
     is_end: bool
 
+    def restore_(self, parts: Mapping[str, Part]) -> Totals:
+        """Let the parts take up their states; return the totals.
 
-def find_place(
-    checkpoints: Checkpoints, folder: RunFolder, config: Config, task: Task
-) -> Place | None:
-    """Return where to go on from; None: there is no checkpoint.
+        Raises:
+            CheckpointError: one does not fit.
+        """
+        for name, part in parts.items():
+            state = under(name, self.own)
+            if name == "learner":  # its optimiser's settings are the configuration's
+                cast("Learner", part).load_state(state, settings=False)
+            else:
+                part.load_state(state)
+        return Totals(**under("totals", self.own))
 
-    Raises:
-        CheckpointError: the newest one is of another corpus, configuration or number of
-            ranks; or the run has ended, and the changes would change nothing.
+    def lines(self) -> Iterator[str]:
+        """Yield what a person wants to know of it."""
+        yield f"resumed at step {self.step:,}, {self.samples:,} samples"
+        for change in self.changes:
+            yield f"changed: {change}"
 
-    Communicates: collective.
+
+class Saving:
+    """The checkpoints of a run.
+
+    shared   theta (and theta_ema), fingerprint, config, samples
+    own      of each rank, PART/...: the trainer's parts, totals
     """
-    world = checkpoints.world
-    newest = checkpoints.latest()
-    if newest is None:
-        return None
-    shared, own = checkpoints.load(newest)
-    has_ended = world.comm.allgather(folder.summary.exists())[0]
-    with world.all_or_none():
-        if shared["fingerprint"] != task.fingerprint:
-            raise CheckpointError(
-                f"{config.data.corpus}: its {task.meaning} is not the one that"
-                f" {newest.path} was trained with"
-            )
-        before = read_saved(shared["config"], newest.path)
-        samples = int(shared["samples"])
-        changes = differences(before, config, samples=samples, step=newest.step)
-        require_lasting(changes, newest.path)
-        if has_ended and changes and config.train.samples <= samples:
-            raise CheckpointError(
-                f"{folder.path}: the run has ended, after {samples:,} samples:"
-                f" {changes[0].key} = {changes[0].new} would change nothing; more"
-                " train.samples go on with it, another --out starts anew"
-            )
-    return Place(own, samples, changes, has_ended and not changes)
+
+    def __init__(
+        self, config: Config, task: Task, folder: RunFolder, world: World
+    ) -> None:
+        self.config, self.task = config, task
+        self.folder, self.world = folder, world
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, world, keep=config.checkpoint.keep
+        )
+
+    def write(
+        self,
+        models: Mapping[str, Any],
+        parts: Mapping[str, Part],
+        totals: Totals,
+        samples: int,
+    ) -> None:
+        """Write a checkpoint.
+
+        Args:
+            models: theta, and theta_ema if there is one, (P,).
+            samples: of all ranks.
+
+        Raises:
+            CheckpointError: it cannot be written, or another run has the folder now.
+
+        Communicates: collective.
+        """
+        with self.world.all_or_none():
+            self.folder.require_own()
+        shared = {
+            **models,
+            "fingerprint": self.task.fingerprint,
+            "config": self.config.to_toml(),
+            "samples": samples,
+        }
+        own = nested("totals", asdict(totals))
+        for name, part in parts.items():
+            own |= nested(name, part.state())
+        self.checkpoints.save(totals.step, shared, own)
+
+    def find(self) -> Place | None:
+        """Return where to go on from; None: there is no checkpoint.
+
+        Raises:
+            CheckpointError: the newest one is of another corpus, configuration or
+                number of ranks; or the run has ended, and the changes would change
+                nothing.
+
+        Communicates: collective.
+        """
+        config, folder = self.config, self.folder
+        newest = self.checkpoints.latest()
+        if newest is None:
+            return None
+        shared, own = self.checkpoints.load(newest)
+        has_ended = self.world.comm.allgather(folder.summary.exists())[0]
+        with self.world.all_or_none():
+            if shared["fingerprint"] != self.task.fingerprint:
+                raise CheckpointError(
+                    f"{config.data.corpus}: its {self.task.meaning} is not the one that"
+                    f" {newest.path} was trained with"
+                )
+            before = read_saved(shared["config"], newest.path)
+            samples = int(shared["samples"])
+            changes = differences(before, config, samples=samples, step=newest.step)
+            require_lasting(changes, newest.path)
+            if has_ended and changes and config.train.samples <= samples:
+                raise CheckpointError(
+                    f"{folder.path}: the run has ended, after {samples:,} samples:"
+                    f" {changes[0].key} = {changes[0].new} would change nothing; more"
+                    " train.samples go on with it, another --out starts anew"
+                )
+        return Place(own, newest.step, samples, changes, has_ended and not changes)
 
 
 def read_saved(text: str, checkpoint: Path) -> Config:

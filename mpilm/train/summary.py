@@ -59,11 +59,10 @@ def summarise(
     """
     world, totals = recorder.world, recorder.totals
     reports = world.comm.allgather(RankSummary(totals, learner.samples, metrics))
-    splits = ["valid"]
+    splits = task.evaluated(config.train)
     results: dict[str, Any] = {"test_perplexity": math.nan}
     with recorder.paused():
-        if config.train.test and "test" in task.splits:
-            splits.append("test")
+        if "test" in splits:
             results = split_results("test", quality("test"))
             if ema_quality:
                 results["ema_test_perplexity"] = ema_quality("test").perplexity

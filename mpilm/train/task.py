@@ -71,6 +71,20 @@ class Task(ABC):
     def description(self) -> dict[str, Any]:
         """Return what a trained model needs to be used, for `vocabulary.json`."""
 
+    def evaluated(self, train: TrainConfig) -> list[str]:
+        """Return the names of the splits that training evaluates."""
+        test = ["test"] if train.test and "test" in self.splits else []
+        return ["valid", *test]
+
+    def require_evaluated(self, train: TrainConfig, rank: int, size: int) -> None:
+        """Raise unless the splits that training evaluates can be evaluated.
+
+        Raises:
+            DataError: one is missing, or there is nothing to predict in it.
+        """
+        for split in self.evaluated(train):
+            self.evaluation(split, train, rank, size)
+
     def require_split(self, split: str) -> None:
         """Raise unless there is such a split.
 

@@ -2,16 +2,18 @@
 
 FAILURE is what happens on that rank after 100 steps: `raise`, an exception that nobody
 foresaw; `model`, a parameter that is no number; or a number in the place of the loss.
+`slow` is another one: on that rank the last validation takes ten minutes.
 """
 
 import math
 import sys
+import time
 
 from mpilm.cli import main
 from mpilm.train.loop import Trainer
 
 rank, failure, *arguments = sys.argv[1:]
-record = Trainer.record
+record, validate = Trainer.record, Trainer.validate
 
 
 def inject(trainer: Trainer, samples: int, loss: float) -> None:
@@ -20,10 +22,16 @@ def inject(trainer: Trainer, samples: int, loss: float) -> None:
             raise RuntimeError("the disk\ncaught fire")
         if failure == "model":
             trainer.learner.theta[0] = math.nan
-        else:
+        elif failure != "slow":
             loss = float(failure)
     record(trainer, samples, loss)
 
 
-Trainer.record = inject
+def delay(trainer: Trainer) -> None:
+    if failure == "slow" and trainer.world.rank == int(rank):
+        time.sleep(600.0)
+    validate(trainer)
+
+
+Trainer.record, Trainer.validate = inject, delay
 sys.exit(main(arguments))

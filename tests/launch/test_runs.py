@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from .conftest import (
+    TINY_STEPS,
     Running,
     first_checkpoint,
     mpirun,
     training_state,
+    wait_for,
 )
 from .test_bad_input import contents
 
@@ -65,6 +70,34 @@ def test_a_killed_run_leaves_its_folder_to_the_next(
     assert resumed.code == 0, resumed
     assert "resumed at step" in resumed.out
     assert not (tmp_path / "owner.json").exists()
+
+
+def test_a_run_killed_in_its_last_validation_has_its_last_step(
+    inputs: Path, trained, tmp_path: Path
+) -> None:
+    def kill(running: Running) -> None:
+        last = tmp_path / f"checkpoints/step-{TINY_STEPS:09d}"
+        wait_for(last.exists, "last checkpoint")
+        running.signal(signal.SIGTERM)  # mpirun sends KILL half a second later
+
+    program = (sys.executable, Path(__file__).parent / "inject.py", "0", "slow")
+    train = ("train", inputs / "tiny.toml", "--out", tmp_path)
+    killed = mpirun(2, *train, program=program, during=kill)
+    assert killed.code != 0
+    assert "valid perplexity" not in killed.out
+    assert not (tmp_path / "summary.json").exists()
+    resumed = mpirun(2, "resume", tmp_path)
+    assert resumed.code == 0, resumed
+    assert f"resumed at step {TINY_STEPS:,}" in resumed.out
+    found, expected = (
+        json.loads((folder / "summary.json").read_text())["valid_perplexity"]
+        for folder in (tmp_path, trained[0])
+    )
+    assert found == expected
+    for rank in range(2):
+        state, reference = (training_state(f, rank) for f in (tmp_path, trained[0]))
+        for name, value in reference.items():
+            assert np.array_equal(state[name], value), name
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

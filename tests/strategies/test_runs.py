@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from hashlib import sha256
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 
 from mpilm.config import read_config
-from mpilm.errors import MpilmError
+from mpilm.data.text import prepare_text
+from mpilm.errors import MpilmError, WorldError
 from mpilm.report.page import page
 from mpilm.report.reader import read
 from mpilm.storage.owner import NAME, Owner
 from mpilm.storage.runlog import read_run
+from mpilm.train import loop
 from mpilm.train.changes import Change, differences, read_changes
 from mpilm.train.folder import RunFolder
+from mpilm.train.run import TrainedModel
 
 STEP = 2 * 40  # samples of a step of 2 ranks
 
@@ -154,3 +158,129 @@ def test_what_the_first_model_and_the_data_depend_on_is_refused(run, sections):
     run(2, "allreduce", out="x", steps=5)
     with pytest.raises(MpilmError, match="was made with"):
         run(2, "allreduce", out="x", steps=9, resume=True, **sections)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_split_that_cannot_be_evaluated_is_refused_at_once(run, tmp_path, split):
+    texts = {"train": "a b c d\n" * 500, "valid": "a b\n", "test": "a b\n"}
+    texts[split] = "\n"  # one token, and nothing before it that would predict it
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    prepare_text(*(tmp_path / name for name in (*texts, "c.h5")))
+    data = {"data": {"corpus": str(tmp_path / "c.h5")}}
+    with pytest.raises(MpilmError, match=f"{split}.* has no token to predict"):
+        run(2, "allreduce", out="x", steps=5, **data)
+    assert not (tmp_path / "x").exists()
+    if split == "test":
+        run(2, "allreduce", out="x", steps=5, train={"test": False}, **data)
+
+
+class CutOffError(Exception):
+    """What ends a job in the middle of something."""
+
+
+NEWBOB = {"name": "newbob", "start_halving": 0.2, "stop_halving": 0.0}
+EVERY = 4 * STEP
+
+
+@pytest.fixture
+def cut_off(run, monkeypatch):
+    """Return `run`, cut off by an error on rank 0 in the evaluation of a number."""
+    plain = loop.evaluate
+
+    def cut_off(number, *arguments, **sections):
+        seen = []
+
+        def evaluate(*args):
+            seen.append(args[-1].rank)
+            if seen.count(0) == number and args[-1].rank == 0:
+                raise CutOffError
+            return plain(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(WorldError, match="CutOff"):
+            patch.setattr(loop, "evaluate", evaluate)
+            run(*arguments, **sections)
+
+    return cut_off
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("model_averaging", {"schedule": NEWBOB | {"reject": True}}),
+        (
+            "bmuf",
+            {"schedule": NEWBOB, "ema": {"syncs": 5}, "data": {"source": "pool"}},
+        ),
+        ("allreduce", {"checkpoint": {"every": 0}}),
+    ],
+)
+def test_a_run_cut_off_in_any_validation_ends_as_the_uninterrupted_one(
+    run, cut_off, tmp_path, name, more
+):
+    """The last step is saved before it is validated; a resumed run begins with that."""
+    sections = {
+        "optim": {"lr": 12.0, "momentum": 0.5},
+        "model": {"dropout": 0.2},
+        "data": {"source": "shards", "chunk_windows": 3},
+        "train": {"valid_every": EVERY, "samples": 24 * STEP},
+        "checkpoint": {"every": EVERY},
+    } | more
+    whole = run(2, name, out="whole", **sections)
+    validations = read_run(tmp_path / "whole")[0].events["name"].tolist()
+    cuts = range(1, 1 + validations.count("evaluate"))
+    if "ema" in more:
+        cuts = range(1, 1 + len(cuts), 3)
+    if not sections["checkpoint"]["every"]:
+        cuts = cuts[-1:]  # there is no other checkpoint
+    assert len(cuts) >= 1
+    for cut in cuts:
+        out = f"cut-{cut}"
+        cut_off(cut, 2, name, out=out, **sections)
+        assert not (tmp_path / out / "summary.json").exists()
+        resumed = run(2, name, out=out, resume=True, **sections)
+        for rank in range(2):
+            assert_same_state(resumed[rank], whole[rank])
+    if name == "model_averaging":
+        assert whole[0].schedule.newbob.factor < 1.0
+        assert whole[0].schedule.finished  # the last one was worse
+        assert whole[0].totals.step == 16
+        final = TrainedModel.read(tmp_path / "whole").theta_P
+        best = np.mean([t.best.theta_P.numpy() for t in whole], axis=0)
+        assert np.allclose(final, best, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["shards", "pool"])
+def test_ranks_out_of_lockstep_cut_off_in_a_validation(run, cut_off, tmp_path, source):
+    sections = {
+        "optim": {"clip": 0.0},
+        "data": {"source": source, "chunk_windows": 3},
+        "faults": {"slow": {"1": 5.0}},
+        "train": {"valid_every": 15 * STEP, "samples": 60 * STEP},
+        "checkpoint": {"every": 15 * STEP, "keep": 9},
+    }
+    cut_off(2, 2, "adpsgd", out="x", **sections)
+    resumed = run(2, "adpsgd", out="x", resume=True, **sections)
+    assert sum(trainer.learner.samples for trainer in resumed) >= 60 * STEP
+    for trainer in resumed:
+        log = read_run(tmp_path / "x")[trainer.world.rank]
+        names = log.events["name"].tolist()
+        after = [b for a, b in itertools.pairwise(names) if a == "checkpoint"]
+        assert len(after) >= 3
+        assert {*after} == {"evaluate"}  # also of the one that was cut off
+
+
+def assert_same_state(trainer, reference):
+    """Assert that two trainers are the same to the bit but for clocks and traffic."""
+    for name, part in reference.parts.items():
+        state = trainer.parts[name].state()
+        for key, value in part.state().items():
+            if key != "optimizer/settings":  # the rate is set before a step
+                assert np.array_equal(state[key], value), (name, key)
+    for key in ("step", "valid_perplexity", "consensus_distance", "loss_sum"):
+        assert getattr(trainer.totals, key) == getattr(reference.totals, key), key
+    rows, expected = (
+        read_run(t.folder.path)[t.world.rank].rows for t in (trainer, reference)
+    )
+    for key in ("step", "loss", "lr", "valid_perplexity"):
+        assert np.array_equal(rows[key], expected[key], equal_nan=True), key
