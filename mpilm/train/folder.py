@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpilm.config import Config, read_config, resolve
 from mpilm.errors import CheckpointError
@@ -29,6 +29,9 @@ from mpilm.train.changes import (
     write_changes,
 )
 from mpilm.train.task import Task
+
+if TYPE_CHECKING:
+    from mpilm.train.saving import Place
 
 
 class RunFolder:
@@ -125,12 +128,15 @@ class RunFolder:
         if self.owner:
             self.owner.release()
 
-    def describe(self, config: Config, task: Task) -> None:
-        """Write what a run begins with: its configuration and vocabulary.
+    def describe(self, config: Config, task: Task, place: Place | None) -> None:
+        """Write what a run begins with; or, at a place, what is changed from there on.
 
         Raises:
-            CheckpointError: they cannot be written; earlier ones stand.
+            CheckpointError: it cannot be written; what was there stands.
         """
+        if place:
+            self.note_changes(place.changes, place.samples)
+            return
         try:
             write_changes(self.changes, [])
             replace_file(self.config, config.encoded())

@@ -97,17 +97,15 @@ class Trainer:
         with world.all_or_none():
             self.ema: Ema | None = None
             if config.ema.on:
-                parts = self.strategy, self.learner
-                self.ema = Ema(config.ema, *parts, done=self.batches.done)
+                of = self.strategy, self.learner
+                self.ema = Ema(config.ema, *of, done=self.batches.done)
             self.best = BestModel(self.learner) if self.schedule.rejects else None
-            done = place.samples if place else 0
-            self.validations = Milestones(config.train.valid_every, done)
+            before = place.samples if place else 0
+            self.validations = Milestones(config.train.valid_every, before)
             if place:
                 self.totals = place.restore_(self.parts)
-            if world.rank == 0 and place:
-                self.folder.note_changes(place.changes, place.samples)
-            elif world.rank == 0:
-                self.folder.describe(config, self.task)
+            if world.rank == 0:
+                self.folder.describe(config, self.task, place)
         self.batches.synchronise(self.learner.samples)
         self.before = self.learner.samples  # this step, on this rank
         self.learner.refresh = self.refresh_lr
