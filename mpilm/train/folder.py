@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from mpilm.errors import CheckpointError
 from mpilm.storage.checkpoint import complete_checkpoints
 from mpilm.storage.files import reason, replace_file, require_apart, text_of
 from mpilm.storage.owner import Owner
+from mpilm.storage.runlog import write_summary
 from mpilm.train.changes import (
     Change,
     read_changes,
@@ -165,11 +167,23 @@ class RunFolder:
             if now != before:
                 write_changes(self.changes, now)
             if self.summary.exists():
-                self.summary.rename(self.path / f"summary-{samples}.json")
+                came_to = self.read_summary().get("samples", samples)
+                self.summary.rename(self.path / f"summary-{came_to}.json")
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot write: {reason(error)}"
             ) from None
+
+    def conclude(self, summary: dict[str, Any]) -> None:
+        """Write what the run came to; what was changed on the way is added to it.
+
+        Raises:
+            CheckpointError: it cannot be written, or another run has the folder now.
+        """
+        self.require_own()
+        changes = read_changes(self.changes)
+        summary["changes"] = [asdict(change) for change in changes]
+        write_summary(self.summary, summary)
 
     def read_config(self, overrides: Sequence[str] = ()) -> Config:
         """Return what the run was last trained with, with overrides applied.
@@ -195,6 +209,13 @@ class RunFolder:
         if not self.config.is_file():
             raise CheckpointError(f"{self.path}: no run here (no config.toml)")
         return self
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return what the run came to; empty: it has not ended, as far as is known."""
+        try:
+            return dict(json.loads(text_of(self.summary)))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def read_vocabulary(self) -> dict[str, Any]:
         """Return what `Task.description` gave: what the model's data mean.

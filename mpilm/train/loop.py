@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ import numpy as np
 
 from mpilm.config import Config
 from mpilm.errors import CheckpointError, DivergenceError, MpilmError
-from mpilm.storage.runlog import RunLog, write_summary
+from mpilm.storage.runlog import RunLog
 from mpilm.strategies import Strategy, find_strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
-from mpilm.train.changes import read_changes
 from mpilm.train.consensus import measure_consensus
 from mpilm.train.evaluate import Quality, evaluate, swapped
 from mpilm.train.folder import RunFolder
@@ -229,10 +227,7 @@ class Trainer:
         )
         with self.world.all_or_none():
             if self.world.rank == 0:
-                self.folder.require_own()
-                changes = read_changes(self.folder.changes)
-                summary["changes"] = [asdict(change) for change in changes]
-                write_summary(self.folder.summary, summary)
+                self.folder.conclude(summary)
         for text in closing_lines(summary):
             self.screen.line(text)
 

@@ -137,7 +137,8 @@ class Saving:
         if newest is None:
             return None
         shared, own = self.checkpoints.load(newest)
-        has_ended = self.world.comm.allgather(folder.summary.exists())[0]
+        ended_at = self.world.comm.allgather(folder.read_summary().get("steps"))[0]
+        has_ended = newest.step == ended_at  # else its last checkpoint is broken
         with self.world.all_or_none():
             if shared["fingerprint"] != self.task.fingerprint:
                 raise CheckpointError(
