@@ -1,6 +1,8 @@
 """The flat vector: where each named parameter lies in theta, and which belong together.
 
-A `Layout` is pure bookkeeping (no torch). theta_P and grad_P have the same layout.
+A `Layout` is pure bookkeeping (no torch). theta_P and grad_P have the same layout, but
+for row tables: segments whose gradient is rows (`learner.rows`). They lie last, and
+grad ends before them.
 """
 
 from __future__ import annotations
@@ -19,17 +21,24 @@ class Segment:
     start      first element
     shape      its shape; the rows of a matrix are its first axis
     component  the group that must be mixed as one (tied weights, a layer)
+    is_table   whether its gradient is some of its rows, and not in grad
     """
 
     name: str
     start: int
     shape: tuple[int, ...]
     component: str
+    is_table: bool = False
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def row_width(self) -> int:
+        """Elements in a row: a step along the first axis."""
+        return self.size // self.shape[0] if self.shape else 1
 
     @property
     def stop(self) -> int:
@@ -79,6 +88,16 @@ class Layout:
         return self.segments[-1].stop if self.segments else 0
 
     @cached_property
+    def tables(self) -> tuple[Segment, ...]:
+        """The row tables, which lie behind all other segments."""
+        return tuple(segment for segment in self.segments if segment.is_table)
+
+    @cached_property
+    def num_dense(self) -> int:
+        """Number of elements of grad: those before the row tables."""
+        return self.tables[0].start if self.tables else self.size
+
+    @cached_property
     def components(self) -> dict[str, tuple[slice, ...]]:
         """Component name -> the slices it covers, neighbours merged, in order."""
         found: dict[str, list[slice]] = {}
@@ -93,11 +112,13 @@ class Layout:
     def buckets(self, num_elements: int) -> list[tuple[Segment, ...]]:
         """Return runs of whole segments of `num_elements` or more, last ones first.
 
+        Together they are grad, without the row tables.
+
         A backward pass completes the last layers first; so do these buckets.
         """
         buckets: list[tuple[Segment, ...]] = []
         run: list[Segment] = []
-        for segment in reversed(self.segments):
+        for segment in reversed(self.segments[: -len(self.tables) or None]):
             run.insert(0, segment)
             if sum(s.size for s in run) >= num_elements:
                 buckets.append(tuple(run))

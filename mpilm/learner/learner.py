@@ -3,6 +3,7 @@
 Knows nothing of other ranks. A strategy speaks to it in the terms of its equations:
 
     theta, grad       (P,) float32, contiguous; torch's parameters are views of them
+    rows              of row tables, the gradient instead of grad: see row_optimizer.py
     gradient(ready)   next minibatch: grad <- d loss / d theta
     update()          theta <- theta - lr * P(grad), P by the torch optimiser
 """
@@ -17,13 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpilm.errors import CheckpointError
+from mpilm.errors import CheckpointError, ModelError
+from mpilm.learner.flat import Segment
 from mpilm.learner.malloc import keep_freed_memory
 from mpilm.learner.minibatch import Parts, moved, samples_of
 from mpilm.learner.optimizer import THETA, LearnerOptimizer
-from mpilm.learner.parameters import FlatParameters, require_ready, require_scalar
+from mpilm.learner.parameters import FlatParameters, require_scalar
+from mpilm.learner.places import require_ready
 from mpilm.learner.random_state import RandomState
 from mpilm.learner.rest import ModuleRest, restored_parts, stored, stored_parts
+from mpilm.learner.row_optimizer import RowOptimizer, Rows, make_row_optimizer
 from mpilm.storage.saved import nested, under
 
 T = TypeVar("T")
@@ -76,7 +80,13 @@ class Learner:
         flat: whether the optimiser gets theta as one parameter (its update is then
             one fused operation) or the model's own parameters. None: as its groups and
             its kind demand, see optimizer.py; it is made twice then.
+        sparse: whether gradients of modules with an attribute `sparse` that is true are
+            kept as rows, and the optimiser (SGD or AdamW) updates these rows only.
+            `grad` has no place for them then. If rows move without a gradient too
+            (momentum, weight decay), `model.rows_read(minibatch)` must say which ones
+            are read.
 
+    rows     gradients of the row tables by segment: ids and values, see `Rows`
     refresh  called when a gradient is complete and before an update: the trainer sets
              `lr` there to what it is now (a slow rank's minibatch may have taken long)
 
@@ -97,6 +107,7 @@ class Learner:
         device: str | torch.device = "cpu",
         seed: int = 0,
         flat: bool | None = None,
+        sparse: bool = False,
     ) -> None:
         self.device = torch.device(device)
         if self.device.type == "cpu":
@@ -106,18 +117,57 @@ class Learner:
         self.batches = batches
         self.samples = 0
         self.refresh: Callable[[], None] = keep_lr
-        self._parameters = FlatParameters(self.model, self.device)
+        self._parameters = FlatParameters(self.model, self.device, sparse=sparse)
         self.layout = self._parameters.layout
-        self.theta = self._parameters.theta
         self.grad = self._parameters.grad
         self._loss = loss or (lambda model, batch: model.loss(batch))
         self._samples_of = num_samples or samples_of
         self._compute: Compute = compute or run_now
         self._random = RandomState(seed, self.device)
+        self._row_optimizer: RowOptimizer | None = None
+        self._drawn: Any = None  # a minibatch, before its gradient
+        self._read: dict[str, Tensor] | None = None  # by that minibatch
         slots = self._parameters.slots
         self.rest = ModuleRest(model, {id(s.parameter) for s in slots}, self.device)
-        own = {slot.segment.name: slot.parameter for slot in slots}
-        self._optimizer = LearnerOptimizer(optimizer, own, self.theta, flat)
+        own = {s.segment.name: s.parameter for s in slots if not s.segment.is_table}
+        dense = self.theta[: self.layout.num_dense]
+        self._optimizer = LearnerOptimizer(optimizer, own, dense, flat)
+        tables = {s.name: self._table(s) for s in self.layout.tables}
+        if tables and self.optimizer.param_groups:  # none: only to evaluate
+            self._row_optimizer = make_row_optimizer(self.optimizer, tables)
+            if not self._row_optimizer.rests and not hasattr(model, "rows_read"):
+                raise ModelError(
+                    "sparse = True with momentum or weight decay, or AdamW: the model"
+                    " needs a method rows_read(minibatch), row table -> ids"
+                )
+
+    def _table(self, segment: Segment) -> Tensor:
+        return self.theta[segment.slice].view(-1, segment.row_width)
+
+    @property
+    def theta(self) -> Tensor:
+        """The model, (P,) float32; rows that an update left for later are up to date.
+
+        With momentum or weight decay over row tables that is a pass over them. What is
+        assigned to it is copied into it.
+        """
+        if self._row_optimizer is not None:
+            self._row_optimizer.catch_up()
+        return self._parameters.theta
+
+    @theta.setter
+    def theta(self, values: Any) -> None:
+        if values is not self._parameters.theta:  # `theta *= 2` assigns theta itself
+            self.load_theta(values)
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """The gradients of the row tables, by segment; their values may be changed."""
+        return self._parameters.rows
+
+    @rows.setter
+    def rows(self, rows: dict[str, Rows]) -> None:
+        self._parameters.rows = rows
 
     @property
     def optimizer(self) -> Optimizer:
@@ -140,7 +190,9 @@ class Learner:
             ModelError: the parameters are not views of theta any more, or the loss is
                 no scalar that depends on them.
         """
-        drawn = self.batches.next()  # may wait for a lease
+        if self._drawn is None:
+            self._drawn = self.batches.next()  # may wait for a lease
+        drawn, self._drawn = self._drawn, None
         parts = drawn if isinstance(drawn, Parts) else [drawn]
         counts = [int(self._samples_of(part)) for part in parts]
 
@@ -150,6 +202,30 @@ class Learner:
         loss = self._compute(work, ready)
         self.refresh()
         return loss
+
+    def draw(self) -> dict[str, Tensor]:
+        """Draw the minibatch of the next `gradient`; return the rows that it reads.
+
+        Returns:
+            row table -> ids, int64, ascending, each once.
+
+        Raises:
+            ModelError: several minibatches make one step.
+        """
+        drawn = self.batches.next()
+        if isinstance(drawn, Parts):
+            raise ModelError(
+                "the rows of several minibatches in one step cannot be told beforehand"
+            )
+        self._drawn = self._to_device(drawn)
+        self._random.put_in_place()
+        self._read = self._rows_read(self._drawn)
+        return self._read
+
+    def _rows_read(self, batch: Any) -> dict[str, Tensor]:
+        model: Any = self.model
+        read: dict[str, Tensor] = model.rows_read(batch)
+        return read
 
     def _differentiate(
         self, parts: list[Any], counts: list[int], notify: Notify, scale: float
@@ -161,7 +237,11 @@ class Learner:
         mean: float | Tensor = 0.0
         for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
             share = count / max(total, 1) if last else 1.0
-            loss, _ = self._losses(self._to_device(part))
+            batch = self._to_device(part)
+            if self._row_optimizer is not None and not self._row_optimizer.rests:
+                read, self._read = self._read or self._rows_read(batch), None
+                self._row_optimizer.bring_up(read)
+            loss, _ = self._losses(batch)
             final = notify if number == last else _ignore
             self._parameters.backward(loss, final, scale * share, add=number > 0)
             found = loss.detach() if loss.is_cuda else loss.item()
@@ -184,7 +264,9 @@ class Learner:
         self._parameters.attach_grad()
         if THETA in self._optimizer.parameters:
             self._optimizer.parameters[THETA].grad = self.grad
-        self._optimizer.step()
+        self._optimizer.step([rows.values for rows in self.rows.values()])
+        if self._row_optimizer is not None:
+            self._row_optimizer.step(self.rows)
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -199,11 +281,16 @@ class Learner:
 
         They are its own memory: what changes them changes the optimiser.
         """
-        return self._optimizer.moments()
+        moments = self._optimizer.moments()
+        if self._row_optimizer is not None:
+            moments |= self._row_optimizer.moments()
+        return moments
 
     def reset_moments(self) -> None:
         """Let the optimiser begin anew: moments, and the counters that go with them."""
         self._optimizer.reset()
+        if self._row_optimizer is not None:
+            self._row_optimizer.reset()
 
     @property
     def lr(self) -> float:
@@ -227,6 +314,7 @@ class Learner:
         state are put back, and no random numbers drawn.
         """
         self._parameters.check()
+        self.theta  # noqa: B018  it brings all rows up to date
         modes = [(module, module.training) for module in self.model.modules()]
         carried, buffers = self._carried(), self.rest.copy(frozen=False)
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -278,11 +366,14 @@ class Learner:
         """Return what a checkpoint must hold to go on, to the bit: name -> value.
 
         theta, samples; optimizer/settings, optimizer/PARAMETER/KEY; random/DEVICE;
+        rows/count, rows/KEY/SEGMENT;
         carried/N; model/NAME for buffers and frozen parameters; batches/NAME.
         """
         self._parameters.check()
         state = {"theta": stored(self.theta), "samples": self.samples}
         state |= nested("optimizer", self._optimizer.state())
+        if self._row_optimizer is not None:
+            state |= nested("rows", self._row_optimizer.state())
         state |= nested("carried", stored_parts(self._carried()))
         state |= nested("model", self.rest.state())
         if hasattr(self.batches, "state"):
@@ -305,6 +396,13 @@ class Learner:
         self._require_size(state["theta"])
         optimizer = self._optimizer.read(under("optimizer", state))
         rest = self.rest.read(under("model", state))
+        rows = under("rows", state)
+        if self._row_optimizer is not None:
+            rows = self._row_optimizer.read(rows)
+        elif rows:
+            raise CheckpointError(
+                "optimiser: the checkpoint has row tables, this model has none"
+            )
         place = under("batches", state)
         load_place = getattr(self.batches, "load_state", None)
         if place and self.batches is not None and load_place is None:
@@ -315,6 +413,8 @@ class Learner:
         self.load_theta(state["theta"])  # all was looked at: nothing changed so far
         self.samples = int(state["samples"])
         self._optimizer.load_state(optimizer, settings=settings)
+        if self._row_optimizer is not None:
+            self._row_optimizer.load_state(rows)
         self.rest.put_back(rest)
         parts = restored_parts(under("carried", state))
         self._load_carried(tuple(self._tensor(part) for part in parts))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class LearnerOptimizer:
     Args:
         make: from a list of parameters to a torch optimiser.
         own: the model's trainable parameters by name, views of theta.
-        theta: (P,)
+        theta: (P,), without row tables
         flat: whether it gets theta as one parameter; None: see above.
 
     torch       the optimiser
@@ -114,13 +114,19 @@ class LearnerOptimizer:
                 " parameter: leave flat out"
             )
 
-    def step(self) -> None:
+    def step(self, more: Sequence[Tensor] = ()) -> None:
         """Take one step; every parameter's .grad is set.
+
+        Args:
+            more: gradients that are not this optimiser's, but in the norm that a hook
+                may clip: it finds them as `row_gradients`.
 
         Raises:
             ModelError: the groups are others than at first.
         """
         self._require_same_groups()
+        if more:
+            setattr(self.torch, "row_gradients", more)  # noqa: B010  no field of torch's
         self.torch.step()
 
     def _require_same_groups(self) -> None:

@@ -11,24 +11,24 @@ The order is that of `named_parameters()`, but within an nn.LSTM (RNN, GRU) all 
 come before all biases: so cuDNN lays them out. It wants its weights in one chunk at the
 very start of a storage, else it copies them in every step. So on a GPU the parameters
 of such a module are views of a tensor of theta's memory whose storage begins at the
-chunk (`storage_at_start`). The order is the same on every device: a model trained on a
+chunk (`storage_at_start`). Row tables, if they are asked for, come after all else. The
+order is the same on every device: a model trained on a
 GPU is read on a CPU, and ranks with and without one can train together.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from mpilm.errors import ModelError
 from mpilm.learner.flat import Layout, Segment
+from mpilm.learner.places import places_of
+from mpilm.learner.row_optimizer import Rows
 
 NO_GRADIENT = (
     "the loss depends on no parameter of the model: was it detached, computed under"
@@ -88,7 +88,7 @@ class Slot:
     owner: nn.Module
     key: str
     parameter: nn.Parameter
-    grad: Tensor  # view of the flat gradient in the parameter's shape
+    grad: Tensor | None  # view of the flat gradient in its shape; None: a row table
     address: int  # of its first element
 
 
@@ -100,21 +100,28 @@ class FlatParameters:
 
     Args:
         module: parameters are float32 and all on `device`.
+        sparse: whether what has sparse gradients (nn.Embedding(sparse=True) and any
+            other module with an attribute `sparse` that is true) becomes row tables.
+            Else their gradients are made dense.
 
     theta   (P,) float32, the module's parameters are views of it
-    grad    (P,) float32, their .grad are views of it
+    grad    (P,) float32, their .grad are views of it; without the row tables
+    rows    the gradients of the row tables, by name
     layout  names, places, components
 
     Raises:
         ModelError: no trainable parameters, not float32, or overlapping memory.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, *, sparse: bool = False
+    ) -> None:
         self.module = module
-        places = _places(module)
+        places = places_of(module, sparse=sparse)
         self.layout = Layout(tuple(segment for segment, *_ in places))
         self.theta = torch.zeros(self.layout.size, device=device)
-        self.grad = torch.zeros_like(self.theta)
+        self.grad = torch.zeros_like(self.theta[: self.layout.num_dense])
+        self.rows: dict[str, Rows] = {}
         self.slots = [self._slot(segment, owner, key) for segment, owner, key in places]
         self._move_in()
         self._notify: Callable[[slice], Any] | None = None
@@ -128,7 +135,9 @@ class FlatParameters:
     def _slot(self, segment: Segment, owner: nn.Module, key: str) -> Slot:
         parameter = owner.get_parameter(key)
         address = self.theta[segment.start :].data_ptr()
-        grad = self.grad[segment.slice].view(segment.shape)
+        grad = None
+        if not segment.is_table:
+            grad = self.grad[segment.slice].view(segment.shape)
         return Slot(segment, owner, key, parameter, grad, address)
 
     @torch.no_grad()
@@ -200,14 +209,15 @@ class FlatParameters:
         *,
         add: bool = False,
     ) -> None:
-        """Set `grad` to the gradient of `loss` times `scale`, or add that to it.
+        """Set `grad` and `rows` to the gradient of `loss` times `scale`, or add it.
 
         torch would add each gradient to what is there, after zeroing it: two passes
         over memory more than the copy that the hooks make.
 
         Args:
             notify: called with each segment's slice once, when its gradient is final;
-                at the end for parameters that the loss does not depend on.
+                at the end for parameters that the loss does not depend on. Not for row
+                tables.
 
         Raises:
             ModelError: it is no scalar, or depends on no parameter.
@@ -229,10 +239,15 @@ class FlatParameters:
         if len(self._pending) == len(self.slots):
             raise ModelError(NO_GRADIENT)
         for slot in self.slots:
-            if slot.segment.name in self._pending:
+            if slot.segment.name not in self._pending:
+                continue
+            if slot.grad is None:
                 if not add:
-                    slot.grad.zero_()
-                notify(slot.segment.slice)
+                    self.rows[slot.segment.name] = no_rows(slot.parameter)
+                continue
+            if not add:
+                slot.grad.zero_()
+            notify(slot.segment.slice)
 
     def attach_grad(self) -> None:
         """Make every .grad a view of `grad` again (zero_grad may have dropped it)."""
@@ -242,6 +257,13 @@ class FlatParameters:
     def _hook(self, slot: Slot) -> Callable[[Tensor], Tensor | None]:
         def gradient_is_final(grad: Tensor) -> Tensor | None:
             if self._notify is None:  # somebody else's backward pass
+                return None
+            if slot.grad is None:
+                rows = rows_of(grad, slot.segment, self._scale)
+                if self._add:
+                    rows = sum_of(slot.parameter, self.rows[slot.segment.name], rows)
+                self.rows[slot.segment.name] = rows
+                self._pending.discard(slot.segment.name)
                 return None
             dense = grad.to_dense() if grad.is_sparse else grad
             if self._add:
@@ -257,6 +279,38 @@ class FlatParameters:
             return grad.new_zeros(()).expand_as(grad)  # frees it: nobody needs it more
 
         return gradient_is_final
+
+
+def rows_of(grad: Tensor, segment: Segment, scale: float) -> Rows:
+    """Return a sparse gradient, times `scale`, as rows.
+
+    Raises:
+        ModelError: it is dense.
+    """
+    if not grad.is_sparse:
+        raise ModelError(
+            f"parameter {segment.name}: its module says sparse = True, but the loss has"
+            " a dense gradient; make the Learner with sparse = False"
+        )
+    found = grad.coalesce()
+    values = found.values().view(-1, segment.row_width)
+    return Rows(found.indices()[0], values if scale == 1.0 else values * scale)
+
+
+def no_rows(table: Tensor) -> Rows:
+    """Return the gradient of a row table of which nothing was read."""
+    values = table.new_zeros(0, table[:1].numel())
+    return Rows(values.new_zeros(0, dtype=torch.int64), values)
+
+
+def sum_of(table: Tensor, *rows: Rows) -> Rows:
+    """Return the sum of gradients of one row table."""
+    ids = torch.cat([part.ids for part in rows])
+    values = torch.cat([part.values for part in rows])
+    shape = (len(table), values.shape[1])
+    total = torch.sparse_coo_tensor(ids[None], values, shape, check_invariants=False)
+    total = total.coalesce()
+    return Rows(total.indices()[0], total.values())
 
 
 def storage_at_start(vector: Tensor) -> Tensor:
@@ -291,109 +345,3 @@ def require_scalar(loss: Any) -> None:
             f"the loss has shape {tuple(loss.shape)}: a Learner takes the mean over the"
             " minibatch, a scalar"
         )
-
-
-def _places(module: nn.Module) -> list[tuple[Segment, nn.Module, str]]:
-    """Return segment, owner and key of every trainable parameter, in their order.
-
-    Raises:
-        ModelError: there is none, or one that cannot be laid into theta.
-    """
-    places: list[tuple[Segment, nn.Module, str]] = []
-    done: set[int] = set()  # ids of Parameters
-    start = 0
-    for prefix, owner in module.named_modules():
-        own = dict(owner.named_parameters(recurse=False))
-        keys = list(own)
-        if isinstance(owner, nn.RNNBase):  # a stable sort: weights, then biases
-            keys.sort(key=lambda key: key.startswith("bias"))
-        for key in keys:
-            parameter = own[key]
-            if not parameter.requires_grad or id(parameter) in done:
-                continue
-            done.add(id(parameter))
-            name = f"{prefix}.{key}" if prefix else key
-            _require_plain(name, parameter)
-            if not parameter.numel():
-                continue
-            component = component_of(owner, prefix, key)
-            segment = Segment(name, start, tuple(parameter.shape), component)
-            places.append((segment, owner, key))
-            start = segment.stop
-    if not places:
-        raise ModelError("the model has no trainable parameters")
-    _require_apart(module, {id(owner._parameters[key]) for _, owner, key in places})
-    return places
-
-
-def require_ready(module: nn.Module) -> None:
-    """Raise unless all parameters and buffers of `module` have their memory.
-
-    Raises:
-        ModelError: one is lazy, or on the device "meta".
-    """
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if is_lazy(tensor):
-            raise ModelError(
-                f"{name} has no shape yet: let the model see a minibatch before the"
-                " Learner is made"
-            )
-        if tensor.is_meta:
-            raise ModelError(f"{name} has no memory yet (device meta)")
-
-
-def _require_plain(name: str, parameter: nn.Parameter) -> None:
-    """Raise unless a parameter is one that theta can hold.
-
-    Raises:
-        ModelError: it is not float32.
-    """
-    if parameter.dtype != torch.float32:
-        raise ModelError(
-            f"parameter {name} is {parameter.dtype}; a Learner trains float32:"
-            " model.float() before; torch.autocast computes in bfloat16 all the same"
-        )
-
-
-def _require_apart(module: nn.Module, flat: set[int]) -> None:
-    """Raise unless no other tensor of the module shares memory with a trained one.
-
-    In theta each would have its own. (Parts of which one has gaps are not looked at:
-    the columns of a matrix may lie between those of another.)
-
-    Args:
-        flat: ids of the Parameters that will be in theta.
-
-    Raises:
-        ModelError: two do.
-    """
-    found = []
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.numel():
-            start = tensor.data_ptr()
-            found.append((start, start + tensor.nbytes, name, id(tensor) in flat))
-    found.sort()
-    for (_, stop, first, one), (start, _, second, other) in pairwise(found):
-        if start < stop and (one or other):
-            raise ModelError(
-                f"{first} and {second} share memory without being one Parameter; tie"
-                " them by assigning the Parameter itself"
-            )
-
-
-def component_of(owner: nn.Module, prefix: str, key: str) -> str:
-    """Return the component of parameter `key` of the module at `prefix`.
-
-    A layer of an nn.LSTM (RNN, GRU), else the model's top-level part, with its number
-    where that is a list.
-
-    >>> component_of(nn.LSTM(1, 1), "lstm", "weight_hh_l1_reverse")
-    'lstm.l1'
-    >>> component_of(nn.Linear(1, 1), "blocks.3.out", "bias")
-    'blocks.3'
-    """
-    layer = re.search(r"_(l\d+)(_reverse)?$", key)
-    if isinstance(owner, nn.RNNBase) and layer:
-        return f"{prefix}.{layer[1]}" if prefix else layer[1]
-    top = re.match(r"[^.]+(\.\d+)?", prefix)
-    return top[0] if top else key

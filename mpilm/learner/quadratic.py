@@ -76,6 +76,7 @@ class ProtocolLearner:
         drawn = self.random.standard_normal(size, dtype=np.float32)
         self.target = drawn if target is None else np.asarray(target, np.float32)
         self.grad = np.zeros(size, np.float32)
+        self.rows: dict[str, Any] = {}  # it has no row tables
         self.velocity = np.zeros(size if momentum else 0, np.float32)
         self.lr, self.momentum, self.noise = lr, momentum, noise
         self.samples_per_step = samples_per_step

@@ -47,6 +47,7 @@ def build_model(
                 dropout=config.dropout,
                 tied=config.tied,
                 softmax=softmax_of(config, num_outputs),
+                sparse=config.sparse,
             )
         if isinstance(config, DnnConfig):
             dnn = Dnn(
@@ -100,6 +101,7 @@ def softmax_of(
             SampledSoftmax,
             num_frequent=config.sampled_frequent,
             num_random=config.sampled_random,
+            sparse=config.sparse,
         )
     return Softmax
 

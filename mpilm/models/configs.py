@@ -29,6 +29,8 @@ class LstmLmConfig:
     """share of units dropped after the embedding and after every layer"""
     tied: bool = False
     """whether the softmax uses the embedding matrix as its weights"""
+    sparse: bool = False
+    """whether gradients of embedding and sampled softmax are rows, not all of them"""
     softmax: Literal["full", "sampled", "adaptive"] = "full"
     """sampled: trained on a sample of the words; adaptive: rare words in clusters"""
     sampled_frequent: Natural = 1000

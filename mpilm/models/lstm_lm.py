@@ -121,8 +121,33 @@ class LstmLm(nn.Module):
         Args:
             batch: a `mpilm.data.batch.Batch` of tensors on the model's device.
         """
-        loss: Tensor = self.softmax(self(batch), batch.targets.flatten())
+        targets_N = batch.targets.flatten()
+        if isinstance(self.softmax, SampledSoftmax) and self.training:
+            self.softmax.draw(targets_N)  # before dropout, as where `rows_read` does
+        loss: Tensor = self.softmax(self(batch), targets_N)
         return loss
+
+    @torch.no_grad()
+    def rows_read(self, batch: Any) -> dict[str, Tensor]:
+        """Return the rows that the next `loss`, of this minibatch, will read.
+
+        Args:
+            batch: as for `loss`.
+
+        Returns:
+            parameter's name -> ids, ascending, each once, for those whose gradients are
+            sparse. A sample of the softmax is drawn for it.
+        """
+        read = {"embedding.weight": batch.inputs.unique()}
+        if isinstance(self.softmax, SampledSoftmax):
+            ids = self.softmax.draw(batch.targets.flatten())
+            if self.softmax.weight is self.embedding.weight:
+                both = torch.cat([read["embedding.weight"], ids])
+                read["embedding.weight"] = both.unique()
+            else:
+                read["softmax.weight"] = ids
+            read["softmax.bias"] = ids
+        return read
 
     @torch.no_grad()
     def nll(self, batch: Any) -> Tensor:

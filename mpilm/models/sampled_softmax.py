@@ -88,7 +88,7 @@ class LogUniform:
         return below.clamp(0.0, 1.0) * self.num_random
 
 
-class Rows(torch.autograd.Function):
+class SparseRows(torch.autograd.Function):
     """`table[ids]`, each id once and ascending; the gradient is sparse.
 
     `F.embedding(sparse=True)` is this too, but not for a vector, such as the biases.
@@ -98,7 +98,7 @@ class Rows(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.shape = table.shape
-        return table[ids]
+        return table.index_select(0, ids)  # several times as fast as table[ids]
 
     @staticmethod
     @once_differentiable
@@ -138,15 +138,31 @@ class SampledSoftmax(Softmax):
             num_words, num_frequent=num_frequent, num_random=num_random
         )
         self._frequent_F = torch.arange(num_frequent)
+        self._drawn: tuple[Tensor, ...] = ()  # targets, and their sample
 
     def forward(self, x_NH: Tensor, targets_N: Tensor) -> Tensor:
         """Return the mean cross-entropy, 0-d, in nats: (6) while training."""
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(x_NH, targets_N)
-        ids_S, log_pi_S, targets_N = self.sample(targets_N)
-        rows_of = Rows.apply if self.sparse else torch.Tensor.__getitem__
-        weight_SH, bias_S = rows_of(self.weight, ids_S), rows_of(self.bias, ids_S)
+        self.draw(targets_N)
+        (_, ids_S, log_pi_S, targets_N), self._drawn = self._drawn, ()
+        if self.sparse:
+            weight_SH = SparseRows.apply(self.weight, ids_S)
+            bias_S = SparseRows.apply(self.bias, ids_S)
+        else:
+            weight_SH = self.weight.index_select(0, ids_S)
+            bias_S = self.bias.index_select(0, ids_S)
         return linear_cross_entropy(x_NH, weight_SH, bias_S - log_pi_S, targets_N)
+
+    def draw(self, targets_N: Tensor) -> Tensor:
+        """Draw the sample of the next loss, that of these targets, unless it is drawn.
+
+        Returns:
+            (S,) int64, its words, ascending.
+        """
+        if not self._drawn or not torch.equal(self._drawn[0], targets_N):
+            self._drawn = (targets_N, *self.sample(targets_N))
+        return self._drawn[1]
 
     @torch.no_grad()
     def sample(self, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

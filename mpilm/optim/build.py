@@ -79,7 +79,10 @@ def build_optimizer(
 
 
 def clip_before_step(max_norm: float) -> Callable[..., None]:
-    """Return a hook that clips the gradient of all of an optimiser's parameters (1)."""
+    """Return a hook that clips the gradient of all of an optimiser's parameters (1).
+
+    So it does to those of row tables, which a `Learner` updates itself.
+    """
 
     def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         gradients = [
@@ -88,6 +91,7 @@ def clip_before_step(max_norm: float) -> Callable[..., None]:
             for parameter in group["params"]
             if parameter.grad is not None
         ]
+        gradients += getattr(optimizer, "row_gradients", [])  # of a Learner
         clip_(gradients, max_norm)
 
     return hook

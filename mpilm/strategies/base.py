@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.storage.saved import State, restore_state_, saved_state
 from mpilm.strategies.rest import bcast_rest, with_rest
@@ -42,7 +43,8 @@ class Learner(Protocol):
     """What a strategy may ask of the learner (`mpilm.Learner` offers it).
 
     theta         the model, (P,) float32, contiguous; torch's parameters are its views
-    grad          the gradient, (P,) float32, contiguous
+    grad          the gradient, (P,) float32, contiguous; without the row tables
+    rows          the gradients of row tables: segment's name -> (ids, values)
     layout        where each parameter and component lies
     samples       samples (tokens, frames) this rank has processed
     lr            learning rate of the next update
@@ -52,6 +54,7 @@ class Learner(Protocol):
 
     theta: Any
     grad: Any
+    rows: Any
     layout: Layout
     samples: int
     lr: float
@@ -116,6 +119,7 @@ class Strategy(ABC):
     Config        its section [strategy] of the configuration
     lockstep      every rank takes the same number of steps, at one common pace
     synchronises  it calls `synchronised`; `ema` needs that
+    takes_rows    it trains models with row tables (`learner.rows`)
     saves         names of the attributes that a checkpoint holds, see storage/saved.py
     service       its background activity, if it has one
     pace          see `Pace`
@@ -129,6 +133,7 @@ class Strategy(ABC):
     Config: ClassVar[type]
     lockstep: bool = True
     synchronises: bool = False
+    takes_rows: bool = False
     saves: tuple[str, ...] = ()
     service: Service | None = None
     on_synchronised: Observer | None = None
@@ -227,8 +232,21 @@ class Strategy(ABC):
         Raises:
             ConfigError, WorldError: one line that says what would work.
         """
+        self.require_takes_rows(learner)
         if self.comm.size > 1 and not self.lockstep:
             require_background(self.world, self.name)
+
+    def require_takes_rows(self, learner: Learner) -> None:
+        """Raise if the model has row tables, and the strategy cannot train them.
+
+        Raises:
+            ConfigError: one line that says what would work.
+        """
+        if learner.layout.tables and not self.takes_rows:
+            raise ConfigError(
+                f"strategy.name = {self.name}: exchanges whole models and gradients;"
+                " model.sparse = true has rows of them, model.sparse = false has not"
+            )
 
     def retire(self, learner: Learner) -> None:
         """Note that this rank takes no step before `finish`; it goes on answering.

@@ -118,6 +118,7 @@ class GossipBmuf(BlockStrategy):
         self.inboxes: list[list[Any]] = []
 
     def require(self, learner: Learner) -> None:
+        super().require(learner)
         size, group_size = self.world.size, self.config.group_size
         if group_size > size > 1:
             raise ConfigError(

@@ -183,6 +183,7 @@ class Hierarchical(Strategy):
 
     def require(self, learner: Learner) -> None:
         """Raise unless the nodes are equal, and the inner strategy can train them."""
+        self.require_takes_rows(learner)
         self.nodes.require_equal()
         if self.inner is None:
             return

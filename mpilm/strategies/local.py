@@ -27,6 +27,7 @@ class Local(Strategy):
 
     name = "local"
     Config = LocalConfig
+    takes_rows = True
 
     def step(self, learner: Learner) -> Any:
         loss = learner.gradient()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.strategies.parameter_server import ParameterServer, apply_, finish_all
-from mpilm.strategies.rows import by_owner, row_width, rows_in
+from mpilm.strategies.rows import by_owner, rows_in
 from mpilm.world.base import Message, Request
 
 PULL_ROWS, PUSH_ROWS, ROWS = range(4, 7)  # tags, beside those of ParameterServer
@@ -93,7 +93,7 @@ class RowServer(ParameterServer):
             self.when_due(source, int(head[0]), send)
             return
         index, ids = int(head[0]), head[1:]
-        rows = self.incoming[: len(ids) * row_width(self.layout.segments[index])]
+        rows = self.incoming[: len(ids) * self.layout.segments[index].row_width]
         self.comm.Recv(rows, source, ROWS)  # sent right behind the head
         self.apply_rows_(index, ids, rows)
         with self.lock:
@@ -101,7 +101,7 @@ class RowServer(ParameterServer):
 
     def send_rows(self, source: int, index: int, ids: Any) -> None:
         """Send rows that were pulled; the receive of them is posted already."""
-        rows = self.outgoing[: len(ids) * row_width(self.layout.segments[index])]
+        rows = self.outgoing[: len(ids) * self.layout.segments[index].row_width]
         self.gather_(index, ids, rows)
         self.answers.Send(rows, source, PULL_ROWS)
 

@@ -1,7 +1,7 @@
 """Rows of matrices in a flat vector that is cut into shards, one a rank.
 
-A row is a step along the first axis of a segment, `row_width` elements; no shard ends
-within one. What is asked of a row is asked of the rank that owns it.
+A row is a step along the first axis of a segment, `Segment.row_width` elements; no
+shard ends within one. What is asked of a row is asked of the rank that owns it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ import numpy as np
 from mpilm.learner.flat import Layout, Segment
 
 
-def row_width(segment: Segment) -> int:
-    """Return the elements in a row: a step along the first axis."""
-    return segment.size // segment.shape[0] if segment.shape else 1
-
-
 def shards(layout: Layout, num_ranks: int) -> list[slice]:
     """Return equal slices of the flat vector, one a rank, cut between rows.
 
@@ -32,7 +27,7 @@ def shards(layout: Layout, num_ranks: int) -> list[slice]:
     for rank in range(num_ranks):
         place = rank * layout.size // num_ranks
         segment = layout.segments[bisect_left(starts, place + 1) - 1]
-        cuts.append(place - (place - segment.start) % row_width(segment))
+        cuts.append(place - (place - segment.start) % segment.row_width)
     return [slice(*ends) for ends in zip(cuts, [*cuts[1:], layout.size], strict=True)]
 
 
@@ -55,7 +50,7 @@ def by_owner(
     1 [2 3] slice(2, 6, None)
     """
     ids = np.asarray(ids, np.int64)
-    num_rows, width = segment.shape[0], row_width(segment)
+    num_rows, width = segment.shape[0], segment.row_width
     if (ids[1:] <= ids[:-1]).any() or ((ids < 0) | (ids >= num_rows)).any():
         raise ValueError(f"{segment.name}: ids must ascend in 0..{num_rows - 1}")
     edges = np.array([shards_[0].start, *(shard.stop for shard in shards_)])
@@ -78,7 +73,7 @@ def rows_in(shard: Any, start: int, segment: Segment) -> tuple[Any, int]:
            [2., 3.],
            [4., 5.]]), 1)
     """
-    width = row_width(segment)
+    width = segment.row_width
     first = max(segment.start, start)
     last = min(segment.stop, start + len(shard))
     rows = shard[first - start : last - start].reshape(-1, width)

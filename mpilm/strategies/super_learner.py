@@ -35,7 +35,7 @@ class SuperLearner:
         self.learner, self.node = learner, node
         self.bucket_bytes, self.moves_first = bucket_bytes, moves_first
         self.theta, self.grad = learner.theta, learner.grad
-        self.layout = learner.layout
+        self.layout, self.rows = learner.layout, learner.rows
 
     @property
     def samples(self) -> int:

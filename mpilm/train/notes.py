@@ -78,6 +78,12 @@ def introduction(
 
 def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:
     """Yield what a run with these settings on `size` ranks should be warned of."""
+    model: Any = config.model.settings
+    if getattr(model, "softmax", "") == "sampled" and not model.sparse:
+        yield (
+            'model.softmax = "sampled" with model.sparse = false: gradient and update'
+            " still go over the whole vocabulary"
+        )
     if size == 1:
         return
     if not strategy.lockstep and config.data.source == "shards":

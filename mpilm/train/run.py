@@ -61,6 +61,7 @@ def make_learner(
         device=device,
         seed=seed,
         flat=True,
+        sparse=getattr(config.model.settings, "sparse", False),
     )
 
 
@@ -68,9 +69,15 @@ def require_gradient(config: Config) -> None:
     """Raise unless the optimiser can use this model's gradient.
 
     Raises:
-        ConfigError: natural gradient of a softmax that is not the full one.
+        ConfigError: natural gradient of a softmax that is not the full one, or of rows.
     """
-    softmax = getattr(config.model.settings, "softmax", "full")
+    settings = config.model.settings
+    if config.optim.name == "ng_sgd" and getattr(settings, "sparse", False):
+        raise ConfigError(
+            'optim.name = "ng_sgd": preconditions whole matrices, model.sparse = true'
+            " gives it rows; sgd and adamw update these"
+        )
+    softmax = getattr(settings, "softmax", "full")
     if config.optim.name == "ng_sgd" and softmax != "full":
         raise ConfigError(
             f'optim.name = "ng_sgd": has no preconditioner for model.softmax ='

@@ -14,7 +14,7 @@ from mpilm.learner.flat import Layout
 from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies.async_sgd import AsyncSgd, AsyncSgdConfig
 from mpilm.strategies.row_server import RowServer
-from mpilm.strategies.rows import row_width, shards
+from mpilm.strategies.rows import shards
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, run_virtual
@@ -106,12 +106,12 @@ def test_shards_cover_everything_and_cut_no_row(tables, size):
     assert found[-1].stop == layout.size
     for one, other in pairwise(found):
         assert one.stop == other.start
-    width = max(row_width(segment) for segment in layout)
+    width = max(segment.row_width for segment in layout)
     for shard in found:
         assert abs((shard.stop - shard.start) - layout.size / size) <= width
         for segment in layout:
             if segment.start < shard.start < segment.stop:
-                assert (shard.start - segment.start) % row_width(segment) == 0
+                assert (shard.start - segment.start) % segment.row_width == 0
 
 
 row_choices = st.lists(
@@ -127,7 +127,7 @@ def test_rows_are_pulled_and_pushed_as_in_the_dense_model(size, choices):
 
     def of(name, ids):
         segment = TABLES[name]
-        width = row_width(segment)
+        width = segment.row_width
         starts = segment.start + np.array(sorted(ids), np.int64) * width
         return (starts[:, None] + np.arange(width)).reshape(-1)
 
