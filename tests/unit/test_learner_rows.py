@@ -175,7 +175,7 @@ def test_moments_can_be_reset(optim):
 def test_several_minibatches_make_one_step_with_rows_too(optim):
     class InParts(Batches):
         def next(self):
-            return Parts([super().next() for _ in range(3)])
+            return Parts(Batches.next(self) for _ in range(3))
 
     sparse, dense = (make(MODELS["tied"], optim, rows=rows) for rows in (True, False))
     for learner in (sparse, dense):
