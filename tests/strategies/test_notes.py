@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mpilm.train.notes import introduction
+
 TIMES = {"name": "constant", "times_ranks": True}
 # name of the strategy, sections -> words of the only note; None: there is none
 NOTED = {
@@ -97,13 +99,19 @@ NOTED = {
 
 
 @pytest.mark.long
+def said(trainer):
+    """Return what a person is told before the training begins."""
+    parts = trainer.task, trainer.strategy, trainer.learner
+    return list(introduction(trainer.config, *parts))
+
+
 @pytest.mark.parametrize("case", NOTED)
 def test_what_does_not_go_together_is_noted(run, case):
     name, sections, words = NOTED[case]
     sections = {"optim": {}, **sections}
     sections["optim"] = {"lr": 0.01, **sections["optim"]}
     trainer, _ = run(2, name, steps=1, **sections)
-    notes = [line for line in trainer.introduction() if line.startswith("note: ")]
+    notes = [line for line in said(trainer) if line.startswith("note: ")]
     assert len(notes) == (words is not None)
     if words is not None:
         assert words in notes[0]
@@ -112,4 +120,4 @@ def test_what_does_not_go_together_is_noted(run, case):
 
 def test_alone_there_is_nothing_to_note(run):
     (trainer,) = run(1, "adpsgd", steps=1)
-    assert not any("note" in line for line in trainer.introduction())
+    assert not any("note" in line for line in said(trainer))

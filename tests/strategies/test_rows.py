@@ -7,6 +7,7 @@ import torch
 
 from mpilm.errors import MpilmError
 from mpilm.strategies import STRATEGIES
+from mpilm.train.notes import introduction
 
 SAMPLED = {"softmax": "sampled", "sampled_frequent": 4, "sampled_random": 36}
 MOMENTUM = {"optim": {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3}}
@@ -64,6 +65,7 @@ def test_other_strategies_refuse_rows_in_one_line(run, name):
 def test_a_sample_without_rows_is_noted(run):
     for rows in (True, False):
         (trainer,) = run(1, "local", steps=1, model={**SAMPLED, "sparse": rows})
-        lines = trainer.introduction([])
+        parts = trainer.task, trainer.strategy, trainer.learner
+        lines = introduction(trainer.config, *parts)
         noted = any("still go over the whole vocabulary" in line for line in lines)
         assert noted != rows
