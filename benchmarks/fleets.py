@@ -247,7 +247,7 @@ def pss_bytes() -> int:
 def figure(folder: Path | None, name: str, columns: int = 1) -> Iterator[Any]:
     """Yield axes in a row; save them as `folder`/`name`.png, without a folder nowhere.
 
-    Needs matplotlib (`pip install mpilm[report]`).
+    Needs matplotlib (`pip install mpilm[figures]`).
     """
     import matplotlib
 

@@ -80,6 +80,8 @@ class TrainConfig:
     """sequences evaluated side by side, whatever the number of ranks"""
     log_every: Positive = 10
     """minibatches between two rows of the log"""
+    trace_steps: Natural = 50
+    """first minibatches whose events are logged: the timeline of `report`"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,49 +1,23 @@
-"""The HTML page of a report: one file, without scripts, readable without a network."""
+"""The HTML page of a report: one file, readable without a network and in print."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from mpilm import __version__
 from mpilm.doctor.findings import amount
 from mpilm.report import plots
+from mpilm.report.charts import Look
+from mpilm.report.groups import differing, flat, looks, shown
 from mpilm.report.reader import RankRow, Run
+from mpilm.report.skin import SCRIPT, STYLE
+from mpilm.report.timeline import timeline
 
 MOST_RANKS = 16  # with more ranks, the table shows so many: the slowest
+MOST_OPEN = 3  # runs whose ranks are shown unfolded
 SLOW = 0.8  # a score below this is marked; chosen, not tuned
-
-STYLE = """
-:root { color-scheme: light; --ink: #20242b; --soft: #5a606a; --line: #e1e4e8; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f4f5f7; color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 28px 24px 60px; }
-h1 { font-size: 26px; margin: 0; } h2 { font-size: 18px; margin: 0 0 10px; }
-h3 { font-size: 15px; margin: 18px 0 6px; }
-.lead, .note { color: var(--soft); margin: 4px 0 18px; } .note { font-size: 13px;
-  margin: 8px 0 0; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 8px;
-  padding: 18px 20px; margin: 16px 0; overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 14px 5px 0; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } tbody tr:last-child > * {
-  border-bottom: 0; }
-thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
-tbody th { font-weight: 500; color: var(--soft); }
-.best { font-weight: 700; } .slow { color: #b3261e; font-weight: 700; }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%;
-  margin-right: 6px; }
-.tag { display: inline-block; font-size: 11px; font-weight: 600; border-radius: 4px;
-  padding: 0 6px; background: #fff1d6; color: #7a4b00; margin-left: 6px; }
-svg { width: 100%; height: auto; display: block; }
-pre { background: #f7f8fa; border-radius: 6px; padding: 12px; overflow-x: auto;
-  font-size: 13px; line-height: 1.4; } summary { cursor: pointer; padding: 4px 0; }
-@media print { body { background: #fff; } section { break-inside: avoid; border: 0; } }
-"""
 
 Show = Callable[[float], str]
 
@@ -79,25 +53,24 @@ def share(value: float) -> str:
 
 
 # what it is called, key of the summary, how it is shown, which is the best of all runs
-ROWS: tuple[tuple[str, str, Show, str], ...] = (
+COLUMNS: tuple[tuple[str, str, Show, str], ...] = (
     ("ranks", "ranks", whole, ""),
-    ("parameters", "parameters", whole, ""),
-    ("samples", "samples", whole, ""),
-    ("minibatches of a rank", "steps", whole, ""),
-    ("training time", "train_seconds", time, ""),
-    ("time with evaluation", "seconds", time, ""),
     ("samples/s", "samples_per_s", whole, "max"),
-    ("training loss, nats", "train_loss", "{:.4f}".format, ""),
+    ("of ranks that never wait", "efficiency", share, ""),
+    ("waiting", "idle", share, ""),
     ("valid perplexity", "valid_perplexity", "{:.2f}".format, "min"),
     ("test perplexity", "test_perplexity", "{:.2f}".format, "min"),
+    ("valid frame error", "valid_frame_error", share, "min"),
+    ("test frame error", "test_frame_error", share, "min"),
+    ("training time", "train_seconds", time, ""),
+    ("time with evaluation", "seconds", time, ""),
+    ("samples", "samples", whole, ""),
+    ("minibatches of a rank", "steps", whole, ""),
+    ("training loss, nats", "train_loss", "{:.4f}".format, ""),
     ("valid perplexity, EMA", "ema_valid_perplexity", "{:.2f}".format, "min"),
     ("test perplexity, EMA", "ema_test_perplexity", "{:.2f}".format, "min"),
     ("valid, worst rank", "worst_rank_valid_perplexity", "{:.2f}".format, "min"),
     ("test, worst rank", "worst_rank_test_perplexity", "{:.2f}".format, "min"),
-    ("valid frame error", "valid_frame_error", share, "min"),
-    ("test frame error", "test_frame_error", share, "min"),
-    ("floor of the language", "perplexity_floor", "{:.2f}".format, ""),
-    ("waiting for communication", "idle", share, ""),
     ("overlap", "overlap", share, ""),
     ("sent by all ranks", "bytes_sent", amount, ""),
     ("messages", "messages", whole, ""),
@@ -105,37 +78,53 @@ ROWS: tuple[tuple[str, str, Show, str], ...] = (
     ("consensus distance", "consensus_distance", "{:.3g}".format, ""),
     ("the same, of the norm", "consensus_distance_relative", share, ""),
     ("spectral gap", "spectral_gap", "{:.3f}".format, ""),
+    ("floor of the language", "perplexity_floor", "{:.2f}".format, ""),
+    ("parameters", "parameters", whole, ""),
 )
 
 
-def page(runs: list[Run], title: str) -> str:
-    """Return the page of these runs."""
-    several = len(runs) > 1
+def page(runs: list[Run], title: str, problems: Sequence[str] = ()) -> str:
+    """Return the page of these runs.
+
+    Args:
+        problems: why other runs are not on it.
+    """
+    runs = grouped(runs)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="lead">{lead(runs)}</p>',
-        section("Summary", summary_table(runs)),
-        section("Loss and perplexity", plots.loss(runs), note=about_loss(runs)),
+        *(f'<p class="note">left out: {html.escape(p)}</p>' for p in problems),
+        section("Summary", summary_table(runs), note=about_table(runs)),
+        section(
+            "Loss and perplexity", charts(plots.loss(runs), runs), about_loss(runs)
+        ),
+        section("Scaling", scaling_keys(runs), charts(plots.scaling(runs))),
+        section("Stragglers", charts(plots.stragglers(runs))),
+        section("Communication", charts(plots.communication(runs), runs)),
+        section("Staleness", charts(plots.staleness(runs))),
+        section("Ranks", *(rank_part(r, i, len(runs)) for i, r in enumerate(runs))),
     ]
-    if drawn := plots.scaling(runs):
-        parts.append(section("Scaling", drawn))
-    parts.append(section("Communication", plots.communication(runs)))
-    if drawn := plots.staleness(runs):
-        parts.append(section("Staleness", drawn))
-    parts.append(section("Ranks", *(rank_part(r, i) for i, r in enumerate(runs))))
-    if several:
+    if len(runs) > 1:
         parts.append(
             section("Where the configurations differ", differing_settings(runs))
         )
     parts.append(section("Configuration", *(configuration(run) for run in runs)))
-    body = "\n".join(parts)
+    body = "\n".join(filter(None, parts))
     return (
         "<!doctype html>\n"
         '<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
+        f"<body><main>\n{body}\n</main><script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def grouped(runs: list[Run]) -> list[Run]:
+    """Return the runs, those of a strategy together, by number of ranks."""
+    first: dict[tuple[bool, str], int] = {}
+    for run in runs:
+        first.setdefault((run.simulated, run.strategy), len(first))
+    return sorted(runs, key=lambda r: (first[r.simulated, r.strategy], r.ranks))
 
 
 def lead(runs: list[Run]) -> str:
@@ -145,7 +134,7 @@ def lead(runs: list[Run]) -> str:
     made = ", ".join(
         f"{name} {versions[name]}" for name in ("torch", "python") if name in versions
     )
-    names = ", ".join(sorted({run.strategy for run in runs}))
+    names = ", ".join(dict.fromkeys(run.strategy for run in runs))
     text = f"{len(runs)} run{'s' if len(runs) > 1 else ''} of {names}"
     return html.escape(f"{text}. mpilm {__version__}{', ' + made if made else ''}.")
 
@@ -153,37 +142,85 @@ def lead(runs: list[Run]) -> str:
 def section(title: str, *parts: str, note: str = "") -> str:
     """Return a section; "" if nothing is in it."""
     body = "\n".join(filter(None, parts))
-    if note:
+    if body and note:
         body += f'<p class="note">{html.escape(note)}</p>'
     return f"<section><h2>{html.escape(title)}</h2>\n{body}</section>" if body else ""
 
 
+def charts(drawn: Sequence[str], runs: list[Run] | None = None) -> str:
+    """Return charts side by side, or one a row; with a key if `runs` are several."""
+    made = [chart for chart in drawn if chart]
+    if not made:
+        return ""
+    key = ""
+    if runs is not None and len(runs) > 1:
+        items = zip(runs, looks(runs), strict=True)
+        key = keys(
+            f'<li data-run="{i}">{swatch(look)}{html.escape(run.name)}</li>'
+            for i, (run, look) in enumerate(items)
+        )
+    return f'{key}<div class="charts">{"".join(made)}</div>'
+
+
+def keys(items: Iterable[str]) -> str:
+    """Return what lines stand for."""
+    return f'<ul class="keys">{"".join(items)}</ul>'
+
+
+def swatch(look: Look) -> str:
+    """Return a piece of a line."""
+    return (
+        '<svg class="key" viewBox="0 0 30 10" aria-hidden="true"><line x1="0" x2="30"'
+        f' y1="5" y2="5" stroke-width="3" {look.stroke}/></svg>'
+    )
+
+
+def scaling_keys(runs: list[Run]) -> str:
+    """Return what the lines of the scaling charts stand for."""
+    items = []
+    for name, look, most in plots.scaling_legend(runs):
+        runs_of = f" (up to {most} runs a point: mean, least, most)" if most > 1 else ""
+        items.append(f"<li>{swatch(look)}{html.escape(name)}{runs_of}</li>")
+    return keys(items) if items else ""
+
+
 def about_loss(runs: list[Run]) -> str:
-    """Return how to read the curves."""
+    """Return how to read the curves, if there are any."""
+    if not any(plots.loss(runs)):
+        return ""
     text = "The loss is that of the minibatches, a running mean over all ranks."
     if any(run.summary.get("perplexity_floor") for run in runs):
         text += " Dotted: no model can get below."
     if any(run.simulated for run in runs):
-        text += " Seconds of simulated runs are those of the declared machine."
+        text += " Virtual seconds are those of the declared machine."
+    if len({run.config.get("data", {}).get("corpus") for run in runs}) > 1:
+        text += " The runs are of different corpora: their losses are not comparable."
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def about_table(runs: list[Run]) -> str:
+    """Return how to use the table."""
+    if len(runs) < 2:
+        return ""
+    text = "A click on a heading sorts, on the first one brings the groups back; a"
+    text += " click on a run picks it out in the charts."
+    if len({run.simulated for run in runs}) > 1:
+        text += " Measured and simulated speeds are not compared."
     return text
 
 
-def label(run: Run, index: int) -> str:
-    """Return a run's name with its colour."""
-    colour = plots.COLOURS[index % len(plots.COLOURS)]
-    tag = '<span class="tag">simulated</span>' if run.simulated else ""
+def label(run: Run, look: Look | None = None, *, tagged: bool = True) -> str:
+    """Return a run's name, with its line; tagged: simulated runs are marked."""
+    tag = '<span class="tag">simulated</span>' if run.simulated and tagged else ""
     if not run.summary:
         tag += '<span class="tag">not complete</span>'
-    dot = f'<span class="dot" style="background:{colour}"></span>'
-    return f"{dot}{html.escape(run.name)}{tag}"
+    return f"{swatch(look) if look else ''}{html.escape(run.name)}{tag}"
 
 
 def summary_table(runs: list[Run]) -> str:
-    """Return the runs side by side. The best of several is bold."""
-    head = "".join(f"<th>{label(run, i)}</th>" for i, run in enumerate(runs))
-    strategies = "".join(f"<td>{html.escape(run.strategy)}</td>" for run in runs)
-    lines = [f"<tr><th>strategy</th>{strategies}</tr>"]
-    for name, key, show, best in ROWS:
+    """Return the runs below each other, in groups. The best of several is bold."""
+    used = []
+    for name, key, show, best in COLUMNS:
         values = [run.number(key) for run in runs]
         known = [value for value in values if math.isfinite(value)]
         if not known:
@@ -191,19 +228,45 @@ def summary_table(runs: list[Run]) -> str:
         # seconds of different kinds are not compared
         fair = key != "samples_per_s" or len({run.simulated for run in runs}) == 1
         winner = {"min": min, "max": max}[best](known) if best and fair else math.nan
+        used.append((name, values, show, winner if len(known) > 1 else math.nan))
+    styles = looks(runs)
+    lines, group = [], ""
+    for index, run in enumerate(runs):
+        name = f"{run.strategy}{', simulated' if run.simulated else ''}"
+        if name != group and len(runs) > 1:
+            group = name
+            blank = f'<td colspan="{len(used)}"></td>'
+            lines.append(f'<tr class="group"><th>{html.escape(name)}</th>{blank}</tr>')
         cells = "".join(
-            f"<td{mark(value == winner and len(known) > 1, 'best')}>"
-            f"{show(value) if math.isfinite(value) else ''}</td>"
-            for value in values
+            cell(values[index], show, best=values[index] == winner)
+            for _, values, show, winner in used
         )
-        lines.append(f"<tr><th>{name}</th>{cells}</tr>")
-    return html_table("<th></th>" + head, lines)
+        name = label(run, styles[index], tagged=len(runs) == 1)
+        lines.append(f'<tr data-run="{index}"><th>{name}</th>')
+        lines[-1] += f"{cells}</tr>"
+    heads = [name for name, *_ in used]
+    return html_table(["run", *heads], lines, sorts=True)
 
 
-def html_table(head: str, lines: list[str]) -> str:
-    """Return a table of lines under a line of headings."""
-    body = "".join(lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def cell(value: float, show: Show, *, best: bool) -> str:
+    """Return a number in a table, and what it is worth where the table is sorted."""
+    if not math.isfinite(value):
+        return '<td data-v=""></td>'
+    return f'<td data-v="{value:.9g}"{mark(best, "best")}>{show(value)}</td>'
+
+
+def html_table(heads: Sequence[str], lines: list[str], *, sorts: bool = False) -> str:
+    """Return a table of lines under headings, which scrolls where it is too wide."""
+    cells = "".join(
+        f"<th><button>{html.escape(head)}</button></th>"
+        if sorts
+        else f"<th>{html.escape(head)}</th>"
+        for head in heads
+    )
+    kind = ' class="sorts"' if sorts else ""
+    table = f"<table{kind}><thead><tr>{cells}</tr></thead>"
+    body = f"<tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}{body}</div>'
 
 
 def mark(yes: bool, name: str) -> str:
@@ -211,24 +274,26 @@ def mark(yes: bool, name: str) -> str:
     return f' class="{name}"' if yes else ""
 
 
-def rank_part(run: Run, index: int) -> str:
-    """Return picture and table of a run's ranks."""
+def rank_part(run: Run, index: int, of: int) -> str:
+    """Return pictures and table of a run's ranks, folded where there are many runs."""
     rows = run.rank_rows()
-    if not rows:
-        return f"<h3>{label(run, index)}</h3><p>Too few rows in the logs.</p>"
-    shown = sorted(rows, key=lambda row: row.relative)[:MOST_RANKS]
+    drawn = charts([*(plots.ranks(run, index, rows) if rows else []), timeline(run)])
+    if not drawn:
+        if not run.logs:  # a protocol: nothing was written of single ranks
+            return ""
+        return f"<h3>{label(run)}</h3><p>Too few rows in the logs.</p>"
+    most = sorted(rows, key=lambda row: row.relative)[:MOST_RANKS]
     if len(rows) <= MOST_RANKS:
-        shown = rows
-    head = (
-        "<th>rank</th><th>samples/s</th><th>waiting</th><th>sent</th>"
-        "<th>speed of the fastest</th><th>of its own best</th>"
-    )
-    numbers = html_table(head, [rank_line(row) for row in shown])
-    name = f"all {len(rows)} ranks" if shown is rows else f"the {len(shown)} slowest"
-    return (
-        f"<h3>{label(run, index)}</h3>{plots.ranks(run, index)}"
-        f"<details><summary>{name} in numbers</summary>{numbers}</details>"
-    )
+        most = rows
+    heads = ("rank", "samples/s", "waiting", "sent", "speed of the fastest")
+    numbers = html_table([*heads, "of its own best"], [rank_line(row) for row in most])
+    name = f"all {len(rows)} ranks" if most is rows else f"the {len(most)} slowest"
+    inside = f"{drawn}<details><summary>{name} in numbers</summary>{numbers}</details>"
+    if of <= MOST_OPEN:
+        return f"<h3>{label(run)}</h3>{inside}"
+    worst = min((row.relative for row in rows), default=1.0)
+    slowest = f", slowest rank {worst:.2f}" if worst < SLOW else ""
+    return f"<details><summary>{label(run)}{slowest}</summary>{inside}</details>"
 
 
 def rank_line(row: RankRow) -> str:
@@ -244,26 +309,25 @@ def rank_line(row: RankRow) -> str:
 
 def differing_settings(runs: list[Run]) -> str:
     """Return a table of the settings that are not the same in all runs."""
-
-    def value_of(run: Run, name: str, key: str) -> Any:
-        return run.config.get(name, {}).get(key, "")
-
-    keys = {(s, k): None for run in runs for s in run.config for k in run.config[s]}
-    lines = []
-    for name, key in keys:
-        values = [value_of(run, name, key) for run in runs]
-        if all(value == values[0] for value in values):
-            continue
-        cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in values)
-        lines.append(f"<tr><th>{name}.{html.escape(key)}</th>{cells}</tr>")
-    if not lines:
+    names = differing(runs)
+    if not names:
         return "<p>Nowhere.</p>"
-    head = "".join(f"<th>{label(run, i)}</th>" for i, run in enumerate(runs))
-    return html_table("<th></th>" + head, lines)
+    lines = []
+    for index, (run, look) in enumerate(zip(runs, looks(runs), strict=True)):
+        settings = flat(run.config)
+        cells = "".join(
+            f'<td class="word">{html.escape(shown(settings.get(name, "")))}</td>'
+            for name in names
+        )
+        head = f"<th>{label(run, look)}</th>"
+        lines.append(f'<tr data-run="{index}">{head}{cells}</tr>')
+    return html_table(["run", *names], lines, sorts=True)
 
 
 def configuration(run: Run) -> str:
     """Return the resolved configuration, folded; before it what was changed later."""
+    if not run.toml:
+        return ""
     text = html.escape(run.toml.strip())
     name = html.escape(str(run.path))
     changes = "".join(f"<br>changed: {html.escape(str(c))}" for c in run.changes)

@@ -10,7 +10,6 @@ Waiting is not counted: in lockstep every rank is as slow as the slowest.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.config import read_toml, tomllib
-from mpilm.errors import CheckpointError
-from mpilm.storage.files import printable, text_of
-from mpilm.storage.runlog import RankLog, read_run
-from mpilm.train.changes import Change, read_changes
-from mpilm.train.folder import RunFolder
+from mpilm.storage.runlog import RankLog
+from mpilm.train.changes import Change
 
 Vector = NDArray[np.float64]
 
-POINTS = 400  # of a curve
+POINTS = 240  # of a curve: a pixel or two of it each
+MOMENTS = 60  # of the curve of waiting
 SMOOTHING = 25  # a point is the mean of so many neighbours, or fewer for few points
 WINDOWS = 10  # of a run, for the score against a rank's own best
 
@@ -40,13 +36,11 @@ class Curve:
     seconds  of training
     samples  of all ranks
     loss     mean over ranks of the minibatches' losses, smoothed, nats
-    waiting  mean share of its time that a rank waited, around this moment
     """
 
     seconds: Vector
     samples: Vector
     loss: Vector
-    waiting: Vector
 
 
 @dataclass(frozen=True)
@@ -77,8 +71,8 @@ class Run:
     path: Path
     summary: dict[str, Any]
     config: dict[str, dict[str, Any]]
-    toml: str
-    logs: dict[int, RankLog]
+    toml: str = ""
+    logs: dict[int, RankLog] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
     simulated: bool = field(init=False)
 
@@ -93,7 +87,17 @@ class Run:
     @property
     def ranks(self) -> int:
         """Number of ranks."""
-        return len(self.logs)
+        return len(self.logs) or int(self.summary.get("ranks", 0))
+
+    @property
+    def ideal_samples_per_s(self) -> float:
+        """Samples/s of ranks that never wait on the declared machine; NaN: unknown."""
+        train, machine = self.config.get("train", {}), self.config.get("machine", {})
+        try:
+            per_step = train["batch"] * train["unroll"]
+            return float(self.ranks * per_step / machine["step_s"])
+        except (KeyError, TypeError, ZeroDivisionError):
+            return math.nan
 
     def number(self, key: str) -> float:
         """Return a number of the summary; NaN if it is not there."""
@@ -117,25 +121,56 @@ class Run:
         rows = max(len(self.column(r, "seconds")) for r in filled)
         seconds = np.linspace(first, last, min(POINTS, rows))
         losses = np.full((len(filled), len(seconds)), np.nan)
-        blocked = np.zeros_like(seconds)
         for place, rank in enumerate(filled):
             at = self.column(rank, "seconds")
             during = (seconds >= at[0]) & (seconds <= at[-1])
             loss = np.interp(seconds, at, smooth(self.column(rank, "loss")))
             losses[place, during] = loss[during]
-            blocked += np.interp(seconds, at, self.column(rank, "blocked_s"))
         # while half of the ranks are under way: the loss of a few is another one
         most = np.isfinite(losses).sum(axis=0) >= len(filled) / 2
-        seconds, losses, blocked = seconds[most], losses[:, most], blocked[most]
+        seconds, losses = seconds[most], losses[:, most]
         if len(seconds) < 2:
             return None
-        waiting = np.gradient(blocked / len(filled), seconds)
-        return Curve(
-            seconds,
-            self.samples_at(seconds),
-            np.nanmean(losses, axis=0),
-            np.clip(smooth(waiting), 0.0, 1.0),
-        )
+        return Curve(seconds, self.samples_at(seconds), np.nanmean(losses, axis=0))
+
+    def waiting(self) -> tuple[Vector, Vector]:
+        """Return moments, and the mean share of their time that ranks waited then.
+
+        A share is that of the time since the moment before. Waiting after the last row
+        of a log counts: the summary knows of it. So the mean of all is the summary's.
+        """
+        ways = []
+        for rank in self.logs:
+            at, blocked_s = self.column(rank, "seconds"), self.column(rank, "blocked_s")
+            if not len(at):
+                continue
+            end_s, end_blocked_s, *_ = self._totals(rank)
+            if end_s > at[-1]:
+                at, blocked_s = (
+                    np.append(at, end_s),
+                    np.append(blocked_s, end_blocked_s),
+                )
+            ways.append((np.append(0.0, at), np.append(0.0, blocked_s)))
+        if not ways:
+            return np.array([]), np.array([])
+        rows = max(len(at) for at, _ in ways) - 1
+        last = max(at[-1] for at, _ in ways)
+        edges = np.linspace(0.0, last, min(MOMENTS, rows) + 1)
+        busy, blocked = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
+        for at, blocked_s in ways:
+            blocked += np.diff(np.interp(edges, at, blocked_s))
+            busy += np.diff(np.minimum(edges, at[-1]))
+        shares: Vector = np.clip(blocked / np.maximum(busy, 1e-12), 0.0, 1.0)
+        return edges[1:], shares
+
+    def activities(self, name: str) -> dict[int, tuple[Vector, Vector]]:
+        """Return rank -> where each event of that name began and ended, seconds."""
+        found = {}
+        for rank, log in sorted(self.logs.items()):
+            mine = log.events["name"] == name
+            spans = (log.events[key][mine] for key in ("start_s", "stop_s"))
+            found[rank] = tuple(np.asarray(span, np.float64) for span in spans)
+        return found  # type: ignore[return-value]
 
     def samples_at(self, seconds: Vector) -> Vector:
         """Return the samples of all ranks together at some moments."""
@@ -271,51 +306,3 @@ def smooth(values: Vector) -> Vector:
     end = np.minimum(index + half + 1, len(values))
     means: Vector = (sums[end] - sums[begin]) / (end - begin)
     return means
-
-
-def read(path: Path, name: str) -> Run:
-    """Return the run in a folder.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    folder = RunFolder(path).require()
-    try:
-        toml = read_toml(folder.config)
-        config = tomllib.loads(toml)
-        summary = {}
-        if folder.summary.exists():
-            summary = json.loads(text_of(folder.summary))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    changes = read_changes(folder.changes)
-    return Run(name, path, summary, config, toml, read_run(path), changes)
-
-
-def read_all(paths: list[Path]) -> list[Run]:
-    """Return the runs of folders; one made by `mpilm simulate` holds several.
-
-    Raises:
-        CheckpointError: no run there, or it cannot be read.
-    """
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(path.glob("ranks-*/config.toml"))
-        if (path / "simulate.json").exists() and inside:
-            found += [config.parent for config in inside]
-        else:
-            found.append(path)
-    return [read(p, n) for p, n in zip(found, short_names(found), strict=True)]
-
-
-def short_names(paths: list[Path]) -> list[str]:
-    """Return the shortest ends of paths that tell them apart.
-
-    >>> short_names([Path("runs/a/x"), Path("runs/b/x")]), short_names([Path("r/a")])
-    (['a/x', 'b/x'], ['a'])
-    """
-    for length in range(1, 9):
-        names = [printable("/".join(path.resolve().parts[-length:])) for path in paths]
-        if len(set(names)) == len({path.resolve() for path in paths}):
-            break
-    return names

@@ -29,6 +29,7 @@ from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.train.summary import closing_lines, summarise
 from mpilm.train.task import open_task
+from mpilm.train.timeline import Timeline
 from mpilm.world.base import World
 
 COUNTS = ("mixes", "staleness")  # of a strategy's metrics, in a row of the log
@@ -77,6 +78,7 @@ class Trainer:
         self.has_ended = place is not None and place.is_end
         if self.has_ended:
             return
+        self.timeline = Timeline(world, config.train.trace_steps)
         with world.all_or_none():
             self.learner = make_learner(
                 config,
@@ -85,7 +87,7 @@ class Trainer:
                 self.batches,
                 device=world.device(config.train.device),
                 seed=config.train.seed + world.rank,
-                compute=world.compute,
+                compute=self.timeline.compute,
             )
             self.strategy.require(self.learner)
         self.totals = Totals()
@@ -171,7 +173,8 @@ class Trainer:
             while samples < config.train.samples and not self.schedule.finished:
                 self.before = learner.samples
                 self.refresh_lr()
-                loss = strategy.step(learner)
+                with self.timeline.step(totals.step):
+                    loss = strategy.step(learner)
                 totals.step += 1
                 samples = strategy.pace.agree(self.samples)
                 self.is_validated = self.is_saved = False
@@ -278,6 +281,8 @@ class Trainer:
         own = {"samples": learner.samples, "loss": loss, "lr": learner.lr}
         try:
             self.log.row(**totals.row(), **own, **counts)
+            for name, start_s, stop_s, step in self.timeline.take():
+                self.log.event(name, start_s, stop_s, step=step)
         except CheckpointError as error:
             self.failure = error
         self.screen.update(samples, loss)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -64,6 +64,10 @@ class Traffic:
     messages: int = 0  # calls: one per send, receive or collective
     blocked_s: float = 0.0  # the learner waited for communication
     in_flight_s: float = 0.0  # at least one of the learner's calls was under way
+    # is called with the seconds of each wait of the learner, as it ends
+    on_blocked: Callable[[float], None] | None = field(
+        default=None, compare=False, repr=False
+    )
 
     @property
     def overlap(self) -> float:

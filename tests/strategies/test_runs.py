@@ -12,8 +12,8 @@ import pytest
 from mpilm.config import read_config
 from mpilm.data.text import prepare_text
 from mpilm.errors import MpilmError, WorldError
+from mpilm.report.folders import read
 from mpilm.report.page import page
-from mpilm.report.reader import read
 from mpilm.storage.owner import NAME, Owner
 from mpilm.storage.runlog import read_run
 from mpilm.train import loop

@@ -100,7 +100,10 @@ class Meter:
         """The learner goes on."""
         self._blocked_depth -= 1
         if self._blocked_depth == 0:
-            self.traffic.blocked_s += clock() - self._blocked_since_s
+            waited_s = clock() - self._blocked_since_s
+            self.traffic.blocked_s += waited_s
+            if self.traffic.on_blocked is not None:
+                self.traffic.on_blocked(waited_s)
 
 
 class Progress:

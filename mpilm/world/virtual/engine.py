@@ -289,7 +289,10 @@ class VirtualActivity(Activity):
         if torch is not None:
             torch._C._set_grad_enabled(grad_enabled)
         if counts and self.is_learner:
-            state.traffic.blocked_s += engine.now_s - before_s
+            waited_s = engine.now_s - before_s
+            state.traffic.blocked_s += waited_s
+            if state.traffic.on_blocked is not None and waited_s > 0.0:
+                state.traffic.on_blocked(waited_s)
 
     def block_until(self, time_s: float) -> None:
         """Let others run until `time_s`; the caller has asked `may_block`."""
