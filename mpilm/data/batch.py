@@ -72,6 +72,9 @@ class Batches(ABC):
             goal: samples of all ranks at which the run ends, so that all know of it at
                 once; 0: it has no such end.
 
+        Raises:
+            WorldError: out of lockstep, in a world without background communication.
+
         Communicates: out of lockstep collective, one Dup.
         """
         self.counts.start(goal)

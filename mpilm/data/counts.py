@@ -108,16 +108,12 @@ class Counter(Service):
 
     Args:
         world: of at least two ranks.
-
-    Raises:
-        WorldError: a world without background communication.
     """
 
     waits_for = "a count or a question for the pool"
     ended_by = "batches.close()"
 
     def __init__(self, world: World) -> None:
-        require_background(world, "that counts samples out of lockstep")
         super().__init__(world, world.comm, "counter")  # `start` makes its own comm
         self.traffic = Traffic()
         self._goal = 0
@@ -150,7 +146,11 @@ class Counter(Service):
 
         Args:
             goal: samples of all ranks at which the run ends; 0: there is none.
+
+        Raises:
+            WorldError: a world without background communication.
         """
+        require_background(self.world, "that counts samples out of lockstep")
         self.comm = self.comm.Dup()
         self._goal, self._is_started = goal, True
         if self.comm.rank == 0:

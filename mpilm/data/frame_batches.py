@@ -50,7 +50,6 @@ class FrameShards(Batches):
 
     Raises:
         DataError: fewer utterances than ranks, or too few items.
-        WorldError: a world without background communication.
     """
 
     def __init__(  # noqa: PLR0917 - as Streams, and the size of the cache
@@ -143,7 +142,6 @@ class FramePool(LeasedBatches):
 
     Raises:
         DataError: fewer chunks than ranks.
-        WorldError: a world without background communication.
     """
 
     def __init__(  # noqa: PLR0917 - as PoolBatches

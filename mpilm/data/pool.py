@@ -112,7 +112,6 @@ class PoolBatches(LeasedBatches):
 
     Raises:
         DataError: there are fewer chunks than ranks.
-        WorldError: a world without background communication.
     """
 
     def __init__(  # noqa: PLR0917 - as Streams, and the size of a chunk

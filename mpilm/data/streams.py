@@ -98,7 +98,6 @@ class Streams(Batches):
 
     Raises:
         DataError: the split is too short for so many ranks.
-        WorldError: a world without background communication.
     """
 
     def __init__(

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from mpilm.errors import MpilmError
 from mpilm.storage.checkpoint import Checkpoint
 from mpilm.storage.state_file import read_state
 from mpilm.strategies.adpsgd import Adpsgd
 from mpilm.strategies.async_sgd import AsyncSgd
 from mpilm.strategies.hierarchical import Hierarchical
 from mpilm.train.run import make_schedule
+from mpilm.world.virtual import VirtualWorld
 
 BATCH, UNROLL = 2, 5
 N = BATCH * UNROLL  # samples of a minibatch
@@ -79,6 +81,7 @@ NODES_ADPSGD, NODES_ASYNC_SGD = (
 
 
 @pytest.mark.long
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "strategy", "slow", "source"),
     [
@@ -116,6 +119,7 @@ def test_rates_follow_the_samples_of_all_and_all_end_together(  # noqa: PLR0917
 
 
 @pytest.mark.long
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["pool", "shards"])
 @pytest.mark.parametrize("name", ["adpsgd", "async_sgd"])
 def test_sync_points_stand_where_all_ranks_are(run, truth, name, source):
@@ -141,3 +145,11 @@ def samples_in(folder, size):
     own = [read_state(checkpoint.own(rank)) for rank in range(size)]
     total = sum(state["learner/samples"] for state in own)
     return read_state(checkpoint.shared)["samples"], total
+
+
+@pytest.mark.parametrize("source", ["pool", "shards"])
+def test_without_threads_the_strategy_is_named(run, monkeypatch, source):
+    monkeypatch.setattr(VirtualWorld, "background", False)
+    with pytest.raises(MpilmError) as error:
+        run(2, "adpsgd", data={"source": source})
+    assert str(error.value).startswith("strategy adpsgd needs MPI_THREAD_MULTIPLE")

@@ -219,6 +219,6 @@ def test_without_threads_it_refuses() -> None:
     def main(world: VirtualWorld) -> None:
         world.background = False
         with pytest.raises(WorldError, match="needs MPI_THREAD_MULTIPLE"):
-            Counter(world)
+            Counter(world).start()
 
     run_virtual(main, 2)
