@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpilm.config import Config, read_config, resolve
 from mpilm.errors import CheckpointError
@@ -30,10 +30,8 @@ from mpilm.train.changes import (
     with_changes,
     write_changes,
 )
+from mpilm.train.resume_point import ResumePoint
 from mpilm.train.task import Task
-
-if TYPE_CHECKING:
-    from mpilm.train.saving import Place
 
 
 class RunFolder:
@@ -130,7 +128,7 @@ class RunFolder:
         if self.owner:
             self.owner.release()
 
-    def describe(self, config: Config, task: Task, place: Place | None) -> None:
+    def describe(self, config: Config, task: Task, place: ResumePoint | None) -> None:
         """Write what a run begins with; or, at a place, what is changed from there on.
 
         Raises:

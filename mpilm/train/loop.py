@@ -23,8 +23,9 @@ from mpilm.train.evaluate import Quality, evaluate, swapped
 from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import introduction
+from mpilm.train.resume_point import Stateful
 from mpilm.train.run import make_learner, make_schedule
-from mpilm.train.saving import Part, Saving
+from mpilm.train.saving import Saving
 from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.train.summary import closing_lines, summarise
@@ -375,9 +376,9 @@ class Trainer:
         self.is_saved = True
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, Stateful]:
         """What has a state, by its name in a checkpoint."""
-        parts: dict[str, Part] = {
+        parts: dict[str, Stateful] = {
             "learner": self.learner,
             "strategy": self.strategy,
             "schedule": self.schedule,

@@ -2,77 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any
 
 from mpilm.config import Config, resolve, tomllib
 from mpilm.errors import CheckpointError, ConfigError
 from mpilm.storage.checkpoint import Checkpoints
-from mpilm.storage.saved import State, nested, under
+from mpilm.storage.saved import nested
 from mpilm.train.changes import Change, differences
 from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import Totals
+from mpilm.train.resume_point import ResumePoint, Stateful
 from mpilm.train.task import Task
 from mpilm.world.base import World
-
-if TYPE_CHECKING:
-    from mpilm.learner.learner import Learner
 
 # What a checkpoint's arrays, its place in the data or its first model depend on. The
 # corpus and the number of ranks are checked where they are read.
 LASTING = {"optim.name", "data.source", "strategy.name", "strategy.inner"}
 LASTING |= {"train.batch", "train.unroll", "train.seed"}
 FREE = {"model.dropout"}  # of the model; all else of it is lasting
-
-
-class Part(Protocol):
-    """A part of a trainer that a checkpoint holds."""
-
-    def state(self) -> State:
-        """Return what a checkpoint must hold of this rank."""
-
-    def load_state(self, state: State) -> None:
-        """Take up what `state` returned; of a part that is new here it is empty."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A checkpoint that a run goes on from.
-
-    own      this rank's state
-    step     minibatches of rank 0 when it was written
-    samples  of all ranks when it was written
-    changes  settings that the run had before, and has not now
-    is_end   the run had come to its end, and nothing is changed
-    """
-
-    own: State
-    step: int
-    samples: int
-    changes: list[Change]
-    is_end: bool
-
-    def restore_(self, parts: Mapping[str, Part]) -> Totals:
-        """Let the parts take up their states; return the totals.
-
-        Raises:
-            CheckpointError: one does not fit.
-        """
-        for name, part in parts.items():
-            state = under(name, self.own)
-            if name == "learner":  # its optimiser's settings are the configuration's
-                cast("Learner", part).load_state(state, settings=False)
-            else:
-                part.load_state(state)
-        return Totals(**under("totals", self.own))
-
-    def lines(self) -> Iterator[str]:
-        """Yield what a person wants to know of it."""
-        yield f"resumed at step {self.step:,}, {self.samples:,} samples"
-        for change in self.changes:
-            yield f"changed: {change}"
 
 
 class Saving:
@@ -94,7 +44,7 @@ class Saving:
     def write(
         self,
         models: Mapping[str, Any],
-        parts: Mapping[str, Part],
+        parts: Mapping[str, Stateful],
         totals: Totals,
         samples: int,
     ) -> None:
@@ -122,7 +72,7 @@ class Saving:
             own |= nested(name, part.state())
         self.checkpoints.save(totals.step, shared, own)
 
-    def find(self) -> Place | None:
+    def find(self) -> ResumePoint | None:
         """Return where to go on from; None: there is no checkpoint.
 
         Raises:
@@ -155,7 +105,9 @@ class Saving:
                     f" {changes[0].key} = {changes[0].new} would change nothing; more"
                     " train.samples go on with it, another --out starts anew"
                 )
-        return Place(own, newest.step, samples, changes, has_ended and not changes)
+        return ResumePoint(
+            own, newest.step, samples, changes, has_ended and not changes
+        )
 
 
 def read_saved(text: str, checkpoint: Path) -> Config:
