@@ -20,13 +20,14 @@ def simulate(
     *,
     out: Path,
     ranks: str = "4,8,16,32",
+    machine: str = "",
     protocol_only: Annotated[bool, tyro.conf.arg(name="protocol-only")] = False,
     steps: int | None = None,
     set_: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")
     ] = (),
 ) -> int:
-    """Predict how a run scales, on the [machine] that the configuration declares.
+    """Predict how a run scales, on a declared machine.
 
     All ranks run in this process, in virtual time. By default they train: real
     gradients, loss against the predicted seconds, a run folder for each number of ranks
@@ -36,18 +37,22 @@ def simulate(
         config: TOML file
         out: folder for simulate.json and the run folders
         ranks: numbers of ranks, such as 16,32,64,128
+        machine: one that ships (see below) or a file with a [machine]; that of the
+            configuration if not given
         protocol_only: communication without a network: thousands of ranks in seconds
         steps: minibatches of a rank; if not given, train.samples, or 100 of a protocol
         set_: override a setting: section.key=value
     """
     from mpilm.config import read_config
     from mpilm.simulate import simulation
+    from mpilm.simulate.machines import find_machine
     from mpilm.storage.files import reason, require_apart
     from mpilm.storage.runlog import write_summary
     from mpilm.train.folder import RunFolder
 
     numbers = rank_counts(ranks)
-    settings = read_config(config, set_)
+    found = find_machine(machine) if machine else None
+    settings = read_config(config, (*(found.settings if found else ()), *set_))
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps {steps}: must be 1 or more")
     simulation.ideal_samples_per_s(settings, 1)
@@ -82,6 +87,8 @@ def simulate(
         outcomes.append(outcome)
     what = "protocol only" if protocol_only else "co-simulation"
     print(f"\n{settings.strategy.name}, {what}; seconds are virtual")
+    if found and found.about:
+        print(f"{machine}: {found.about}")
     print(simulation.about(settings.machine))
     for line in simulation.outcome_table(outcomes):
         print(line)
@@ -93,6 +100,16 @@ def simulate(
     }
     write_summary(out / "simulate.json", result)
     return 0
+
+
+def more_help() -> str:
+    """Return the table of the machines that ship."""
+    from mpilm.simulate.machines import find_machine, shipped
+
+    names = shipped()
+    width = max(map(len, names))
+    rows = [f"    {name:<{width}}  {find_machine(name).about}" for name in names]
+    return "\n".join(["", "machines (--machine NAME):", "", *rows])
 
 
 def rank_counts(text: str) -> list[int]:
