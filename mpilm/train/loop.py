@@ -24,7 +24,7 @@ from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import introduction
 from mpilm.train.resume_point import Stateful
-from mpilm.train.run import make_learner, make_schedule
+from mpilm.train.run import make_learner, make_schedule, without_init
 from mpilm.train.saving import Saving
 from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
@@ -82,7 +82,7 @@ class Trainer:
         self.timeline = Timeline(world, config.train.trace_steps)
         with world.all_or_none():
             self.learner = make_learner(
-                config,
+                without_init(config) if place else config,
                 self.task.num_inputs,
                 self.task.num_outputs,
                 self.batches,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,10 @@ def test_a_run_needs_the_file_of_first_weights_no_more(corpus, tmp_path):
     path.unlink()
     trained = TrainedModel.read(tmp_path / "run")
     assert np.array_equal(trained.learner().theta.numpy(), trained.theta_P)
+    longer = replace(config, train=replace(config.train, samples=48))
+    folder = tmp_path / "run"
+    run_virtual(lambda world: Trainer(longer, world, folder, resume=True).train(), 1)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
 
 
 def test_the_momentum_rises_to_its_end(corpus):

@@ -58,6 +58,24 @@ def test_rate_after_samples(config, rates):
     assert schedule.state() == {}
 
 
+def test_newbob_begins_anew_after_another_schedule():
+    """An accuracy is no loss to compare with, and a constant rate has seen nothing."""
+    schedules = {name: make_schedule(config()) for name, config in SCHEDULES.items()}
+    for schedule in schedules.values():
+        for _ in range(3):
+            schedule.observe(3.0, 0.75)
+    for before in schedules.values():
+        for name, config in SCHEDULES.items():
+            after = make_schedule(config())
+            after.load_state(before.state())
+            same = schedules[name] is before
+            expected = before if same else make_schedule(config())
+            assert after.state() == expected.state(), name
+            if not same and name == "newbob_accuracy":
+                assert after.observe(3.0, 0.1)
+                assert after.newbob.best == 0.1
+
+
 def test_the_rate_does_not_depend_on_what_was_asked_before():
     schedule = make_schedule(ExponentialConfig())
     first = schedule.lr(700)
