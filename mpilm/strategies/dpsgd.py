@@ -28,7 +28,7 @@ Cost        one extra copy of the model for one neighbour, two for more.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from msgspec import Meta
@@ -66,12 +66,12 @@ class Dpsgd(Strategy):
     """
 
     name = "dpsgd"
-    Config = DpsgdConfig
-    saves = ("num_sent", "partners", "round")
+    Config: ClassVar[type] = DpsgdConfig
+    saves: tuple[str, ...] = ("num_sent", "partners", "round")
 
-    def __init__(self, world: World, config: DpsgdConfig) -> None:
+    def __init__(self, world: World, config: Any) -> None:
         super().__init__(world, config)
-        self.pace.moves_first = not config.overlap
+        self.pace.moves_first = not getattr(config, "overlap", True)
         self.round = self.num_sent = 0
         self.received: list[Any] = []
         self.partners = np.zeros(self.comm.size, np.int64)
@@ -87,9 +87,6 @@ class Dpsgd(Strategy):
             mean.finish_()  # (1)
             loss = learner.gradient()
         learner.update()  # (2)
-        self.round += 1
-        self.num_sent += len(mean.sends)
-        self.partners[mean.sources] += 1
         return loss
 
     def start_mean(self, theta: Any) -> Mean:
@@ -105,6 +102,9 @@ class Dpsgd(Strategy):
         while len(self.received) < min(2, len(mean.sources)):
             self.received.append(copy_of(theta))
         mean.receive(self.received)
+        self.round += 1
+        self.num_sent += len(mean.sends)
+        self.partners[mean.sources] += 1
         return mean
 
     def metrics(self) -> dict[str, Any]:

@@ -17,9 +17,14 @@ from mpilm.strategies.async_sgd import AsyncSgd
 from mpilm.strategies.base import Strategy
 from mpilm.strategies.bmuf import Bmuf
 from mpilm.strategies.delay_by_one import DelayByOne
+from mpilm.strategies.des_loc import DesLoc
 from mpilm.strategies.dpsgd import Dpsgd
 from mpilm.strategies.gossip_bmuf import GossipBmuf
+from mpilm.strategies.gossip_pga import GossipPga
 from mpilm.strategies.model_averaging import ModelAveraging
+from mpilm.strategies.noloco import Noloco
+from mpilm.strategies.sgp import Sgp
+from mpilm.strategies.sparta import Sparta
 
 Kind = type[Strategy]
 
@@ -34,6 +39,11 @@ INNER: dict[str, Kind] = {
         DelayByOne,
         Adpsgd,
         AsyncSgd,
+        GossipPga,
+        Sgp,
+        Noloco,
+        Sparta,
+        DesLoc,
     )
 }
 

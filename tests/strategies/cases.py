@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from mpilm.strategies.blocks import cut
-from mpilm.strategies.topology import mixing_matrix, num_groups, random_groups
+from mpilm.strategies.sgp import goals_of
+from mpilm.strategies.topology import (
+    mixing_matrix,
+    num_groups,
+    random_groups,
+    random_pairs,
+)
 from tests.strategies import references
 from tests.strategies.fleets import LAYOUT
 
@@ -131,6 +137,48 @@ def dpsgd(topology: str, **settings: Any) -> Case:
     )  # fmt: skip
 
 
+def gossip_pga(rank: Any, size: int, steps: int) -> tuple[int, int]:
+    """A model a neighbour, or in every third step an Allreduce: docs/gossip_pga.md."""
+    sent, received = neighbours("random_ring", 11)(rank, size, steps - steps // 3)
+    averaged, _ = reduced(3)(rank, size, steps)
+    return sent + averaged, received + averaged
+
+
+def pushes(graph: str) -> Bytes:
+    """A model and its weight to one rank, and from each sender: docs/sgp.md."""
+
+    def moved(rank: Any, size: int, steps: int) -> tuple[int, int]:
+        number, goals = (
+            rank.world.rank,
+            (goals_of(graph, size, 11, t) for t in range(steps)),
+        )
+        come = sum(to == number for each in goals for to in each)
+        return steps * (MODEL_BYTES + 8), come * (MODEL_BYTES + 8)
+
+    return moved
+
+
+def sgp(graph: str) -> Case:
+    """Return the case of a graph.
+
+    With weights that differ, the mean of z is another one than that of x, which is the
+    final model: the end is near the minimum as the learning rate is small.
+    """
+    return Case(
+        "sgp", {"graph": graph, "seed": 11},
+        lambda *of: references.sgp(*of[:3], graph=graph, seed=11),
+        pushes(graph), (0.125, 480, 1e-4 if graph == "exponential" else 0.1),
+        mixes=graph == "exponential",
+    )  # fmt: skip
+
+
+def noloco_pairs(rank: Any, size: int, steps: int) -> tuple[int, int]:
+    """Two models to the partner of each block of 3, if there is one: docs/noloco.md."""
+    number = rank.world.rank
+    pairs = [random_pairs(number, size, 0, 1 + block) for block in range(steps // 3)]
+    return (2 * MODEL_BYTES * sum(len(pair) - 1 for pair in pairs),) * 2
+
+
 def bmuf(**settings: Any) -> Case:
     """Return a case of bmuf: one group of all ranks."""
     parts = {"components": "layers"} if settings.get("stagger") else {}
@@ -236,6 +284,30 @@ CASES = {
         "async_sgd", {"staleness_bound": 0},
         lambda *of: references.async_sgd(*of[:3]),
         pulls_and_pushes, (0.05, 150, 1e-4), exact=False,
+    ),
+    "gossip_pga": Case(
+        "gossip_pga", {"period": 3, "topology": "random_ring", "seed": 11},
+        lambda *of: references.gossip_pga(
+            *of[:3], period=3, topology="random_ring", seed=11
+        ),
+        gossip_pga, mixes=True,
+    ),
+    "sgp": sgp("exponential"),
+    "sgp-random": sgp("random"),
+    "noloco": Case(
+        "noloco", {"period": 3},
+        lambda *of: references.noloco(*of[:3], period=3),
+        noloco_pairs,
+    ),
+    "sparta": Case(
+        "sparta", {"share": 0.2},
+        lambda *of: references.sparta(*of[:3], share=0.2, seed=0),
+        reduced(1, [8]),
+    ),
+    "des_loc": Case(
+        "des_loc", {"period": 4, "period_first": 6, "period_second": 10},
+        lambda *of: references.model_averaging(*of[:3], period=4),
+        reduced(4), mixes=True,
     ),
     "hierarchical": Case("hierarchical", nodes, nodes_reference, nodes_moved),
 }  # fmt: skip

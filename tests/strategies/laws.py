@@ -70,6 +70,8 @@ LAWS = {
     "bmuf": declared,
     "gossip_bmuf": declared,
     "async_sgd": served,
+    "sgp": declared,
+    "noloco": declared,
     "hierarchical": nodes,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from mpilm.strategies.blocks import cut, due
+from mpilm.strategies.sparta import index_set
 from mpilm.strategies.topology import mixing_matrix, random_groups
 from tests.strategies.fleets import LAYOUT
 
@@ -61,6 +62,60 @@ def dpsgd(theta, target, steps, *, topology, seed, overlap=True):
         return mixing_matrix(topology, len(theta), seed, step)
 
     return mixing(theta, target, steps, before=before, stale=overlap)
+
+
+def gossip_pga(theta, target, steps, *, period, topology, seed):
+    size = len(theta)
+
+    def after(step):
+        if (step + 1) % period == 0:
+            return mean_matrix(size)
+        return mixing_matrix(topology, size, seed, step - step // period)
+
+    return mixing(theta, target, steps, after=after)
+
+
+def push_matrix(graph, size, seed, step):
+    """Return P of `sgp`, (K, K): column j has the halves of what rank j holds."""
+    matrix = 0.5 * np.eye(size)
+    for rank in range(size):
+        if graph == "exponential":
+            goal = rank + 2 ** (step % max(1, (size - 1).bit_length()))
+        else:
+            draws = np.random.default_rng([seed, step]).integers(size - 1, size=size)
+            goal = rank + 1 + draws[rank]
+        matrix[goal % size, rank] += 0.5
+    return matrix
+
+
+def sgp(theta, target, steps, *, graph, seed):
+    """x and w are kept, and z is made of them; the strategy keeps z and w."""
+    x, w = theta.copy(), np.ones((len(theta), 1))
+    for step in range(steps):
+        P = push_matrix(graph, len(x), seed, step)
+        x = P @ (x - LR * (x / w - target))
+        w = P @ w
+    return x / w, x.mean(axis=0)
+
+
+def noloco(theta, target, steps, *, period, alpha=0.5, beta=0.7, gamma=0.9, seed=0):
+    phi, delta = theta.copy(), np.zeros_like(theta)
+    for step in range(1, steps + 1):
+        theta = theta - LR * (theta - target)
+        if step % period == 0:
+            T = mixing_matrix("random_pairs", len(theta), seed, step // period)
+            delta = alpha * delta + beta * T @ (theta - phi) - gamma * (phi - T @ phi)
+            phi = phi + delta
+            theta = phi.copy()
+    return theta, theta.mean(axis=0)
+
+
+def sparta(theta, target, steps, *, share, seed):
+    for step in range(1, steps + 1):
+        theta = theta - LR * (theta - target)
+        where = index_set(theta.shape[1], share, seed, step)
+        theta[:, where] = theta[:, where].mean(axis=0)
+    return theta, theta.mean(axis=0)
 
 
 def adpsgd(theta, target, steps, *, weight=1 / 3):

@@ -81,6 +81,31 @@ SETTINGS = {
         "staleness_bound": draw.choice([-1, 0, 1, 3]),
         "momentum": draw.choice([0.0, 0.5]),
     },
+    "gossip_pga": lambda draw, size: {
+        "period": draw.randint(1, 5),
+        "topology": draw.choice([name for name in TOPOLOGIES if name != "complete"]),
+        "seed": draw.randrange(1000),
+    },
+    "sgp": lambda draw, size: {
+        "graph": draw.choice(["exponential", "random"]),
+        "seed": draw.randrange(1000),
+    },
+    "noloco": lambda draw, size: {
+        "period": draw.randint(1, 4),
+        "alpha": draw.choice([0.0, 0.5]),
+        "beta": draw.choice([0.7, 1.0]),
+        "gamma": draw.choice([0.6, 1.0]),
+        "seed": draw.randrange(1000),
+    },
+    "sparta": lambda draw, size: {
+        "share": draw.choice([0.01, 0.3, 1.0]),
+        "seed": draw.randrange(1000),
+    },
+    "des_loc": lambda draw, size: {
+        "period": draw.randint(1, 4),
+        "period_first": draw.randint(0, 5),
+        "period_second": draw.randint(0, 5),
+    },
     "hierarchical": lambda draw, size: {
         "node_size": (
             members := draw.choice([n for n in range(1, size + 1) if size % n == 0])
@@ -101,6 +126,9 @@ LEADS = {
         "exponential": (size - 1).bit_length(),
     }.get(settings["topology"]),
     "delay_by_one": lambda settings, size: 1,
+    "gossip_pga": lambda settings, size: settings["period"],
+    "sparta": lambda settings, size: 1,
+    "des_loc": lambda settings, size: settings["period"],
     "async_sgd": lambda settings, size: (
         settings["staleness_bound"] if settings["staleness_bound"] >= 0 else None
     ),

@@ -30,6 +30,9 @@ SETTINGS = {
     "gossip_bmuf": {"period": 3, "delay": 1},
     "dpsgd": {"topology": "random_ring"},
     "dpsgd-late": {"overlap": False},
+    "noloco": {"period": 3},
+    "sparta": {"share": 0.2},
+    "des_loc": {"period": 4, "period_first": 2, "period_second": 3},
 }
 CASES = [*INNER, "dpsgd-late"]
 

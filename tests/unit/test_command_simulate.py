@@ -45,9 +45,10 @@ def test_one_reduction_at_the_end_of_a_step_costs_what_the_machine_says():
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_a_scaled_protocol_takes_the_same_time(name, monkeypatch):
-    whole = outcome(name)
+    settings = {"share": 0.5} if name == "sparta" else {}  # a number of parameters
+    whole = outcome(name, **settings)
     monkeypatch.setattr(simulation, "PROTOCOL_PARAMETERS", P // 10)
-    scaled = outcome(name)
+    scaled = outcome(name, **settings)
     # a parameter server's shards end at segments: rounding moves some
     tolerance = 0.05 if name == "async_sgd" else 0.01
     assert scaled.seconds == pytest.approx(whole.seconds, rel=tolerance)

@@ -1,0 +1,123 @@
+"""What the relatives are where their settings make them another strategy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mpilm.learner.learner import Learner
+from mpilm.strategies import strategy
+from mpilm.strategies.sgp import goals_of
+from mpilm.strategies.sparta import index_set
+from mpilm.world.virtual import run_virtual
+from tests.strategies.fleets import fleet, thetas
+from tests.strategies.modules import Mixed, Points
+
+NOISY = {"noise": 0.5, "momentum": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "other", "others"),
+    [
+        ("gossip_pga", {"period": 1}, "model_averaging", {"period": 1}),
+        ("sparta", {"share": 1.0}, "model_averaging", {"period": 1}),
+        (
+            "des_loc",
+            {"period": 4, "period_first": 4, "period_second": 4},
+            "model_averaging",
+            {"period": 4, "momentum": "average"},
+        ),
+    ],
+)
+def test_it_is_another_strategy_to_the_bit(name, settings, other, others):
+    ranks = fleet(name, 3, learner=NOISY, **settings)
+    theirs = fleet(other, 3, learner=NOISY, **others)
+    assert np.array_equal(thetas(ranks), thetas(theirs))
+    for one, two in zip(ranks, theirs, strict=True):
+        assert (one.bytes_sent, one.bytes_received) == (
+            two.bytes_sent,
+            two.bytes_received,
+        )
+
+
+def test_after_a_global_average_all_ranks_are_equal_and_before_they_are_not():
+    ends = [thetas(fleet("gossip_pga", 5, steps=n, period=4)) for n in (7, 8)]
+    apart, together = (np.abs(models - models[0]).max() for models in ends)
+    assert together == 0.0
+    assert apart > 1e-3
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_push_sum_weights_are_one_where_each_rank_has_one_sender(size):
+    even = fleet("sgp", size, graph="exponential", steps=20)
+    assert [rank.strategy.weight for rank in even] == [1.0] * size
+    uneven = [
+        rank.strategy.weight for rank in fleet("sgp", size, graph="random", steps=20)
+    ]
+    assert sum(uneven) == size  # sums of powers of 1/2 are exact
+    assert (max(uneven) > 1.0) == (size > 2)
+
+
+def test_push_sum_finds_the_mean_where_plain_gossip_would_not():
+    """Without gradients all z come to the mean of the first models."""
+    first = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+    settings = {"learner": {"lr": 0.0}, "scatter": first, "graph": "random"}
+    ranks = fleet("sgp", 5, steps=60, **settings)
+    wanted = np.broadcast_to(first.astype(np.float64).mean(axis=0), first.shape)
+    np.testing.assert_allclose(thetas(ranks), wanted, atol=1e-5)
+    assert np.ptp([rank.strategy.weight for rank in ranks]) > 0.1
+
+
+def test_nobody_sends_to_itself_and_all_are_sent_to():
+    rounds = [goals_of("random", 5, 3, number) for number in range(200)]
+    for goals in rounds:
+        assert all(goal != rank for rank, goal in enumerate(goals))
+    assert {goal for goals in rounds for goal in goals} == set(range(5))
+
+
+def test_every_parameter_is_drawn_about_as_often():
+    counts = np.zeros(100)
+    for step in range(2000):
+        where = index_set(100, 0.1, 5, step)
+        assert len(set(where.tolist())) == 10
+        counts[where] += 1
+    np.testing.assert_allclose(counts, 200.0, atol=6 * np.sqrt(180.0))
+
+
+def test_each_moment_of_adamw_is_one_on_all_ranks_at_its_own_period():
+    """What is equal after each step, over 12 steps."""
+
+    def main(world):
+        learner = Learner(
+            Mixed(0),
+            Points(world.rank),
+            lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+            compute=world.compute,
+        )
+        settings = {"period": 2, "period_first": 3, "period_second": 4}
+        chosen = strategy("des_loc", world, **settings)
+        chosen.start(learner)
+        found = []
+        for _ in range(12):
+            chosen.step(learner)
+            vectors = {"theta": learner.theta, **learner.moments()}
+            found.append({name: vector.clone() for name, vector in vectors.items()})
+        return found
+
+    ranks = run_virtual(main, 3)
+    equal = {
+        name: [
+            step + 1
+            for step in range(12)
+            if all(
+                torch.equal(rank[step][name], ranks[0][step][name]) for rank in ranks
+            )
+        ]
+        for name in ranks[0][0]
+    }
+    assert equal == {
+        "theta": [2, 4, 6, 8, 10, 12],
+        "exp_avg": [3, 6, 9, 12],
+        "exp_avg_sq": [4, 8, 12],
+    }
