@@ -48,6 +48,25 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"(tests/[\w/]+\.py)::(test_\w+)", page.read_text()))
+    missing = [
+        f"{file}::{test}"
+        for file, test in sorted(named)
+        if not re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE)
+    ]
+    assert missing == []
+
+
+def test_every_promise_names_a_test() -> None:
+    page = (ROOT / "docs/reliability.md").read_text()
+    rows = [row.split("|")[1:3] for row in re.findall(r"^\| .*$", page, re.MULTILINE)]
+    promises = [row for row in rows if row[0].strip() != "promise"]
+    assert promises
+    assert [promise for promise, test in promises if "::test_" not in test] == []
+
+
 def is_there(name: str) -> bool:
     """Return whether a dotted name is a module of mpilm, or a name in one."""
     path, parts = ROOT, name.split(".")
