@@ -38,6 +38,7 @@ else:
 
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,9 @@ class TrainConfig:
     """evaluate the test split at the end"""
     worst_rank: bool = True
     """evaluate at the end every rank's own model too, where ranks differ"""
+    worst_rank_share: Share = 0.1
+    """part of the run's work that this may take: of larger splits a part is evaluated;
+    1: all of them"""
     eval_streams: Positive = 16
     """sequences evaluated side by side, whatever the number of ranks"""
     log_every: Positive = 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,13 +118,29 @@ def positive(option: str, value: int | None) -> int | None:
 
 @contextmanager
 def progress_bar() -> Iterator[ShowProgress]:
-    """Show a bar on a terminal, nothing elsewhere; yield what to call with counts."""
+    """Show a bar on a terminal, elsewhere a line every few seconds, on stderr.
+
+    Yields what to call with counts.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
+    from mpilm.train.screen import PLAIN_EVERY_S
+
     console = Console(stderr=True)
-    hidden = not console.is_terminal
-    with Progress(console=console, transient=True, disable=hidden) as bar:
+    shown_s = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal shown_s
+        now_s = time.monotonic()
+        if now_s - shown_s >= PLAIN_EVERY_S and total:
+            shown_s = now_s
+            print(f"preparing: {done / total:.0%}", file=sys.stderr, flush=True)
+
+    if not console.is_terminal:
+        yield say
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task("preparing", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -305,8 +305,11 @@ class Learner:
         self._optimizer.lr = value
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Any]) -> Sums:
+    def evaluate(self, batches: Iterable[Any], most: int | None = None) -> Sums:
         """Return what the model makes of `batches`, summed.
+
+        Args:
+            most: stop after the minibatch with which it has seen so many samples.
 
         The sums are of `model.nll(minibatch)`, 0-d float64, or a pair with the number
         of wrong guesses; where a model has none, the mean loss times `num_samples`.
@@ -330,6 +333,8 @@ class Learner:
                     errors = wrong + (0 if errors is None else errors)
                 nll += found
                 count += num_samples
+                if most is not None and count >= most:
+                    break
         finally:
             for module, training in modes:
                 module.training = training

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mpilm.config import TrainConfig
     from mpilm.learner.learner import Learner
     from mpilm.train.task import Task
+
+
+Watch = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,13 @@ class Quality:
 
 
 def evaluate(
-    learner: Learner, task: Task, split: str, train: TrainConfig, world: World
+    learner: Learner,
+    task: Task,
+    split: str,
+    train: TrainConfig,
+    world: World,
+    *,
+    watch: Watch = iter,
 ) -> Quality:
     """Return how good the learner's model is on `split`.
 
@@ -57,13 +66,16 @@ def evaluate(
     rank evaluates some of them; every sample counts exactly once. So the result does
     not depend on the number of ranks, but for rounding.
 
+    Args:
+        watch: is handed the minibatches, and yields them on.
+
     Raises:
         DataError: the corpus has no such split.
 
     Communicates: collective, one Allreduce of 24 bytes, blocking.
     """
     share = task.evaluation(split, train, world.rank, world.size)
-    sums = learner.evaluate(share)
+    sums = learner.evaluate(watch(share))
     errors = sums.errors if sums.num_targets else 0.0
     total = np.array([sums.nll, sums.num_targets, errors])
     world.comm.Allreduce(IN_PLACE, total)
@@ -71,23 +83,48 @@ def evaluate(
 
 
 def evaluate_alone(
-    learner: Learner, task: Task, split: str, train: TrainConfig
-) -> Quality:
-    """Return how good the learner's model is on all of `split`. No communication."""
-    sums = learner.evaluate(task.evaluation(split, train, 0, 1))
-    return quality(sums.nll, sums.num_targets, sums.errors)
+    learner: Learner,
+    task: Task,
+    split: str,
+    train: TrainConfig,
+    *,
+    most: int | None = None,
+    watch: Watch = iter,
+) -> tuple[Quality, int]:
+    """Return how good the learner's model is on `split`, and on how many samples.
+
+    No communication.
+
+    Args:
+        most: stop after so many samples.
+        watch: see `evaluate`.
+    """
+    batches = watch(task.evaluation(split, train, 0, 1))
+    sums = learner.evaluate(batches, most)
+    return quality(sums.nll, sums.num_targets, sums.errors), sums.num_targets
 
 
 def evaluate_each(
-    learner: Learner, task: Task, split: str, train: TrainConfig, world: World
-) -> list[Quality]:
-    """Return how good every rank's own model is on all of `split`, by rank.
+    learner: Learner,
+    task: Task,
+    split: str,
+    train: TrainConfig,
+    world: World,
+    *,
+    most: int | None = None,
+    watch: Watch = iter,
+) -> tuple[list[Quality], int]:
+    """Return how good every rank's own model is on `split`, by rank; on how many.
 
-    All ranks work at the same time, each on the whole split.
+    All ranks work at the same time, each on the same samples.
+
+    Args:
+        most: see `evaluate_alone`; the same on all ranks.
 
     Communicates: collective, a small allgather, blocking.
     """
-    return world.comm.allgather(evaluate_alone(learner, task, split, train))
+    own, count = evaluate_alone(learner, task, split, train, most=most, watch=watch)
+    return world.comm.allgather(own), count
 
 
 def quality(nll: float, count: float, errors: float) -> Quality:

@@ -118,7 +118,12 @@ class Trainer:
             path, step = self.folder.log(world.rank), self.totals.step
             self.log = RunLog(path, world.rank, LOG_FIELDS, from_step=step)
         self.screen = Screen(
-            config.train.samples, samples=self.samples, speaks=world.rank == 0
+            config.train.samples,
+            samples=self.samples,
+            train_seconds=self.totals.train_seconds,
+            speaks=world.rank == 0,
+            perplexity=self.task.sample == "token",
+            virtual=world.is_virtual,
         )
         lines = introduction(config, self.task, self.strategy, self.learner)
         for line in (*lines, *(place.lines() if place else ())):
@@ -228,11 +233,12 @@ class Trainer:
             num_dropped=self.batches.num_dropped,
             quality=partial(self.quality, source=self.strategy),
             ema_quality=partial(self.quality, source=self.ema) if self.ema else None,
+            watch=self.screen.watch,
         )
         with self.world.all_or_none():
             if self.world.rank == 0:
                 self.folder.conclude(summary)
-        for text in closing_lines(summary):
+        for text in closing_lines(summary, virtual=self.world.is_virtual):
             self.screen.line(text)
 
     def sync(self, samples: int) -> None:
@@ -286,7 +292,7 @@ class Trainer:
                 self.log.event(name, start_s, stop_s, step=step)
         except CheckpointError as error:
             self.failure = error
-        self.screen.update(samples, loss)
+        self.screen.update(samples, loss, totals.train_seconds)
 
     def raise_failure(self, kind: type[MpilmError] = MpilmError) -> None:
         """Raise on all ranks what went wrong on one, if it is of this kind."""
@@ -327,6 +333,7 @@ class Trainer:
         if self.best:
             self.best.judge(is_kept)
             self.is_saved = self.is_saved and is_kept
+        self.screen.valid = f"valid frame error {quality.error:.2%}"
         note = "" if is_kept else ": worse, back to the best model"
         self.screen.line(f"valid {quality}{note}")
         with self.recorder.paused():
@@ -341,7 +348,8 @@ class Trainer:
         """Measure the final model of `source` on a split. Collective."""
         learner, train = self.learner, self.config.train
         with swapped(learner, source):
-            return evaluate(learner, self.task, split, train, self.world)
+            watch = partial(self.screen.watch, f"evaluating {split}")
+            return evaluate(learner, self.task, split, train, self.world, watch=watch)
 
     def final_theta(self, source: Strategy | Ema) -> Any:
         """Return the final model of `source`, (P,). Collective.

@@ -6,8 +6,9 @@ docs/metrics.md says what every number means.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from mpilm.config import Config
     from mpilm.learner.learner import Learner
     from mpilm.train.task import Task
+
+# Samples that are evaluated in the time of one that is trained. The forward pass is a
+# third of both by operations; 2 and not 3, to be on the safe side.
+EVALUATED = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ def summarise(
     num_dropped: int,
     quality: Callable[[str], Quality],
     ema_quality: Callable[[str], Quality] | None,
+    watch: Callable[..., Iterator[Any]],
 ) -> dict[str, Any]:
     """Measure what is left to measure; return what the run came to: name -> value.
 
@@ -54,6 +60,7 @@ def summarise(
         num_dropped: samples of the train split that no rank saw.
         quality: measures the final model on a split; collective.
         ema_quality: the same for its moving average; None: there is none.
+        watch: shows how far it is: yields its second argument, named by the first.
 
     Communicates: collective.
     """
@@ -66,12 +73,17 @@ def summarise(
             results = split_results("test", quality("test"))
             if ema_quality:
                 results["ema_test_perplexity"] = ema_quality("test").perplexity
-        each = {}
+        each: dict[str, list[Quality]] = {}
+        cut_at = None
         if config.train.worst_rank and differ(reports):  # on all ranks: the same
-            each = {
-                split: evaluate_each(learner, task, split, config.train, world)
-                for split in splits
-            }
+            most = most_evaluated(config, reports, len(splits))
+            for split in splits:
+                shown = partial(watch, f"every rank's own model on {split}")
+                each[split], count = evaluate_each(
+                    learner, task, split, config.train, world, most=most, watch=shown
+                )
+                if most is not None and count >= most:
+                    cut_at = most
     if ema_quality:
         results["ema_valid_perplexity"] = totals.ema_valid_perplexity
     if not math.isnan(totals.valid_error):
@@ -85,6 +97,7 @@ def summarise(
         "valid_perplexity": totals.valid_perplexity,
         **results,
         **worst_rank(each),
+        "worst_rank_samples": cut_at,
         "perplexity_floor": task.floor,
         f"{task.sample}s_left_out": num_dropped,
         "device": learner.device.type,
@@ -95,6 +108,21 @@ def summarise(
         own_models = [own.perplexity for own in each["valid"]]
         summary["per_rank"]["valid_perplexity"] = own_models
     return summary
+
+
+def most_evaluated(
+    config: Config, reports: list[RankSummary], num_splits: int
+) -> int | None:
+    """Return how many samples of each split every rank's own model is measured on.
+
+    The part `train.worst_rank_share` of the run's work, by samples and not by seconds:
+    so the same run measures the same. None: all of them.
+    """
+    share = config.train.worst_rank_share
+    if share >= 1.0:
+        return None
+    of_rank = sum(report.samples for report in reports) / len(reports)
+    return max(1, int(share * EVALUATED * of_rank / num_splits))
 
 
 def differ(reports: list[RankSummary]) -> bool:
@@ -192,10 +220,16 @@ def per_rank(reports: list[RankSummary]) -> dict[str, list[Any]]:
     return values
 
 
-def closing_lines(summary: dict[str, Any]) -> list[str]:
-    """Return what a person wants to read of a summary."""
+def closing_lines(summary: dict[str, Any], *, virtual: bool = False) -> list[str]:
+    """Return what a person wants to read of a summary.
+
+    Args:
+        virtual: its seconds are those of a declared machine.
+    """
+    took = clock(summary["train_seconds"])
+    took += " of virtual time" if virtual else " of training"
     speed = (
-        f"{summary['samples']:,} samples in {clock(summary['seconds'])}"
+        f"{summary['samples']:,} samples in {took}"
         f" on {count(summary['ranks'], 'rank')}: {summary['samples_per_s']:,.0f}/s"
     )
     if summary["ranks"] > 1:
@@ -203,12 +237,18 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
             f", {summary['comm_seconds']:.1f} s waiting for communication,"
             f" overlap {summary['overlap']:.0%}"
         )
+    if not virtual and clock(summary["seconds"]) != clock(summary["train_seconds"]):
+        speed += f"; {clock(summary['seconds'])} with evaluations and checkpoints"
     quality = results(summary)
     if summary["worst_rank"] is not None:
-        quality = (
-            f"final model: {quality}; worst single rank ({summary['worst_rank']}):"
-            f" {results(summary, 'worst_rank_')}"
-        )
+        worst = f"worst single rank ({summary['worst_rank']})"
+        worst += f": {results(summary, 'worst_rank_')}"
+        if cut := summary.get("worst_rank_samples"):
+            # not beside the final model, which was measured on all of them
+            best = min(summary["per_rank"]["valid_perplexity"])
+            worst += f", on {cut:,} samples of each split, where the best rank has"
+            worst += f" valid perplexity {best:.2f}"
+        quality = f"final model: {quality}; {worst}"
     if summary["perplexity_floor"]:
         quality += f"; floor {summary['perplexity_floor']:.2f}"
     return [speed, quality]

@@ -207,6 +207,7 @@ class World(ABC):
 
     comm: Comm
     background: bool  # whether activities may communicate beside the learner
+    is_virtual = False  # whether its seconds are those of a declared machine
 
     @property
     def rank(self) -> int:
@@ -323,7 +324,7 @@ class Within(World):
 
     def __init__(self, outer: World, comm: Comm) -> None:
         self.outer, self.comm = outer, comm
-        self.background = outer.background
+        self.background, self.is_virtual = outer.background, outer.is_virtual
 
     def now_s(self) -> float:
         return self.outer.now_s()

@@ -121,8 +121,9 @@ def test_where_no_models_are_mixed_there_is_no_gap(name, size):
 
 @pytest.mark.long
 def test_consensus_and_the_worst_rank_are_those_of_the_ranks_own_models(run):
-    trainers = run(3, "local", steps=30)
+    trainers = run(3, "local", steps=30, train={"worst_rank_share": 1.0})
     summary = summary_of(trainers)
+    assert summary["worst_rank_samples"] is None
     thetas = np.stack([t.learner.theta.numpy() for t in trainers]).astype(np.float64)
     mean = thetas.mean(axis=0)
     distances = np.linalg.norm(thetas - mean, axis=1)
@@ -135,7 +136,7 @@ def test_consensus_and_the_worst_rank_are_those_of_the_ranks_own_models(run):
 
     own = {
         split: [
-            evaluate_alone(t.learner, t.task, split, t.config.train).perplexity
+            evaluate_alone(t.learner, t.task, split, t.config.train)[0].perplexity
             for t in trainers
         ]
         for split in ("valid", "test")
@@ -161,6 +162,26 @@ def test_the_worst_rank_is_measured_only_if_asked_for(run):
     summary = summary_of(run(2, "local", steps=10, train={"worst_rank": False}))
     assert summary["consensus_distance"] > 0.0
     assert summary["worst_rank"] is None
+
+
+def test_the_worst_rank_takes_a_tenth_of_a_run_at_most(run):
+    """10 steps of 40 samples: 2 x 400 / 10 samples for two splits, in whole batches."""
+    trainers = run(2, "local", steps=10)
+    summary = summary_of(trainers)
+    most = 40
+    assert summary["worst_rank_samples"] == most
+    own, count = evaluate_alone(
+        trainers[1].learner,
+        trainers[1].task,
+        "valid",
+        trainers[1].config.train,
+        most=most,
+    )
+    batch = next(
+        iter(trainers[1].task.evaluation("valid", trainers[1].config.train, 0, 1))
+    )
+    assert most <= count < most + batch.num_samples
+    assert summary["per_rank"]["valid_perplexity"][1] == own.perplexity
 
 
 @pytest.mark.long

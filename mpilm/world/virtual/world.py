@@ -104,6 +104,7 @@ class VirtualWorld(World):
     """One rank's face of the virtual world."""
 
     background = True
+    is_virtual = True
     comm: VirtualComm
 
     def __init__(self, simulation: Simulation, comm: VirtualComm) -> None:
