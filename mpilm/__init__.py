@@ -12,6 +12,9 @@ from typing import Any
 __version__ = "0.2.0"
 
 _EXPORTS = {
+    "fit": "mpilm.own.fit",
+    "load_model": "mpilm.own.fit",
+    "evaluate_mean": "mpilm.train.evaluate",
     "Learner": "mpilm.learner.learner",
     "MpiWorld": "mpilm.world.mpi",
     "run_mpi": "mpilm.world.mpi",

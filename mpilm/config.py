@@ -24,8 +24,8 @@ from msgspec import Meta
 
 from mpilm.convert import Choice, convert, fields_of, to_plain, unknown
 from mpilm.errors import ConfigError
-from mpilm.models.configs import MODELS, PretrainConfig
-from mpilm.optim.configs import OPTIMIZERS, SCHEDULES
+from mpilm.models.configs import MODELS, OwnModelConfig, PretrainConfig
+from mpilm.optim.configs import OPTIMIZERS, SCHEDULES, OwnOptimConfig
 from mpilm.strategies import STRATEGIES, find_strategy
 from mpilm.strategies.ema import EmaConfig
 from mpilm.world.faults import Faults
@@ -131,6 +131,11 @@ class Config:
                 sections[name] = {"name": section.name, **to_plain(section.settings)}
             else:
                 sections[name] = to_plain(section)
+        if self.model.name == OWN:
+            for name in NOT_OWN:
+                del sections[name]
+            for key in NOT_OWN_TRAIN:
+                del sections["train"][key]
         return sections
 
     def to_document(self) -> dict[str, dict[str, Any]]:
@@ -173,11 +178,16 @@ class StrategyConfigs(dict[str, type]):
         return find_strategy(name).Config
 
 
+OWN = "own"  # model and optimiser of somebody who called `mpilm.fit`
+# what such a run has no use for: sections, and settings of [train]
+NOT_OWN = ("data", "pretrain", "machine")
+NOT_OWN_TRAIN = ("batch", "unroll", "eval_streams")
+
 # section -> its dataclass, or the choices by name and the default one
 SECTIONS: dict[str, Any] = {
     "data": DataConfig,
-    "model": (MODELS, "lstm_lm"),
-    "optim": (OPTIMIZERS, "sgd"),
+    "model": ({**MODELS, OWN: OwnModelConfig}, "lstm_lm"),
+    "optim": ({**OPTIMIZERS, OWN: OwnOptimConfig}, "sgd"),
     "schedule": (SCHEDULES, "constant"),
     "strategy": (StrategyConfigs(), "allreduce"),
     "train": TrainConfig,
@@ -330,9 +340,11 @@ def settings() -> Iterator[Setting]:
     for section, kind in SECTIONS.items():
         if isinstance(kind, tuple):
             choices, default = kind
-            text = "one of " + ", ".join(choices)
+            text = "one of " + ", ".join(name for name in choices if name != OWN)
             yield Setting(section, "", "name", default, text)
             for choice, config in choices.items():
+                if choice == OWN:
+                    continue
                 yield from _settings_of(section, choice, config)
         else:
             yield from _settings_of(section, "", kind)

@@ -87,6 +87,7 @@ class Learner:
             are read.
 
     rows     gradients of the row tables by segment: ids and values, see `Rows`
+    compute  runs the work of a gradient
     refresh  called when a gradient is complete and before an update: the trainer sets
              `lr` there to what it is now (a slow rank's minibatch may have taken long)
 
@@ -121,8 +122,9 @@ class Learner:
         self.layout = self._parameters.layout
         self.grad = self._parameters.grad
         self._loss = loss or (lambda model, batch: model.loss(batch))
+        self._nll_of = None if loss else getattr(model, "nll", None)
         self._samples_of = num_samples or samples_of
-        self._compute: Compute = compute or run_now
+        self.compute: Compute = compute or run_now
         self._random = RandomState(seed, self.device)
         self._row_optimizer: RowOptimizer | None = None
         self._drawn: Any = None  # a minibatch, before its gradient
@@ -199,7 +201,7 @@ class Learner:
         def work(notify: Notify) -> float | Tensor:
             return self._differentiate(parts, counts, notify, scale)
 
-        loss = self._compute(work, ready)
+        loss = self.compute(work, ready)
         self.refresh()
         return loss
 
@@ -312,7 +314,8 @@ class Learner:
             most: stop after the minibatch with which it has seen so many samples.
 
         The sums are of `model.nll(minibatch)`, 0-d float64, or a pair with the number
-        of wrong guesses; where a model has none, the mean loss times `num_samples`.
+        of wrong guesses; where a model has none, or the loss was given, the mean loss
+        times the samples.
         Training goes on afterwards as if nothing had been: modes, buffers and carried
         state are put back, and no random numbers drawn.
         """
@@ -343,9 +346,8 @@ class Learner:
         return Sums(nll.item(), count, math.nan if errors is None else float(errors))
 
     def _nll(self, batch: Any, num_samples: int) -> tuple[Any, Any]:
-        nll = getattr(self.model, "nll", None)
-        if nll is not None:
-            found = nll(batch)
+        if self._nll_of is not None:
+            found = self._nll_of(batch)
             return found if isinstance(found, tuple) else (found, None)
         loss, wrong = self._losses(batch)
         require_scalar(loss)

@@ -134,6 +134,17 @@ class PretrainConfig:
     """standard deviation of the first weights"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnModelConfig:
+    """Section [model] of `own`: one that `mpilm.fit` was given."""
+
+    reads: ClassVar[str] = "own"
+    kind: str = ""
+    """class of the module"""
+    parameters: Natural = 0
+    """how many are trained"""
+
+
 MODELS: dict[str, type] = {
     "lstm_lm": LstmLmConfig,
     "dnn": DnnConfig,

@@ -138,6 +138,24 @@ class NewbobAccuracyConfig:
     """whether the rate is multiplied by the number of ranks (linear scaling)"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnOptimConfig:
+    """Section [optim] of `own`: one that `mpilm.fit` was given."""
+
+    kind: str = ""
+    """class of the optimiser"""
+    lr: Annotated[float, Meta(ge=0.0)] = 0.0
+    """learning rate of its first group"""
+    clip: Annotated[float, Meta(ge=0.0)] = 0.0
+    """largest norm of the whole gradient; 0: no clipping"""
+    accumulate: Annotated[int, Meta(ge=1)] = 1
+    """minibatches in a step"""
+    autocast: Literal["", "bfloat16"] = ""
+    """type in which torch computes what it can"""
+    scheduler: str = ""
+    """class of the torch scheduler that sets the rate, if there is one"""
+
+
 OPTIMIZERS: dict[str, type] = {
     "sgd": SgdConfig,
     "adamw": AdamwConfig,

@@ -141,7 +141,7 @@ def scalars(run: Run) -> Iterator[tuple[str, Vector, Vector, Vector]]:
         yield "train/loss", curve.samples, curve.seconds, curve.loss
     moments, shares = run.waiting()
     yield "waiting", run.samples_at(moments), moments, shares
-    yield "valid/perplexity", *run.valid()
+    yield f"valid/{run.measure}", *run.valid()
     yield "consensus_distance", *run.consensus()
 
 

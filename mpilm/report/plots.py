@@ -70,7 +70,10 @@ def curves(
 
 
 def loss(runs: list[Run]) -> list[str]:
-    """Draw the training loss, and the perplexity on valid where it was measured."""
+    """Draw the training loss, and the perplexity on valid where it was measured.
+
+    Of models of somebody's own their loss on valid instead.
+    """
     floors = {run.number("perplexity_floor") for run in runs}
     floors = {floor for floor in floors if math.isfinite(floor) and floor > 0.0}
     everyone = list(range(len(runs)))
@@ -93,8 +96,6 @@ def loss(runs: list[Run]) -> list[str]:
     for clock, chosen in by_clock(runs):
         by = loss_at("seconds")
         made.append(curves(runs, chosen, by, title, x=Axis(clock), y=y, levels=levels))
-    title = "perplexity on valid"
-    y, levels = Axis(log=10), list(floors)
 
     def by_samples(run: Run) -> Points:
         return run.valid()[0], run.valid()[2]
@@ -102,12 +103,21 @@ def loss(runs: list[Run]) -> list[str]:
     def by_seconds(run: Run) -> Points:
         return run.valid()[1], run.valid()[2]
 
-    made.append(
-        curves(runs, everyone, by_samples, title, x=samples, y=y, levels=levels)
-    )
-    for clock, chosen in by_clock(runs):
-        x = Axis(clock)
-        made.append(curves(runs, chosen, by_seconds, title, x=x, y=y, levels=levels))
+    for measure in ("perplexity", "loss"):
+        judged = [n for n in everyone if runs[n].measure == measure]
+        is_loss = measure == "loss"
+        title, y = f"{measure} on valid", Axis() if is_loss else Axis(log=10)
+        levels = [] if is_loss else list(floors)
+        if judged:
+            made.append(
+                curves(runs, judged, by_samples, title, x=samples, y=y, levels=levels)
+            )
+        for clock, chosen in by_clock(runs):
+            if both := [n for n in chosen if n in judged]:
+                x = Axis(clock)
+                made.append(
+                    curves(runs, both, by_seconds, title, x=x, y=y, levels=levels)
+                )
     return made
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpilm.config import OWN
 from mpilm.storage.runlog import RankLog
 from mpilm.train.changes import Change
 
@@ -216,9 +217,16 @@ class Run:
             samples[at == end] = self.number("samples")
         return samples[order], at[order], np.array(means)[order]
 
+    @property
+    def measure(self) -> str:
+        """What its models are judged by: "perplexity", or the "loss" of own models."""
+        return (
+            "loss" if self.config.get("model", {}).get("name") == OWN else "perplexity"
+        )
+
     def valid(self) -> tuple[Vector, Vector, Vector]:
-        """Return samples, seconds and perplexity of each evaluation on valid."""
-        return self.measured("valid_perplexity")
+        """Return samples, seconds and `measure` of each evaluation on valid."""
+        return self.measured(f"valid_{self.measure}")
 
     def consensus(self) -> tuple[Vector, Vector, Vector]:
         """Return samples, seconds and distance to the mean model, where measured."""

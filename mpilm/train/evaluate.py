@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpilm.data.hdf5 import Corpus, read_tokens
+from mpilm.storage.saved import State
 from mpilm.strategies import Strategy
 from mpilm.strategies.ema import Ema
 from mpilm.world.base import IN_PLACE, World
 
 if TYPE_CHECKING:
     from mpilm.config import TrainConfig
-    from mpilm.learner.learner import Learner
+    from mpilm.learner.learner import Learner, Sums
     from mpilm.train.task import Task
 
 
@@ -42,6 +43,13 @@ class Quality:
             return math.exp(self.loss)
         except OverflowError:
             return math.inf
+
+    def text(self, measure: str) -> str:
+        """Return it in words, for models that are judged by `measure`."""
+        if measure != "loss":
+            return str(self)
+        error = "" if math.isnan(self.error) else f", error {self.error:.2%}"
+        return f"loss {self.loss:.4f}{error}"
 
     def __str__(self) -> str:
         if math.isnan(self.error):
@@ -75,11 +83,7 @@ def evaluate(
     Communicates: collective, one Allreduce of 24 bytes, blocking.
     """
     share = task.evaluation(split, train, world.rank, world.size)
-    sums = learner.evaluate(watch(share))
-    errors = sums.errors if sums.num_targets else 0.0
-    total = np.array([sums.nll, sums.num_targets, errors])
-    world.comm.Allreduce(IN_PLACE, total)
-    return quality(*total)
+    return together(learner.evaluate(watch(share)), world)
 
 
 def evaluate_alone(
@@ -128,7 +132,9 @@ def evaluate_each(
 
 
 def quality(nll: float, count: float, errors: float) -> Quality:
-    """Return the means of sums over a split."""
+    """Return the means of sums over a split; of nothing they are NaN."""
+    if not count:
+        return Quality(math.nan, math.nan)
     return Quality(float(nll / count), float(errors / count))
 
 
@@ -147,6 +153,45 @@ def swapped(learner: Learner, source: Strategy | Ema) -> Iterator[None]:
     finally:
         learner.theta.copy_(theta)
         learner.rest.put_back(rest)
+
+
+def final_model(learner: Learner, source: Strategy | Ema) -> tuple[Any, State]:
+    """Return the final model of `source`: theta, (P,), and the state outside it.
+
+    Communicates: collective, what `source.final_model_` does.
+    """
+    with swapped(learner, source):
+        return learner.theta.cpu().numpy().copy(), learner.rest.state()
+
+
+def evaluate_mean(
+    strategy: Strategy, learner: Learner, batches: Iterable[Any]
+) -> Quality:
+    """Return how good the model of all ranks is by now; training goes on as it was.
+
+    In a loop of one's own, at a place that all ranks come to; out of lockstep it ends
+    background work there first.
+
+    Args:
+        strategy: what trains the learner.
+        learner: this rank's.
+        batches: this rank's share of what to evaluate on.
+
+    Communicates: collective, `strategy.final_model_` and an Allreduce of 24 bytes.
+    """
+    if not strategy.lockstep:
+        strategy.retire(learner)
+        strategy.finish(learner)
+    with swapped(learner, strategy):
+        return together(learner.evaluate(batches), strategy.world)
+
+
+def together(sums: Sums, world: World) -> Quality:
+    """Return the means over all ranks' sums. Collective, an Allreduce of 24 bytes."""
+    errors = sums.errors if sums.num_targets else 0.0
+    total = np.array([sums.nll, sums.num_targets, errors])
+    world.comm.Allreduce(IN_PLACE, total)
+    return quality(*total)
 
 
 def unigram_perplexity(corpus: Corpus, split: str, block: int = 1 << 20) -> float:

@@ -38,10 +38,13 @@ class RunFolder:
     """Paths of a run. As a context manager it is released at the end.
 
     owner  this run's ownership of the folder, on rank 0
+
+    Args:
+        resumed_by: how a person goes on with a run; by the command line if "".
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, *, resumed_by: str = "") -> None:
+        self.path, self.resumed_by = Path(path), resumed_by
         self.owner: Owner | None = None
         self.config = self.path / "config.toml"
         self.changes = self.path / "changes.toml"
@@ -98,9 +101,10 @@ class RunFolder:
         if rank == 0:
             self.owner = Owner(self.path).take()
         if self.has_checkpoint() and not resume:
+            way = self.resumed_by or "--resume (or mpilm resume)"
             raise CheckpointError(
-                f"{self.path}: holds a run; --resume (or mpilm resume) goes on with it,"
-                " another --out starts a new one"
+                f"{self.path}: holds a run; {way} goes on with it, another --out starts"
+                " a new one"
             )
         if self.summary.exists() and not self.has_checkpoint():
             raise CheckpointError(

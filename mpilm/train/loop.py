@@ -8,30 +8,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpilm.config import Config
 from mpilm.errors import CheckpointError, DivergenceError, MpilmError
+from mpilm.optim.schedules import Schedule
 from mpilm.storage.runlog import RunLog
+from mpilm.storage.saved import State, nested
 from mpilm.strategies import Strategy, find_strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
 from mpilm.train.consensus import measure_consensus
-from mpilm.train.evaluate import Quality, evaluate, swapped
+from mpilm.train.evaluate import Quality, evaluate, final_model, swapped
 from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import introduction
 from mpilm.train.resume_point import Stateful
-from mpilm.train.run import make_learner, make_schedule, without_init
+from mpilm.train.run import learner_of, make_schedule, without_init
 from mpilm.train.saving import Saving
 from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.train.summary import closing_lines, summarise
-from mpilm.train.task import open_task
+from mpilm.train.task import Task, open_task
 from mpilm.train.timeline import Timeline
 from mpilm.world.base import World
+
+if TYPE_CHECKING:
+    from mpilm.learner.learner import Learner
 
 COUNTS = ("mixes", "staleness")  # of a strategy's metrics, in a row of the log
 LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
@@ -52,10 +57,13 @@ class Trainer:
     Communicates: collective.
     """
 
+    resumed_by = ""  # how a person goes on with a run; the command line if not said
+
     def __init__(
         self, config: Config, world: World, out: Path, *, resume: bool = False
     ) -> None:
-        self.config, self.world, self.folder = config, world, RunFolder(out)
+        self.config, self.world = config, world
+        self.folder = RunFolder(out, resumed_by=self.resumed_by)
         try:
             self.set_up(resume=resume)
         except BaseException:
@@ -69,10 +77,10 @@ class Trainer:
         self.strategy = kind(world, config.strategy.settings)
         lockstep = self.strategy.lockstep
         with world.all_or_none():
-            self.task = open_task(config.data.corpus, config.model)
+            self.task = self.open_task()
             self.batches = self.task.batches(config, world, lockstep=lockstep)
             self.task.require_evaluated(config.train, world.rank, world.size)
-            self.schedule = make_schedule(config, world.size)
+            self.schedule = self.make_schedule()
             self.folder.claim(world.rank, resume=resume)
         self.saving = Saving(config, self.task, self.folder, world)
         place = self.saving.find() if resume else None
@@ -81,15 +89,7 @@ class Trainer:
             return
         self.timeline = Timeline(world, config.train.trace_steps)
         with world.all_or_none():
-            self.learner = make_learner(
-                without_init(config) if place else config,
-                self.task.num_inputs,
-                self.task.num_outputs,
-                self.batches,
-                device=world.device(config.train.device),
-                seed=config.train.seed + world.rank,
-                compute=self.timeline.compute,
-            )
+            self.learner = self.make_learner(is_new=place is None)
             self.strategy.require(self.learner)
         self.totals = Totals()
         self.failure: MpilmError | None = None  # will stop all ranks in order
@@ -128,6 +128,21 @@ class Trainer:
         lines = introduction(config, self.task, self.strategy, self.learner)
         for line in (*lines, *(place.lines() if place else ())):
             self.screen.line(line)
+
+    # what is made of a configuration
+    def open_task(self) -> Task:
+        """Return what is learned. No communication."""
+        return open_task(self.config.data.corpus, self.config.model)
+
+    def make_schedule(self) -> Schedule:
+        """Return the learning rate as a function of global samples."""
+        return make_schedule(self.config, self.world.size)
+
+    def make_learner(self, *, is_new: bool) -> Learner:
+        """Return this rank's learner, of a run that begins or not. No communication."""
+        config = self.config if is_new else without_init(self.config)
+        compute = self.timeline.compute
+        return learner_of(config, self.task, self.batches, self.world, compute)
 
     @property
     def samples(self) -> int:
@@ -217,8 +232,9 @@ class Trainer:
             self.batches.close()
         if agreement.stopped:
             self.screen.line(
-                f"stopped early at {samples:,} samples; mpilm resume"
-                f" {self.folder.path} goes on from here"
+                f"stopped early at {samples:,} samples;"
+                f" {self.resumed_by or f'mpilm resume {self.folder.path}'} goes on from"
+                " here"
             )
         return not agreement.stopped
 
@@ -277,7 +293,8 @@ class Trainer:
         if self.failure:
             return
         totals = self.totals
-        if not loss < LARGEST_LOSS:
+        is_nats = self.task.measure == "perplexity"
+        if not loss < (LARGEST_LOSS if is_nats else math.inf):
             self.failure = self.diverged(f"the loss is {loss:.3g}")
             return
         self.recorder.mark()
@@ -318,31 +335,39 @@ class Trainer:
         """
         if self.is_validated and self.strategy.lockstep:
             return
-        self.is_validated, totals = True, self.totals
+        self.is_validated = True
+        if "valid" in self.task.evaluated(self.config.train):
+            self.judge()
+        with self.recorder.paused():
+            metrics = self.strategy.metrics()
+            found = measure_consensus(self.learner, self.world, metrics)
+        totals = self.totals
+        totals.consensus_step = totals.step
+        totals.consensus_distance = found.distance
+        totals.consensus_norm = found.norm
+        totals.spectral_gap = found.gap
+
+    def judge(self) -> None:
+        """Measure the model on the valid split; tell the schedule. As `validate`."""
+        totals, task = self.totals, self.task
         with self.paused("evaluate"):
             quality = self.quality("valid", self.strategy)
             if self.ema:
-                average = self.quality("valid", self.ema)
-                totals.ema_valid_perplexity = average.perplexity
-        if not math.isfinite(quality.perplexity):
-            raise self.diverged(f"the valid perplexity is {quality.perplexity}")
+                average = getattr(self.quality("valid", self.ema), task.measure)
+                setattr(totals, f"ema_valid_{task.measure}", average)
+        value = getattr(quality, task.measure)
+        if not math.isfinite(value):
+            raise self.diverged(f"the valid {task.measure} is {value}")
         is_kept = self.schedule.observe(quality.loss, 1.0 - quality.error)
         if is_kept:
-            totals.valid_perplexity = quality.perplexity
+            setattr(totals, f"valid_{task.measure}", value)
             totals.valid_error = quality.error
         if self.best:
             self.best.judge(is_kept)
             self.is_saved = self.is_saved and is_kept
         self.screen.valid = f"valid frame error {quality.error:.2%}"
         note = "" if is_kept else ": worse, back to the best model"
-        self.screen.line(f"valid {quality}{note}")
-        with self.recorder.paused():
-            metrics = self.strategy.metrics()
-            found = measure_consensus(self.learner, self.world, metrics)
-        totals.consensus_step = totals.step
-        totals.consensus_distance = found.distance
-        totals.consensus_norm = found.norm
-        totals.spectral_gap = found.gap
+        self.screen.line(f"valid {quality.text(task.measure)}{note}")
 
     def quality(self, split: str, source: Strategy | Ema) -> Quality:
         """Measure the final model of `source` on a split. Collective."""
@@ -351,17 +376,16 @@ class Trainer:
             watch = partial(self.screen.watch, f"evaluating {split}")
             return evaluate(learner, self.task, split, train, self.world, watch=watch)
 
-    def final_theta(self, source: Strategy | Ema) -> Any:
-        """Return the final model of `source`, (P,). Collective.
+    def final_model(self, source: Strategy | Ema, name: str) -> State:
+        """Return the final model of `source`, (P,) under `name`. Collective.
 
         Raises:
             DivergenceError: it is not finite.
         """
-        with swapped(self.learner, source):
-            theta = self.learner.theta.cpu().numpy().copy()
+        theta, rest = final_model(self.learner, source)
         if not np.isfinite(theta).all():
             raise self.diverged("the model is not finite")
-        return theta
+        return {name: theta, **nested("model", rest)}
 
     def save(self) -> None:
         """Write a checkpoint, unless nothing has changed since the last. Collective.
@@ -377,9 +401,9 @@ class Trainer:
                 self.log.flush()  # what is saved is logged
             except CheckpointError as error:
                 self.failure = self.failure or error
-            models = {"theta": self.final_theta(self.strategy)}
+            models = self.final_model(self.strategy, "theta")
             if self.ema:
-                models["theta_ema"] = self.final_theta(self.ema)
+                models |= self.final_model(self.ema, "theta_ema")
             self.saving.write(models, self.parts, self.totals, self.samples)
         self.is_saved = True
 

@@ -28,6 +28,7 @@ LOG_FIELDS = {  # a row of the log; docs/metrics.md defines each of them
     "mixes": "i8",  # times that this rank's model was mixed with others
     "staleness": f"{NUM_BINS}i8",  # updates by foreign mixes since their model was read
     "valid_perplexity": "f8",  # as last measured
+    "valid_loss": "f8",  # the same of a model of somebody's own
     # as last measured, with a mean model:
     "consensus_step": "i8",
     "consensus_distance": "f8",  # ||theta_i - m||
@@ -53,8 +54,10 @@ class Totals:
     loss_sum: float = 0.0  # of the logged minibatches
     loss_count: int = 0
     valid_perplexity: float = math.nan  # the last one measured
-    valid_error: float = math.nan  # share of wrong frames; NaN for text
+    valid_loss: float = math.nan  # instead of it, of a model of somebody's own
+    valid_error: float = math.nan  # share of wrong guesses; NaN for text
     ema_valid_perplexity: float = math.nan  # of the moving average, if there is one
+    ema_valid_loss: float = math.nan
     consensus_step: int = -1  # when the three below were measured
     consensus_distance: float = math.nan  # of this rank's model to the mean m
     consensus_norm: float = math.nan  # ||m||

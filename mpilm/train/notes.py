@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from mpilm.config import OWN
 from mpilm.strategies import Strategy
 from mpilm.train.screen import count
 
@@ -68,11 +69,8 @@ def introduction(
         f"{config.model.name} of {learner.layout.size:,} parameters,"
         f" {config.strategy.name} on {count(size, 'rank')} ({learner.device.type})"
     )
-    yield (
-        f"{task.path}: {task.num_train:,} training {task.sample}s,"
-        f" {learner.batches.num_dropped:,} at the ends of the streams left out"
-    )
-    for note in (*config.notes, *notes_on(config, strategy, size)):
+    yield task.about(learner.batches.num_dropped)
+    for note in (*config.notes, *task.notes, *notes_on(config, strategy, size)):
         yield f"note: {note}"
 
 
@@ -86,7 +84,8 @@ def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:
         )
     if size == 1:
         return
-    if not strategy.lockstep and config.data.source == "shards":
+    is_own = config.model.name == OWN
+    if not strategy.lockstep and config.data.source == "shards" and not is_own:
         yield (
             f'data.source = "shards": under {strategy.name} a slow rank\'s part of the'
             ' data is seen less than others\'; "pool" gives it to whoever is free'
@@ -95,7 +94,8 @@ def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:
     if getattr(config.schedule.settings, "times_ranks", False):
         yield from notes_on_rate(inner, size)
     yield from notes_on_void(inner)
-    if inner.name == "model_averaging" and inner.config.momentum != "keep":
+    keeps = getattr(inner.config, "momentum", "keep") == "keep"
+    if inner.name == "model_averaging" and not keeps and not is_own:
         optim = config.optim
         if not getattr(optim.settings, "momentum", optim.name == "adamw"):
             yield (

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm import __version__
-from mpilm.config import Config
+from mpilm.config import OWN, Config
 from mpilm.data.frame_items import View
 from mpilm.errors import CheckpointError, ConfigError
 from mpilm.optim.schedules import Schedule, build_schedule
 from mpilm.storage.checkpoint import load_shared
 from mpilm.train.folder import RunFolder
-from mpilm.train.task import frame_view
+from mpilm.train.task import Task, frame_view
+from mpilm.world.base import World
 
 if TYPE_CHECKING:
     from mpilm.learner.learner import Learner
@@ -85,6 +86,21 @@ def require_gradient(config: Config) -> None:
         )
 
 
+def learner_of(
+    config: Config, task: Task, batches: Any, world: World, compute: Any
+) -> Learner:
+    """Return a rank's learner of a task; `compute` runs its work."""
+    return make_learner(
+        config,
+        task.num_inputs,
+        task.num_outputs,
+        batches,
+        device=world.device(config.train.device),
+        seed=config.train.seed + world.rank,
+        compute=compute,
+    )
+
+
 def no_optimizer(parameters: Any) -> Any:
     """Return what stands in the place of an optimiser that is never used."""
     return SimpleNamespace(param_groups=[], state={})
@@ -115,6 +131,11 @@ class TrainedModel:
         """
         folder = RunFolder(path).require()
         config = folder.read_config()
+        if config.model.name == OWN:
+            raise CheckpointError(
+                f"{path}: trained by mpilm.fit: mpilm.load_model(model, {str(path)!r})"
+                " in its program gives the model"
+            )
         shared = load_shared(folder.checkpoints)
         description = folder.read_vocabulary()
         if ema and "theta_ema" not in shared:

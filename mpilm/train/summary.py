@@ -67,15 +67,18 @@ def summarise(
     world, totals = recorder.world, recorder.totals
     reports = world.comm.allgather(RankSummary(totals, learner.samples, metrics))
     splits = task.evaluated(config.train)
-    results: dict[str, Any] = {"test_perplexity": math.nan}
+    measure = task.measure
+    results: dict[str, Any] = {f"test_{measure}": math.nan}
     with recorder.paused():
         if "test" in splits:
-            results = split_results("test", quality("test"))
+            results = split_results("test", quality("test"), task)
             if ema_quality:
-                results["ema_test_perplexity"] = ema_quality("test").perplexity
+                average = getattr(ema_quality("test"), measure)
+                results[f"ema_test_{measure}"] = average
         each: dict[str, list[Quality]] = {}
         cut_at = None
-        if config.train.worst_rank and differ(reports):  # on all ranks: the same
+        has_valid = "valid" in splits
+        if config.train.worst_rank and has_valid and differ(reports):  # on all ranks
             most = most_evaluated(config, reports, len(splits))
             for split in splits:
                 shown = partial(watch, f"every rank's own model on {split}")
@@ -85,18 +88,18 @@ def summarise(
                 if most is not None and count >= most:
                     cut_at = most
     if ema_quality:
-        results["ema_valid_perplexity"] = totals.ema_valid_perplexity
+        results[f"ema_valid_{measure}"] = getattr(totals, f"ema_valid_{measure}")
     if not math.isnan(totals.valid_error):
-        results["valid_frame_error"] = totals.valid_error
+        results[f"valid_{task.wrong}"] = totals.valid_error
     summary = {
         "strategy": config.strategy.name,
         "parameters": learner.layout.size,
         "steps": totals.step,
         "seconds": totals.seconds,
         "train_seconds": totals.train_seconds,
-        "valid_perplexity": totals.valid_perplexity,
+        f"valid_{measure}": getattr(totals, f"valid_{measure}"),
         **results,
-        **worst_rank(each),
+        **worst_rank(each, task),
         "worst_rank_samples": cut_at,
         "perplexity_floor": task.floor,
         f"{task.sample}s_left_out": num_dropped,
@@ -105,8 +108,8 @@ def summarise(
         **over_ranks(reports),
     }
     if each:
-        own_models = [own.perplexity for own in each["valid"]]
-        summary["per_rank"]["valid_perplexity"] = own_models
+        own_models = [getattr(own, measure) for own in each["valid"]]
+        summary["per_rank"][f"valid_{measure}"] = own_models
     return summary
 
 
@@ -130,33 +133,30 @@ def differ(reports: list[RankSummary]) -> bool:
     return any(report.totals.consensus_distance > 0.0 for report in reports)
 
 
-def worst_rank(each: dict[str, list[Quality]]) -> dict[str, Any]:
+def worst_rank(each: dict[str, list[Quality]], task: Task) -> dict[str, Any]:
     """Return what the worst of the ranks' own models came to.
 
     It is the one with the highest loss on the valid split, or one without any.
     """
     if not each:
         return {"worst_rank": None} | {
-            f"worst_rank_{split}_perplexity": None for split in ("valid", "test")
+            f"worst_rank_{split}_{task.measure}": None for split in ("valid", "test")
         }
     losses = [quality.loss for quality in each["valid"]]
     worst = int(np.argmax([math.inf if math.isnan(loss) else loss for loss in losses]))
-    found: dict[str, Any] = {"worst_rank": worst, "worst_rank_test_perplexity": None}
+    found: dict[str, Any] = {"worst_rank": worst}
+    found[f"worst_rank_test_{task.measure}"] = None
     for split, qualities in each.items():
-        for name, value in split_results(split, qualities[worst]).items():
+        for name, value in split_results(split, qualities[worst], task).items():
             found[f"worst_rank_{name}"] = value
     return found
 
 
-def split_results(split: str, quality: Quality) -> dict[str, float]:
-    """Return the keys of the summary for a model on a split.
-
-    >>> split_results("test", Quality(loss=0.0, error=0.25))
-    {'test_perplexity': 1.0, 'test_frame_error': 0.25}
-    """
-    found = {f"{split}_perplexity": quality.perplexity}
+def split_results(split: str, quality: Quality, task: Task) -> dict[str, float]:
+    """Return the keys of the summary for a model on a split."""
+    found = {f"{split}_{task.measure}": getattr(quality, task.measure)}
     if not math.isnan(quality.error):
-        found[f"{split}_frame_error"] = quality.error
+        found[f"{split}_{task.wrong}"] = quality.error
     return found
 
 
@@ -251,7 +251,10 @@ def closing_lines(summary: dict[str, Any], *, virtual: bool = False) -> list[str
         quality = f"final model: {quality}; {worst}"
     if summary["perplexity_floor"]:
         quality += f"; floor {summary['perplexity_floor']:.2f}"
-    return [speed, quality]
+    return [speed, quality] if quality else [speed]
+
+
+SHOWN = {"frame_error": ".2%", "error": ".2%", "loss": ".4f", "perplexity": ".2f"}
 
 
 def results(summary: dict[str, Any], prefix: str = "") -> str:
@@ -259,14 +262,22 @@ def results(summary: dict[str, Any], prefix: str = "") -> str:
 
     >>> results({"valid_perplexity": 9.0, "test_perplexity": 8.0})
     'valid perplexity 9.00, test perplexity 8.00'
+    >>> results({"valid_loss": 0.5, "valid_error": 0.25})
+    'valid error 25.00%, valid loss 0.5000'
     """
     is_frames = f"{prefix}valid_frame_error" in summary
-    name, digits = ("frame_error", ".2%") if is_frames else ("perplexity", ".2f")
+    is_own = f"{prefix}valid_loss" in summary
+    names = ["frame_error"] if is_frames else ["perplexity"]
     values = {
-        split: summary.get(f"{prefix}{split}_{name}") for split in ("valid", "test")
+        f"{split} {name.replace('_', ' ')}": (
+            summary.get(f"{prefix}{split}_{name}"),
+            SHOWN[name],
+        )
+        for name in (["error", "loss"] if is_own else names)
+        for split in ("valid", "test")
     }
     return ", ".join(
-        f"{split} {name.replace('_', ' ')} {value:{digits}}"
-        for split, value in values.items()
+        f"{what} {value:{digits}}"
+        for what, (value, digits) in values.items()
         if value is not None and not math.isnan(value)
     )

@@ -6,10 +6,11 @@ The trainer knows nothing else of words or frames.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mpilm.config import OWN
 from mpilm.data.batch import Batches
 from mpilm.data.frame_batches import FramePool, FrameShards
 from mpilm.data.frame_corpus import FrameCorpus
@@ -37,8 +38,14 @@ class Task(ABC):
     num_inputs   size of the vocabulary, or of a (spliced) frame
     num_outputs  classes of the softmax
     num_train    samples of the train split
+    measure      how a model is judged: an attribute of `Quality`
+    wrong        what the share of wrong guesses is called, where there is one
+    notes        what a person should be warned of
     """
 
+    measure: ClassVar[str] = "perplexity"
+    wrong: ClassVar[str] = "frame_error"
+    notes: Sequence[str] = ()
     sample: ClassVar[str]
     meaning: ClassVar[str]
     path: Path
@@ -70,6 +77,13 @@ class Task(ABC):
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """Return what a trained model needs to be used, for `vocabulary.json`."""
+
+    def about(self, num_dropped: int) -> str:
+        """Return a line on the data, of which so many samples are left out."""
+        return (
+            f"{self.path}: {self.num_train:,} training {self.sample}s,"
+            f" {num_dropped:,} at the ends of the streams left out"
+        )
 
     def evaluated(self, train: TrainConfig) -> list[str]:
         """Return the names of the splits that training evaluates."""
@@ -230,10 +244,16 @@ def open_task(path: Path | str, model: Choice | None = None) -> Task:
 
     Raises:
         DataError: missing, empty, damaged, or not a corpus.
-        ConfigError: a model of words, but a corpus of frames, or the other way round.
+        ConfigError: a model of words, but a corpus of frames, or the other way round;
+            or a model of somebody's own.
     """
     if model is None:
         return LanguageTask(Corpus.open(path))
+    if model.name == OWN:
+        raise ConfigError(
+            "model.name = own: its program has the model and the data: start that one"
+            " again, with resume = True in its call of mpilm.fit"
+        )
     kind = corpus_kind(path)
     if kind != model.settings.reads:
         raise ConfigError(

@@ -1,0 +1,516 @@
+"""`mpilm.fit`: a model of one's own, in the virtual world."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from mpilm import evaluate_mean, fit, load_model, run_virtual, strategy
+from mpilm.commands.report import report
+from mpilm.errors import CheckpointError, MpilmError
+from mpilm.learner.learner import Learner
+from mpilm.storage.runlog import read_run
+from mpilm.train.loop import Trainer
+
+torch.manual_seed(5)
+X = torch.randn(50, 3)
+Y = (X.sum(dim=1) > 0).long()
+DATA = TensorDataset(X, Y)
+SGD = {"optimizer": torch.optim.SGD, "optimizer_settings": {"lr": 0.1}}
+
+
+def make_model(dropout=0.0):
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(dropout), nn.Linear(4, 2)
+    )
+
+
+def loss(model, batch):
+    x, y = batch
+    found = model(x)
+    return nn.functional.cross_entropy(found, y), (found.argmax(1) != y).sum()
+
+
+def loader(batch_size=5, **settings):
+    return DataLoader(DATA, batch_size=batch_size, **settings)
+
+
+def trained(out, batches=None, *, size=2, model=make_model, criterion=loss, **settings):
+    """Return the models, one per rank, and what `fit` returned on rank 0."""
+    models, fitted = [None] * size, []
+
+    def main(world):
+        models[world.rank] = made = model()
+        given = batches if batches is not None else loader(shuffle=True)
+        lasting = {} if "samples" in settings else {"epochs": 2}
+        options = {**SGD, **lasting, **settings}
+        if "optimizer" in settings and "optimizer_settings" not in settings:
+            del options["optimizer_settings"]
+        options = {k: v(made) if k == "of_model" else v for k, v in options.items()}
+        options.update(options.pop("of_model", {}))
+        found = fit(made, given, criterion, out=out, world=world, **options)
+        fitted.append(found)
+
+    run_virtual(main, size)
+    return models, next(f for f in fitted if f.rank == 0)
+
+
+def same(one, other):
+    """Return whether two modules hold the same bits."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def vector(module):
+    return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+NAMES = ["local", "allreduce", "model_averaging", "gossip_bmuf", "adpsgd", "async_sgd"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "adpsgd" else pytest.param(n, marks=pytest.mark.long) for n in NAMES],
+)
+def test_any_strategy_trains_it_and_every_rank_gets_the_final_model(tmp_path, name):
+    before = make_model()
+    models, fitted = trained(tmp_path / "run", strategy=name, valid=loader(7))
+    assert fitted.finished
+    assert not torch.equal(vector(models[0]), vector(before))
+    assert same(models[0], models[1])  # buffers as well
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert fitted.summary == summary
+    assert summary["samples"] >= 100
+    assert 0.0 < summary["valid_loss"] < 1.0
+    assert 0.0 <= summary["valid_error"] < 0.6
+    assert summary["ranks"] == 2
+    loaded = load_model(make_model(), tmp_path / "run")
+    assert same(loaded, models[0])
+
+
+def test_it_is_plain_torch_on_one_rank(tmp_path):
+    """Clipping, a scheduler and a DataLoader, against a loop written by hand."""
+    settings = {"lr": 0.5, "momentum": 0.9}
+    models, _ = trained(
+        tmp_path,
+        loader(5),
+        size=1,
+        epochs=3,
+        clip=0.1,
+        optimizer_settings=settings,
+        scheduler=partial(CosineAnnealingLR, T_max=30),
+    )
+    plain = make_model()
+    optimizer = torch.optim.SGD(plain.parameters(), **settings)
+    scheduler = CosineAnnealingLR(optimizer, T_max=30)
+    for _ in range(3):
+        for batch in loader(5):
+            optimizer.zero_grad()
+            loss(plain, batch)[0].backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+            optimizer.step()
+            scheduler.step()
+    torch.testing.assert_close(vector(models[0]), vector(plain), rtol=1e-5, atol=1e-6)
+    rows = read_run(tmp_path)[0].rows
+    turned = torch.tensor(torch.pi * 10 / 30)  # after 10 steps
+    assert rows["lr"][0] == pytest.approx(0.25 * (1 + turned.cos().item()))
+
+
+def test_an_optimiser_and_a_scheduler_that_are_there_already_are_taken(tmp_path):
+    def of_model(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        halved = LambdaLR(optimizer, lambda step: 0.5**step)
+        return {"optimizer": optimizer, "scheduler": halved}
+
+    given, _ = trained(
+        tmp_path / "a", epochs=1, of_model=of_model, optimizer_settings=None
+    )
+    made, _ = trained(
+        tmp_path / "b",
+        epochs=1,
+        optimizer_settings={"lr": 0.5},
+        scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 0.5**step),
+    )
+    torch.testing.assert_close(vector(given[0]), vector(made[0]))
+
+
+def test_groups_of_the_optimiser_keep_their_settings(tmp_path):
+    def groups(parameters):
+        first, *others = parameters
+        return torch.optim.SGD(
+            [{"params": [first], "lr": 0.0}, {"params": others}], lr=1
+        )
+
+    models, _ = trained(tmp_path, optimizer=groups)
+    before = make_model()
+    assert torch.equal(models[0][0].weight, before[0].weight)
+    assert not torch.equal(models[0][3].weight, before[3].weight)
+
+
+def test_a_scheduler_steps_by_epochs_or_by_validations(tmp_path):
+    def tenth(optimizer):
+        return LambdaLR(optimizer, lambda epoch: 0.1**epoch)
+
+    log = {"log_every": 1, "epochs": 2}
+    trained(tmp_path / "a", scheduler=tenth, scheduler_per="epoch", **log)
+    lr = read_run(tmp_path / "a")[0].rows["lr"]
+    assert lr[:4] == pytest.approx([0.1] * 4)
+    assert lr[6:9] == pytest.approx([0.01] * 3)
+    plateau = partial(ReduceLROnPlateau, threshold=1e9, patience=0, factor=0.1)
+    trained(tmp_path / "b", scheduler=plateau, valid=loader(10), **log)
+    lr = read_run(tmp_path / "b")[0].rows["lr"]
+    assert lr[0] == pytest.approx(0.1)  # the first validation is the best so far
+    trained(tmp_path / "c", scheduler=plateau, valid=loader(10), valid_every=20, **log)
+    assert read_run(tmp_path / "c")[0].rows["lr"][-1] < 0.011
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_accumulated_minibatches_are_larger_ones(tmp_path, drop_last):
+    class Plain(nn.Sequential):  # without batch norm, whose means are of a minibatch
+        def __init__(self):
+            torch.manual_seed(1)
+            super().__init__(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    parts, first = trained(
+        tmp_path / "a", loader(3, drop_last=True), model=Plain, accumulate=2, samples=96
+    )
+    whole, second = trained(
+        tmp_path / "b", loader(6, drop_last=True), model=Plain, samples=96
+    )
+    assert first.summary["steps"] == second.summary["steps"] == 8
+    assert first.summary["samples"] == second.summary["samples"] == 96
+    torch.testing.assert_close(vector(parts[0]), vector(whole[0]), rtol=1e-5, atol=1e-6)
+
+
+class Noisy(Dataset):
+    """Items that are drawn with torch's random numbers each time."""
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        return X[index] + 0.1 * torch.randn(3), Y[index]
+
+
+class Counting:
+    def __init__(self, world):
+        self.index = world.rank
+
+    def next(self):
+        self.index += 2
+        rows = torch.arange(self.index, self.index + 4) % 50
+        return X[rows], Y[rows]
+
+
+class Placed(Counting):
+    def state(self):
+        return {"index": self.index}
+
+    def load_state(self, state):
+        self.index = int(state["index"])
+
+
+def uneven(world):
+    """Minibatches of 2 to 5 samples, others on each rank."""
+    number = world.rank
+    while True:
+        number += 3
+        rows = slice(number % 40, number % 40 + 2 + number % 4)
+        yield X[rows], Y[rows]
+
+
+SOURCES = {
+    "shuffled loader": lambda: loader(7, shuffle=True),
+    "noise": lambda: DataLoader(Noisy(), batch_size=7, shuffle=True),
+    "a list of one's own": lambda: (
+        lambda world: [
+            (X[n : n + 4], Y[n : n + 4]) for n in range(4 * world.rank, 44, 8)
+        ]
+    ),
+    "an iterator": lambda: uneven,
+    "next": lambda: Counting,
+    "next with a place": lambda: Placed,
+}
+
+
+def cases():
+    """Yield every source under two strategies; all but one are long."""
+    for source in SOURCES:
+        for name in ("allreduce", "model_averaging"):
+            is_short = (source, name) == ("noise", "allreduce")
+            marks = () if is_short else (pytest.mark.long,)
+            yield pytest.param(source, name, marks=marks, id=f"{source}-{name}")
+
+
+@pytest.mark.parametrize(("source", "name"), cases())
+def test_resumed_is_uninterrupted_to_the_bit(tmp_path, source, name):
+    settings = {
+        "strategy": name,
+        "model": partial(make_model, dropout=0.3),
+        "criterion": lambda model, batch: loss(model, batch)[0],
+        "samples": 240,
+        "optimizer": torch.optim.AdamW,
+        "optimizer_settings": {"lr": 0.01},
+        "scheduler": partial(CosineAnnealingLR, T_max=40),
+        "valid": loader(10),
+        "valid_every": 100,
+        "log_every": 1,
+        "checkpoint_every": 90,
+        "keep": 9,
+    }
+    whole, _ = trained(tmp_path / "a", SOURCES[source](), **settings)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    found = sorted((tmp_path / "b/checkpoints").iterdir())
+    assert len(found) >= 2
+    for path in found[1:]:
+        shutil.rmtree(path)
+    (tmp_path / "b/summary.json").unlink()
+    parts, fitted = trained(tmp_path / "b", SOURCES[source](), resume=True, **settings)
+    assert same(parts[0], whole[0])
+    one, other = (read_run(tmp_path / place)[1].rows for place in "ab")
+    assert one["loss"].tolist() == other["loss"].tolist()
+    assert one["lr"].tolist() == other["lr"].tolist()
+    assert fitted.summary["steps"] == one["step"][-1]
+
+
+def test_a_run_that_has_ended_gives_its_model_again(tmp_path):
+    first, _ = trained(tmp_path)
+    again, fitted = trained(tmp_path, resume=True)
+    assert same(first[0], again[1])
+    assert fitted.summary["steps"] == 10
+    with pytest.raises(MpilmError, match=r"holds a run; resume = True goes on"):
+        trained(tmp_path)
+
+
+def test_more_epochs_go_on(tmp_path):
+    trained(tmp_path, epochs=2)
+    _, fitted = trained(tmp_path, epochs=3, resume=True)
+    assert fitted.summary["samples"] == 150
+    assert "train.samples" in (tmp_path / "changes.toml").read_text()
+
+
+def test_ranks_with_uneven_minibatches_end_at_the_same_step(tmp_path):
+    _, fitted = trained(tmp_path, uneven, size=3, samples=400, log_every=1)
+    steps = {len(log.rows["step"]) for log in read_run(tmp_path).values()}
+    assert len(steps) == 1
+    assert abs(fitted.summary["samples"] - 400) <= 3 * 4 * 5
+    assert fitted.summary["samples"] == sum(fitted.summary["per_rank"]["samples"])
+
+
+def test_the_moving_average_can_be_loaded(tmp_path):
+    models, fitted = trained(tmp_path, ema={"samples": 30}, valid=loader(10))
+    average = load_model(make_model(), tmp_path, ema=True)
+    assert not torch.equal(vector(average), vector(models[0]))
+    assert fitted.summary["ema_valid_loss"] != fitted.summary["valid_loss"]
+    trained(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="no moving average"):
+        load_model(make_model(), tmp_path / "plain", ema=True)
+    with pytest.raises(CheckpointError, match="other parameters"):
+        load_model(nn.Linear(3, 2), tmp_path)
+
+
+def test_shared_frozen_and_unused_parameters(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(2)
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+            self.frozen = nn.Linear(3, 3).requires_grad_(False)
+            self.unused = nn.Parameter(torch.ones(2))
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.frozen(self.second(self.first(x))))
+
+    models, _ = trained(tmp_path, model=Odd)
+    before = Odd()
+    assert models[0].second.weight is models[0].first.weight
+    assert torch.equal(models[0].frozen.weight, before.frozen.weight)
+    assert torch.equal(models[0].unused, before.unused)
+    assert not torch.equal(models[0].first.weight, before.first.weight)
+    assert same(load_model(Odd(), tmp_path), models[1])
+
+
+@pytest.mark.long
+def test_a_compiled_model_is_the_same_model(tmp_path):
+    plain, _ = trained(tmp_path / "a", epochs=1)
+
+    def compiled():
+        return torch.compile(make_model(), backend="aot_eager")
+
+    models, _ = trained(tmp_path / "b", epochs=1, model=compiled, valid=loader(10))
+    torch.testing.assert_close(
+        vector(models[0]), vector(plain[0]), rtol=1e-4, atol=1e-5
+    )
+    loaded = load_model(make_model(), tmp_path / "b")  # without compiling
+    assert torch.equal(vector(loaded), vector(models[0]))
+
+
+def test_autocast_computes_in_bfloat16(tmp_path):
+    seen = set()
+
+    def watched(model, batch):
+        x, y = batch
+        found = model(x)
+        seen.add(found.dtype)
+        return nn.functional.cross_entropy(found.float(), y)
+
+    models, _ = trained(tmp_path, criterion=watched, autocast="bfloat16", epochs=1)
+    assert seen == {torch.bfloat16}
+    assert vector(models[0]).dtype == torch.float32
+
+
+def test_the_same_data_on_all_ranks_is_noted(tmp_path, capsys):
+    minibatches = [(X[n : n + 5], Y[n : n + 5]) for n in range(0, 50, 5)]
+    trained(tmp_path / "a", minibatches, samples=40)
+    assert "all ranks got the same first minibatch" in capsys.readouterr().out
+    trained(tmp_path / "b", minibatches, samples=40, shard=True)
+    assert "all ranks got the same" not in capsys.readouterr().out
+
+
+def test_the_report_shows_losses(tmp_path):
+    trained(tmp_path / "a", valid=loader(10), valid_every=20)
+    assert report([tmp_path / "a"], out=tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "valid loss" in page
+    assert "perplexity</th>" not in page
+
+
+def test_without_valid_there_is_nothing_to_judge(tmp_path, capsys):
+    _, fitted = trained(tmp_path, strategy="local")
+    assert fitted.summary["valid_loss"] is None
+    assert fitted.summary["consensus_distance"] > 0
+    assert "valid" not in capsys.readouterr().out
+
+
+def test_a_large_loss_is_no_failure(tmp_path):
+    def large(model, batch):
+        return 1e4 + loss(model, batch)[0]
+
+    _, fitted = trained(tmp_path, criterion=large, valid=loader(10))
+    assert fitted.summary["valid_loss"] > 1e4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(MpilmError, match="the loss is nan"):
+        trained(
+            tmp_path,
+            criterion=lambda model, batch: loss(model, batch)[0] * float("nan"),
+            log_every=1,
+        )
+
+
+def test_evaluation_of_the_mean_in_the_middle_leaves_training_as_it_was():
+    minibatches = [(X[n : n + 5], Y[n : n + 5]) for n in range(0, 50, 5)]
+
+    class Cycle:
+        def __init__(self, rank):
+            self.number = rank
+
+        def next(self):
+            self.number += 1
+            return minibatches[self.number % 10]
+
+    def main(world, *, looks):
+        learner = Learner(
+            make_model(),
+            Cycle(world.rank),
+            partial(torch.optim.SGD, lr=0.1),
+            loss=loss,
+            compute=world.compute,
+        )
+        chosen = strategy("model_averaging", world, period=7)
+        chosen.start(learner)
+        found = []
+        for _ in range(9):
+            chosen.step(learner)
+            if looks:
+                share = minibatches[world.rank :: world.size]
+                found.append(evaluate_mean(chosen, learner, share))
+        chosen.finish(learner)
+        return learner.theta.clone(), found
+
+    plain = run_virtual(partial(main, looks=False), 2)
+    looked = run_virtual(partial(main, looks=True), 2)
+    for rank in range(2):
+        assert torch.equal(plain[rank][0], looked[rank][0])
+        assert looked[rank][1] == looked[0][1]  # the same on all ranks
+    assert len({quality.loss for quality in looked[0][1]}) == 9
+
+
+WRONG = {
+    "no length": ({"epochs": 0}, "samples, or epochs"),
+    "epochs of an unknown length": ({"batches": uneven}, "epochs: how many"),
+    "a strategy": ({"strategy": "gosip_bmuf"}, "did you mean 'gossip_bmuf'"),
+    "a setting": ({"strategy": {"name": "bmuf", "perod": 3}}, "perod"),
+    "a strategy's type": ({"strategy": 3}, "strategy: of type int"),
+    "batches": ({"batches": 3}, "batches: of type int"),
+    "a tensor": ({"batches": X}, "batches: a Tensor is no series"),
+    "no loss": ({"criterion": None}, "loss: give a function"),
+    "an optimiser": ({"optimizer": "adam"}, "optimizer: of type str"),
+    "a setting of it": ({"optimizer_settings": {"rate": 1}}, "optimizer SGD: .*rate"),
+    "its rate": ({"optimizer_settings": {"lr": -1.0}}, "Invalid learning rate"),
+    "a scheduler": ({"scheduler": 3}, "scheduler: of type int"),
+    "both": (
+        {"scheduler": partial(CosineAnnealingLR, T_max=3), "schedule": "newbob"},
+        "one of the two",
+    ),
+    "newbob without valid": ({"schedule": "newbob"}, "give valid"),
+    "float16": ({"autocast": "float16"}, "bfloat16 only"),
+    "a clip": ({"clip": -1.0}, r"optim\.clip"),
+    "accumulate": ({"accumulate": 0}, r"optim\.accumulate"),
+    "valid is an iterator": ({"valid": iter([1])}, "valid: an iterator is used up"),
+    "valid is a number": ({"valid": 3}, "valid: of type int"),
+    "no module": ({"model": lambda: 3}, "model: of type int"),
+    "double": ({"model": lambda: nn.Linear(3, 2).double()}, r"model\.float\(\)"),
+    "bfloat16": ({"model": lambda: nn.Linear(3, 2).bfloat16()}, r"model\.float\(\)"),
+    "too little data": (
+        {"batches": DataLoader(TensorDataset(X[:1]))},
+        "a data set of 1 items cannot be dealt out over 2 ranks",
+    ),
+    "an iterator that ends": (
+        {"batches": lambda world: iter([(X, Y)] * 3), "samples": 9999},
+        None,
+    ),
+    "per": ({"scheduler_per": "month"}, "scheduler_per: 'month'"),
+    "samples that cannot be counted": (
+        {"batches": lambda world: [{"a": 1}], "samples": 9},
+        "give the function num_samples",
+    ),
+    "foreign": (
+        {"optimizer": lambda _: torch.optim.SGD(make_model().parameters(), lr=1)},
+        "not among those",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_ends_in_one_line(tmp_path, what):
+    settings, words = WRONG[what]
+    if words is None:
+        trained(tmp_path, **{"samples": 600, **settings} | {"samples": 600})
+        return
+    with pytest.raises(MpilmError, match=words) as error:
+        trained(tmp_path, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_says_whose_run_it_is(tmp_path):
+    from mpilm.train.folder import RunFolder
+    from mpilm.train.run import TrainedModel
+
+    trained(tmp_path, epochs=1)
+    with pytest.raises(CheckpointError, match="load_model"):
+        TrainedModel.read(tmp_path)
+    config = RunFolder(tmp_path).read_config()
+    with pytest.raises(MpilmError, match="resume = True"):
+        run_virtual(lambda w: Trainer(config, w, tmp_path, resume=True), 2)
