@@ -24,6 +24,7 @@ from mpilm.strategies.gossip_pga import GossipPga
 from mpilm.strategies.model_averaging import ModelAveraging
 from mpilm.strategies.noloco import Noloco
 from mpilm.strategies.sgp import Sgp
+from mpilm.strategies.sparse_loco import SparseLoco
 from mpilm.strategies.sparta import Sparta
 
 Kind = type[Strategy]
@@ -44,6 +45,7 @@ INNER: dict[str, Kind] = {
         Noloco,
         Sparta,
         DesLoc,
+        SparseLoco,
     )
 }
 

@@ -179,6 +179,22 @@ def noloco_pairs(rank: Any, size: int, steps: int) -> tuple[int, int]:
     return (2 * MODEL_BYTES * sum(len(pair) - 1 for pair in pairs),) * 2
 
 
+def sparse_loco(**settings: Any) -> Case:
+    """Return a case that sends few entries: near the minimum, no nearer."""
+
+    def moved(rank: Any, size: int, steps: int) -> tuple[int, int]:
+        chunks = -(-LAYOUT.size // settings["chunk"])
+        entries = chunks * round(settings["share"] * settings["chunk"])
+        packet = 8 * chunks + 2 * entries + -(-entries // 4)
+        return (steps // settings["period"] * (size - 1) * packet,) * 2
+
+    return Case(
+        "sparse_loco", settings,
+        lambda *of: references.sparse_loco(*of[:3], **settings),
+        moved, (0.03, 480, 0.1),
+    )  # fmt: skip
+
+
 def bmuf(**settings: Any) -> Case:
     """Return a case of bmuf: one group of all ranks."""
     parts = {"components": "layers"} if settings.get("stagger") else {}
@@ -308,6 +324,10 @@ CASES = {
         "des_loc", {"period": 4, "period_first": 6, "period_second": 10},
         lambda *of: references.model_averaging(*of[:3], period=4),
         reduced(4), mixes=True,
+    ),
+    "sparse_loco": sparse_loco(period=2, share=0.5, chunk=16, decay=0.9),
+    "sparse_loco-whole": sparse_loco(
+        period=3, share=0.25, chunk=40, decay=1.0, outer_lr=0.8
     ),
     "hierarchical": Case("hierarchical", nodes, nodes_reference, nodes_moved),
 }  # fmt: skip

@@ -118,6 +118,36 @@ def sparta(theta, target, steps, *, share, seed):
     return theta, theta.mean(axis=0)
 
 
+def sparse(vector, chunk, share):
+    """Return a vector with the largest of each chunk left, at one of two sizes."""
+    out, count = np.zeros_like(vector), round(share * chunk)
+    for start in range(0, len(vector), chunk):
+        part = np.zeros(chunk)
+        part[: len(vector) - start] = vector[start : start + chunk]
+        kept = sorted(range(chunk), key=lambda index: -abs(part[index]))[:count]
+        middle = np.mean([abs(part[index]) for index in kept])
+        for is_upper in (False, True):
+            these = [i for i in kept if (abs(part[i]) > middle) == is_upper]
+            for index in these:
+                if start + index < len(vector):
+                    size = np.mean([abs(part[other]) for other in these])
+                    out[start + index] = np.copysign(size, part[index])
+    return out
+
+
+def sparse_loco(theta, target, steps, *, period, share, chunk, decay, outer_lr=1.0):
+    g, error = theta.copy(), np.zeros_like(theta)
+    for step in range(1, steps + 1):
+        theta = theta - LR * (theta - target)
+        if step % period == 0:
+            error = decay * error + theta - g
+            sent = np.stack([sparse(own, chunk, share) for own in error])
+            error = error - sent
+            g = g + outer_lr * sent.mean(axis=0)
+            theta = g.copy()
+    return theta, theta.mean(axis=0)
+
+
 def adpsgd(theta, target, steps, *, weight=1 / 3):
     """In step, a rank begins an exchange with one neighbour and answers the other.
 

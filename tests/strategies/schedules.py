@@ -106,6 +106,13 @@ SETTINGS = {
         "period_first": draw.randint(0, 5),
         "period_second": draw.randint(0, 5),
     },
+    "sparse_loco": lambda draw, size: {
+        "period": draw.randint(1, 4),
+        "share": draw.choice([0.03, 0.5, 1.0]),
+        "chunk": draw.choice([7, 16, 4096]),
+        "decay": draw.choice([0.9, 1.0]),
+        "outer_lr": draw.choice([0.7, 1.0]),
+    },
     "hierarchical": lambda draw, size: {
         "node_size": (
             members := draw.choice([n for n in range(1, size + 1) if size % n == 0])
@@ -128,6 +135,7 @@ LEADS = {
     "delay_by_one": lambda settings, size: 1,
     "gossip_pga": lambda settings, size: settings["period"],
     "sparta": lambda settings, size: 1,
+    "sparse_loco": lambda settings, size: settings["period"],
     "des_loc": lambda settings, size: settings["period"],
     "async_sgd": lambda settings, size: (
         settings["staleness_bound"] if settings["staleness_bound"] >= 0 else None

@@ -31,9 +31,11 @@ SETTINGS = {
     "dpsgd": {"topology": "random_ring"},
     "dpsgd-late": {"overlap": False},
     "noloco": {"period": 3},
+    "sparse_loco": {"period": 3, "share": 1.0},
     "sparta": {"share": 0.2},
     "des_loc": {"period": 4, "period_first": 2, "period_second": 3},
 }
+NEAR = {"async_sgd": (0.05, 150, 0.1), "sparse_loco": (0.03, 480, 0.1)}
 CASES = [*INNER, "dpsgd-late"]
 
 
@@ -120,7 +122,7 @@ def test_allreduce_inside_is_allreduce(nodes, node_size):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_mean_model_reaches_the_mean_minimum(case):
-    lr, steps, near = (0.05, 150, 0.1) if "async" in case else (0.125, 240, 1e-4)
+    lr, steps, near = NEAR.get(case, (0.125, 240, 1e-4))
     ranks = train(case, 3, 2, steps=steps, learner={"lr": lr})
     minimum = targets(ranks).mean(axis=0)
     for rank in ranks:

@@ -16,6 +16,7 @@ NATURAL = {
 }
 SETTINGS = {
     "hierarchical": {"node_size": 2},
+    "sparse_loco": {"period": 5, "share": 0.25},
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from mpilm.learner.learner import Learner
 from mpilm.strategies import strategy
 from mpilm.strategies.sgp import goals_of
+from mpilm.strategies.sparse_codes import SparseCodes
 from mpilm.strategies.sparta import index_set
 from mpilm.world.virtual import run_virtual
 from tests.strategies.fleets import fleet, thetas
@@ -121,3 +122,45 @@ def test_each_moment_of_adamw_is_one_on_all_ranks_at_its_own_period():
         "exp_avg": [3, 6, 9, 12],
         "exp_avg_sq": [4, 8, 12],
     }
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 4096, 10_000])
+@pytest.mark.parametrize("share", [0.01, 0.25, 1.0])
+def test_a_packet_has_the_largest_of_each_chunk_at_two_sizes(size, share):
+    vector = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    codes = SparseCodes(size, 4096, share)
+    packet = codes.packet(vector)
+    chunks, kept = codes.num_chunks, codes.count
+    bits = -(-2 * chunks * kept // 8)
+    assert packet.nbytes == chunks * (2 * kept + 8) + bits
+    out = codes.vector(packet)
+    for start in range(0, size, codes.chunk):
+        part, got = (v[start : start + codes.chunk] for v in (vector, out))
+        sent = got != 0.0
+        if len(part) == codes.chunk:  # zeros of the last one's padding may be sent
+            assert sent.sum() == kept
+        assert len(set(np.abs(got[sent]).tolist())) <= 2
+        assert (np.sign(got[sent]) == np.sign(part[sent])).all()
+        least = np.abs(part[sent]).min()
+        assert (np.abs(part[~sent]) <= least).all()
+
+
+def test_what_is_not_sent_comes_later():
+    """One large entry and many small ones: all of them arrive, at decay 1."""
+    codes = SparseCodes(8, 8, share=0.25)
+    error, arrived = np.zeros(8, np.float32), np.zeros(8)
+    wanted = np.array([9, 1, 1, 1, 1, 1, 1, 1], np.float32)
+    for _ in range(400):
+        error += wanted
+        sent = codes.vector(codes.packet(error))
+        error -= sent
+        arrived += sent
+    np.testing.assert_allclose(arrived / 400, wanted, rtol=0.05)
+
+
+def test_sparse_loco_ranks_are_equal_after_a_block():
+    ranks = fleet("sparse_loco", 4, steps=12, period=4, chunk=16, share=0.2)
+    models = thetas(ranks)
+    assert np.array_equal(models, np.broadcast_to(models[0], models.shape))
+    assert np.abs(models[0] - ranks[0].first).max() > 0.1
+    assert max(np.abs(rank.strategy.error).max() for rank in ranks) > 0.0
