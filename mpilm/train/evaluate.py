@@ -44,6 +44,12 @@ class Quality:
         except OverflowError:
             return math.inf
 
+    def short(self, measure: str) -> str:
+        """Return it in few words, for models that are judged by `measure`."""
+        if measure == "loss":
+            return f"loss {self.loss:.4f}"
+        return f"frame error {self.error:.2%}"
+
     def text(self, measure: str) -> str:
         """Return it in words, for models that are judged by `measure`."""
         if measure != "loss":

@@ -365,7 +365,7 @@ class Trainer:
         if self.best:
             self.best.judge(is_kept)
             self.is_saved = self.is_saved and is_kept
-        self.screen.valid = f"valid frame error {quality.error:.2%}"
+        self.screen.valid = f"valid {quality.short(task.measure)}"
         note = "" if is_kept else ": worse, back to the best model"
         self.screen.line(f"valid {quality.text(task.measure)}{note}")
 

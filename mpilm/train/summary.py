@@ -245,9 +245,10 @@ def closing_lines(summary: dict[str, Any], *, virtual: bool = False) -> list[str
         worst += f": {results(summary, 'worst_rank_')}"
         if cut := summary.get("worst_rank_samples"):
             # not beside the final model, which was measured on all of them
-            best = min(summary["per_rank"]["valid_perplexity"])
+            measure = "loss" if "valid_loss" in summary else "perplexity"
+            best = min(summary["per_rank"][f"valid_{measure}"])
             worst += f", on {cut:,} samples of each split, where the best rank has"
-            worst += f" valid perplexity {best:.2f}"
+            worst += f" valid {measure} {best:{SHOWN[measure]}}"
         quality = f"final model: {quality}; {worst}"
     if summary["perplexity_floor"]:
         quality += f"; floor {summary['perplexity_floor']:.2f}"
