@@ -39,6 +39,7 @@ def probe(
         set_: override a setting: section.key=value
     """
     from mpilm.config import read_config
+    from mpilm.seeds import DROPOUT, derive
     from mpilm.train.run import make_learner
     from mpilm.train.task import open_task
     from mpilm.world.mpi.world import MpiWorld, abort_on_error, start_mpi
@@ -57,7 +58,7 @@ def probe(
                 task.num_outputs,
                 batches,
                 device=world.device(settings.train.device),
-                seed=settings.train.seed + world.rank,
+                seed=derive(DROPOUT, settings.train.seed, world.rank),
                 compute=world.compute,
             )
         assert settings is not None

@@ -10,9 +10,10 @@ Shards      Utterances sorted by length, each to the rank with the fewest items 
             is left over is dropped; in every epoch it is something else.
 Pool        No shards: a chunk is a stretch of an order of all utterances, leased to
             whoever is free (pool.py).
-Order       Epoch e: the utterances in an order drawn from (seed, e); their items in
-            blocks of C minibatches (of a chunk: in the pool), shuffled in each block.
-            A place in it is (e, minibatch): that is all a checkpoint holds.
+Order       Epoch e: the utterances in an order drawn from (seed, e), of shards from
+            (seed, rank, e); their items in blocks of C minibatches (of a chunk: in the
+            pool), shuffled in each block. A place in it is (e, minibatch): that is all
+            a checkpoint holds.
 Splicing    Input of frame t: frames t-c to t+c; beyond the ends of the utterance its
             first and last frame again. It is done when a minibatch is made, so that the
             cache holds each frame once.
@@ -34,6 +35,7 @@ from mpilm.data.frame_corpus import FrameSplit
 from mpilm.data.frame_items import Block, Order, View, partition
 from mpilm.data.pool import LeasedBatches
 from mpilm.errors import DataError
+from mpilm.seeds import FRAME_ORDER, derive
 from mpilm.world.base import World
 
 
@@ -84,8 +86,8 @@ class FrameShards(Batches):
         used = size * self.num_batches * batch
         self.num_dropped = (int(loads.sum()) - used) * view.item_frames
         self._batch, self._view = batch, view
-        # seeds of the ranks differ, whatever train.seed is
-        self._order = Order(split, view, useful[ranks == rank], seed * size + rank)
+        own = derive(FRAME_ORDER, seed, rank)
+        self._order = Order(split, view, useful[ranks == rank], own)
         self._cache = max(1, cache_frames // (batch * view.item_frames))
         geometry = {
             "ranks": size,

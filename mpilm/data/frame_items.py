@@ -181,4 +181,5 @@ class Order:
             wanted = items[max(0, first - begin) : last - begin]
             block.add(self.split.features(utterance), labels_T, wanted)
             begin, index = int(self._ends[index]), index + 1
-        return block.close(np.random.default_rng([self._seed, epoch, first]))
+        # 1 + first: numpy takes a 0 at the end for nothing, and [seed, epoch] is drawn
+        return block.close(np.random.default_rng([self._seed, epoch, 1 + first]))

@@ -18,6 +18,7 @@ from mpilm.learner.learner import Learner
 from mpilm.models.configs import DnnConfig
 from mpilm.models.rbm import Rbm, RbmStack
 from mpilm.models.weights import save_weights
+from mpilm.seeds import RBM_ORDER, RBM_SAMPLES, RBM_WEIGHTS, derive
 from mpilm.strategies import Strategy, find_strategy
 from mpilm.train.evaluate import evaluate, swapped
 from mpilm.train.screen import count
@@ -91,15 +92,15 @@ class Pretrainer:
             config.data.cache,
             world.rank,
             world.size,
-            seed=config.train.seed + index,
+            seed=derive(RBM_ORDER, config.train.seed, index),
             world=None if lockstep else world,
         )
 
     def learner(self, layers: Layers, batches: FrameShards) -> Learner:
         """Return a learner of the RBM above `layers`."""
-        pretrain, seed = self.config.pretrain, self.config.train.seed + len(layers)
+        pretrain, seed = self.config.pretrain, self.config.train.seed
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(derive(RBM_WEIGHTS, seed, len(layers)))
             top = Rbm(
                 len(layers[-1][1]) if layers else self.task.num_inputs,
                 self.settings.hidden,
@@ -114,7 +115,7 @@ class Pretrainer:
             ),
             compute=self.world.compute,
             device=self.world.device(self.config.train.device),
-            seed=seed * self.world.size + self.world.rank,
+            seed=derive(RBM_SAMPLES, seed, len(layers), self.world.rank),
         )
 
     def train(

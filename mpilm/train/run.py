@@ -17,6 +17,7 @@ from mpilm.config import OWN, Config
 from mpilm.data.frame_items import View
 from mpilm.errors import CheckpointError, ConfigError
 from mpilm.optim.schedules import Schedule, build_schedule
+from mpilm.seeds import DROPOUT, derive
 from mpilm.storage.checkpoint import load_shared
 from mpilm.train.folder import RunFolder
 from mpilm.train.task import Task, frame_view
@@ -96,7 +97,7 @@ def learner_of(
         task.num_outputs,
         batches,
         device=world.device(config.train.device),
-        seed=config.train.seed + world.rank,
+        seed=derive(DROPOUT, config.train.seed, world.rank),
         compute=compute,
     )
 

@@ -284,3 +284,12 @@ def assert_same_state(trainer, reference):
     )
     for key in ("step", "loss", "lr", "valid_perplexity"):
         assert np.array_equal(rows[key], expected[key], equal_nan=True), key
+
+
+def test_runs_of_neighbouring_seeds_share_no_stream(run):
+    """Rank 1 of seed 1 drew what rank 0 of seed 2 drew."""
+    streams = []
+    for seed in (1, 2):
+        trainers = run(2, "local", steps=1, train={"seed": seed})
+        streams += [t.learner.state()["random/cpu"].tobytes() for t in trainers]
+    assert len({*streams}) == 4
