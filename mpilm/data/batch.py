@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.data.counts import Counts
-from mpilm.errors import DataError
+from mpilm.errors import DataError, MpilmError
 from mpilm.world.base import Traffic
 
 
@@ -82,6 +84,17 @@ class Batches(ABC):
     def close(self) -> None:
         """End background work, if there is any. Collective."""
         self.counts.close()
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close at the end of the block, or when all ranks raise alike in it."""
+        try:
+            yield
+        except MpilmError as error:
+            if error.everywhere:
+                self.close()
+            raise
+        self.close()
 
     def next(self) -> Batch:
         """Return the next minibatch; after the last one the next epoch begins.

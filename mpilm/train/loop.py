@@ -179,7 +179,7 @@ class Trainer:
         """Take steps to the end, or until a stop; save. As `train`."""
         config, totals = self.config, self.totals
         learner, strategy = self.learner, self.strategy
-        with self.screen, self.log:
+        with self.screen, self.log, self.batches.closing():
             agreement = Agreement(
                 self.world,
                 every=max(config.checkpoint.agree_every, strategy.pace.stride),
@@ -229,7 +229,6 @@ class Trainer:
                 if not self.is_saved:  # it went back to the best model
                     self.save()
                 self.raise_failure()
-            self.batches.close()
         if agreement.stopped:
             self.screen.line(
                 f"stopped early at {samples:,} samples;"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from mpilm.data.counts import Counter
 from mpilm.errors import MpilmError
 from mpilm.storage.checkpoint import Checkpoint
 from mpilm.storage.state_file import read_state
@@ -153,3 +154,19 @@ def test_without_threads_the_strategy_is_named(run, monkeypatch, source):
     with pytest.raises(MpilmError) as error:
         run(2, "adpsgd", data={"source": source})
     assert str(error.value).startswith("strategy adpsgd needs MPI_THREAD_MULTIPLE")
+
+
+@pytest.mark.parametrize("source", ["pool", "shards"])
+def test_counting_ends_when_all_ranks_fail(run, monkeypatch, source):
+    """Else rank 0's activity would keep a real run from ending in order."""
+    closed = []
+
+    def close(counter):
+        ended(counter)
+        closed.append(counter.is_running)
+
+    ended = Counter.close
+    monkeypatch.setattr(Counter, "close", close)
+    with pytest.raises(MpilmError, match=r"the loss is .* at step"):
+        run(3, "adpsgd", optim={"lr": 1e30}, data={"source": source})
+    assert closed and not any(closed)
