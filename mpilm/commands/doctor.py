@@ -8,12 +8,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpilm import __version__
 from mpilm.doctor import children, facts, measure
 from mpilm.doctor.findings import Finding, amount, duration, ok
 from mpilm.doctor.folder import check_folder, check_shared_memory
+from mpilm.doctor.scheduler import check_scheduler
 from mpilm.launch import launched, launched_rank
 from mpilm.train.screen import count
 
@@ -21,7 +24,9 @@ ENOUGH_OVERLAP = 0.5  # chosen, not tuned
 SPEAK_FIRST_S = 2.0  # rank 0 tells of a hang before the others end the run
 
 
-def doctor(*, folder: Path = Path("runs"), limit: float = 90.0) -> int:
+def doctor(
+    *, folder: Path = Path("runs"), limit: float = 90.0, json: bool = False
+) -> int:
     """Check this machine before a run: one line for each thing that may go wrong.
 
     Run it alone first, then as the run itself will be started: mpirun -n 8 mpilm
@@ -30,8 +35,9 @@ def doctor(*, folder: Path = Path("runs"), limit: float = 90.0) -> int:
     Args:
         folder: where runs will be written
         limit: seconds after which a check is given up
+        json: print one JSON object with all findings, in the place of lines
     """
-    report = Report(limit_s=limit)
+    report = Report(limit_s=limit, as_json=json)
     if is_launched(os.environ):
         check_ranks(report, folder)
     else:
@@ -60,17 +66,20 @@ class Report:
 
     limit_s  how long a check may take
     speaks   whether this is rank 0
+    as_json  whether findings are printed as one JSON object at the end
     """
 
-    def __init__(self, *, limit_s: float) -> None:
-        self.limit_s = limit_s
+    def __init__(self, *, limit_s: float, as_json: bool = False) -> None:
+        self.limit_s, self.as_json = limit_s, as_json
+        self.findings: list[Finding] = []
         self.speaks = launched_rank() == 0
         self.counts = {"ok": 0, "warning": 0, "problem": 0}
 
     def add(self, finding: Finding) -> None:
-        """Print a finding."""
+        """Print a finding, or keep it for the end."""
         self.counts[finding.status] += 1
-        if self.speaks:
+        self.findings.append(finding)
+        if self.speaks and not self.as_json:
             print(finding, flush=True)
 
     def check(self, name: str, look: Callable[[], Finding | list[Finding]]) -> None:
@@ -103,12 +112,24 @@ class Report:
         if self.speaks:
             text = f"no end after {self.limit_s:g} s"
             remedy = "a rank died, or a network that MPI chose does not work"
-            print(Finding(name, "problem", text, remedy), flush=True)
+            self.add(Finding(name, "problem", text, remedy))
+            if self.as_json:
+                self.end()
         os._exit(1)
 
     def end(self) -> int:
-        """Print the sums; return the exit code."""
-        if self.speaks:
+        """Print the sums, or all as JSON; return the exit code."""
+        if self.speaks and self.as_json:
+            import json
+
+            found = {
+                "version": __version__,
+                "host": socket.gethostname(),
+                **self.counts,
+                "findings": [asdict(finding) for finding in self.findings],
+            }
+            print(json.dumps(found, indent=1), flush=True)
+        elif self.speaks:
             problems = count(self.counts["problem"], "problem")
             warnings = count(self.counts["warning"], "warning")
             print(f"\n{problems}, {warnings}, {self.counts['ok']} ok")
@@ -127,6 +148,7 @@ def check_alone(report: Report, folder: Path) -> None:
         report.check("CUDA-aware MPI", children.check_cuda_aware)
         report.check("GPU to GPU", children.check_gpu_pair)
     report.check("run folder", lambda: check_folder(folder))
+    report.check("scheduler", check_scheduler)
 
 
 def check_facts(report: Report, everyone: list[facts.Facts], wrong: str) -> None:
@@ -177,6 +199,7 @@ def check_ranks(report: Report, folder: Path) -> None:
         everyone = comm.allgather(facts.collect(comm.rank, gpus))
         check_facts(report, everyone, wrong)
         report.check("run folder", lambda: check_folder(folder, comm))
+        report.check("scheduler", check_scheduler)
         if comm.size > 1:
             hosts = [fact.host for fact in everyone]
             near, far = measure.peers(comm, hosts)

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 WARM_UP = 3  # steps that are not counted
 
+# what to put where two ranks on a link were not there to measure it
+NO_NETWORK = (
+    "run probe with one rank on each of two nodes; until then put in",
+    "latency_s: half of what ping says, seconds",
+    "bandwidth_Bps: the network's bits per second / 8; of 1 Gbit/s 1.25e8",
+)
+NO_NODE = ("run probe with two ranks on a node",)
+
 
 def probe(
     config: tyro.conf.Positional[Path],
@@ -127,6 +135,7 @@ def machine_section(
             where = "inside a node" if prefix else "between nodes"
             lines.append(f"# {prefix}latency_s, {prefix}bandwidth_Bps: no two ranks")
             lines[-1] += f" {where}"
+            lines += [f"# {line}" for line in (NO_NODE if prefix else NO_NETWORK)]
             continue
         lines.append(f"{prefix}latency_s = {link[0]:.3g}")
         lines.append(f"{prefix}bandwidth_Bps = {link[1]:.4g}")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from mpilm.convert import whole_number
 from mpilm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpilm.config import Config
+    from mpilm.learner.flat import Layout
+    from mpilm.simulate.simulation import Outcome
 
 PROTOCOL_STEPS = 100  # of a rank; enough for some periods of most strategies
 
@@ -23,11 +28,15 @@ def simulate(
     machine: str = "",
     protocol_only: Annotated[bool, tyro.conf.arg(name="protocol-only")] = False,
     steps: int | None = None,
+    strategies: str = "",
+    vocab: int = 0,
+    classes: int = 0,
+    inputs: int = 40,
     set_: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")
     ] = (),
 ) -> int:
-    """Predict how a run scales, on a declared machine.
+    """Predict how a run scales, on the [machine] that the configuration declares.
 
     All ranks run in this process, in virtual time. By default they train: real
     gradients, loss against the predicted seconds, a run folder for each number of ranks
@@ -37,38 +46,75 @@ def simulate(
         config: TOML file
         out: folder for simulate.json and the run folders
         ranks: numbers of ranks, such as 16,32,64,128
-        machine: one that ships (see below) or a file with a [machine]; that of the
-            configuration if not given
         protocol_only: communication without a network: thousands of ranks in seconds
         steps: minibatches of a rank; if not given, train.samples, or 100 of a protocol
+        strategies: several, such as allreduce,adpsgd: each into OUT/NAME
+        vocab: words of the language model: a protocol needs no corpus then
+        classes: of the acoustic model, likewise
+        inputs: of the acoustic model without a corpus: features x spliced frames
         set_: override a setting: section.key=value
     """
     from mpilm.config import read_config
     from mpilm.simulate import simulation
-    from mpilm.simulate.machines import find_machine
-    from mpilm.storage.files import reason, require_apart
-    from mpilm.storage.runlog import write_summary
+    from mpilm.storage.files import require_apart
     from mpilm.train.folder import RunFolder
 
     numbers = rank_counts(ranks)
-    found = find_machine(machine) if machine else None
-    settings = read_config(config, (*(found.settings if found else ()), *set_))
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps {steps}: must be 1 or more")
-    simulation.ideal_samples_per_s(settings, 1)
-    for count in numbers:
-        settings.faults.check(count)
-    folders = [RunFolder(out / f"ranks-{count:04d}") for count in numbers]
-    written = [out / "simulate.json", *(p for f in folders for p in f.files())]
-    require_apart(written, settings.inputs(config))
-    for note in settings.notes:
-        print(f"note: {note}")
+    for option, value in (("vocab", vocab), ("classes", classes)):
+        if value and not protocol_only:
+            raise ConfigError(f"--{option}: only with --protocol-only")
+        if value < 0:
+            raise ConfigError(f"--{option} {value}: must be 1 or more")
+    if inputs < 1:
+        raise ConfigError(f"--inputs {inputs}: must be 1 or more")
+    plans: list[tuple[Path, Config]] = []
+    for name in strategy_names(strategies) or [""]:
+        more = (f"strategy.name={name}",) if name else ()
+        settings = read_config(config, (*set_, *more))
+        simulation.ideal_samples_per_s(settings, 1)
+        for count in numbers:
+            settings.faults.check(count)
+        folder = out / name
+        runs = [RunFolder(folder / f"ranks-{count:04d}") for count in numbers]
+        written = [folder / "simulate.json", *(p for f in runs for p in f.files())]
+        require_apart(written, settings.inputs(config))
+        plans.append((folder, settings))
+    sizes = {"vocab": vocab, "classes": classes, "inputs": inputs}
+    for folder, settings in plans:
+        for note in settings.notes:
+            print(f"note: {note}")
+        layout = None
+        if protocol_only:
+            layout = simulation.model_layout(settings, **sizes)
+        one_strategy(settings, folder, numbers, layout, steps)
+    return 0
+
+
+def one_strategy(
+    settings: Config,
+    out: Path,
+    numbers: list[int],
+    layout: Layout | None,
+    steps: int | None,
+) -> None:
+    """Simulate a strategy on these numbers of ranks; print a table; write `out`.
+
+    Args:
+        layout: of the model whose protocol is simulated; None: it trains.
+        steps: of a rank; None: see `simulate`.
+    """
+    from mpilm.simulate import simulation
+    from mpilm.storage.files import reason
+
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{out}: cannot write: {reason(error)}") from None
-    layout = simulation.model_layout(settings) if protocol_only else None
-    outcomes = []
+    outcomes: list[Outcome] = []
+    # at once: its run folders are simulated ones, also while they are under way
+    write_result(out, settings, outcomes, protocol_only=layout is not None)
     for count in numbers:
         if layout is not None:
             some = steps or PROTOCOL_STEPS
@@ -85,13 +131,20 @@ def simulate(
             folder = out / f"ranks-{count:04d}"
             outcome = simulation.co_simulate(one, folder, count)
         outcomes.append(outcome)
-    what = "protocol only" if protocol_only else "co-simulation"
+        write_result(out, settings, outcomes, protocol_only=layout is not None)
+    what = "co-simulation" if layout is None else "protocol only"
     print(f"\n{settings.strategy.name}, {what}; seconds are virtual")
-    if found and found.about:
-        print(f"{machine}: {found.about}")
     print(simulation.about(settings.machine))
     for line in simulation.outcome_table(outcomes):
         print(line)
+
+
+def write_result(
+    out: Path, settings: Config, outcomes: list[Outcome], *, protocol_only: bool
+) -> None:
+    """Write simulate.json."""
+    from mpilm.storage.runlog import write_summary
+
     result = {
         "simulated": True,
         "protocol_only": protocol_only,
@@ -99,7 +152,6 @@ def simulate(
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
     write_summary(out / "simulate.json", result)
-    return 0
 
 
 def more_help() -> str:
@@ -110,6 +162,15 @@ def more_help() -> str:
     width = max(map(len, names))
     rows = [f"    {name:<{width}}  {find_machine(name).about}" for name in names]
     return "\n".join(["", "machines (--machine NAME):", "", *rows])
+
+
+def strategy_names(text: str) -> list[str]:
+    """Return the names in a list, each of them once.
+
+    >>> strategy_names("allreduce, adpsgd,allreduce"), strategy_names("")
+    (['allreduce', 'adpsgd'], [])
+    """
+    return list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
 
 
 def rank_counts(text: str) -> list[int]:

@@ -194,16 +194,34 @@ def _scaled_sizes(values: dict[str, Any], scale: float) -> dict[str, Any]:
     }
 
 
-def model_layout(config: Config) -> Layout:
+def model_layout(
+    config: Config, *, vocab: int = 0, classes: int = 0, inputs: int = 0
+) -> Layout:
     """Return where the parameters of the configured model lie.
+
+    Without a size it is that of the corpus; otherwise no corpus is read.
+
+    Args:
+        vocab: words of a language model.
+        classes: of an acoustic model.
+        inputs: its input, features times spliced frames.
 
     Raises:
         DataError: the corpus cannot be read.
+        ConfigError: a size that this model does not have.
     """
-    from mpilm.train.run import make_learner
+    from mpilm.train.run import make_learner, without_init
 
-    task = open_task(config.data.corpus, config.model)
-    sizes = (task.num_inputs, task.num_outputs)
+    is_acoustic = config.model.settings.reads == "frames"
+    if vocab or classes:
+        if bool(classes) != is_acoustic or (vocab and classes):
+            wanted = "--classes" if is_acoustic else "--vocab"
+            raise ConfigError(f"model {config.model.name}: its size is {wanted}")
+        sizes = (inputs, classes) if is_acoustic else (vocab, vocab)
+        config = without_init(config)
+    else:
+        task = open_task(config.data.corpus, config.model)
+        sizes = (task.num_inputs, task.num_outputs)
     return make_learner(config, *sizes, None, device="cpu", seed=0).layout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from mpilm.commands.doctor import Report
 from mpilm.doctor import children, facts
 from mpilm.doctor.facts import Facts
+from mpilm.doctor.findings import Finding, ok
 from mpilm.doctor.folder import check_folder, existing
+from mpilm.doctor.scheduler import check_scheduler
 
 GOOD = dict.fromkeys((*facts.NEEDED, "mpilm"), "1.0")
 
@@ -168,3 +172,29 @@ def test_an_exception_and_a_hang_are_problems(body, said):
     assert done.stdout.startswith("problem  x ")
     assert said in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_findings_as_json(capsys):
+    report = Report(limit_s=5.0, as_json=True)
+    report.check("one", lambda: ok("one", "fine"))
+    report.check("two", lambda: Finding("two", "problem", "broken", "mend it"))
+    assert capsys.readouterr().out == ""
+    assert report.end() == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["warning"], found["problem"]) == (1, 0, 1)
+    assert found["findings"][1] == {
+        "name": "two",
+        "status": "problem",
+        "text": "broken",
+        "remedy": "mend it",
+    }
+
+
+def test_the_scheduler_is_named():
+    which = {"sbatch": "/bin/sbatch", "qsub": "/bin/qsub"}.get
+    text = check_scheduler({"PBS_JOBID": "5.host"}, which).text
+    assert text.startswith("SLURM (/bin/sbatch) and PBS (/bin/qsub); inside its job 5")
+    assert text.endswith("submit wants --scheduler")
+    assert check_scheduler({"SLURM_JOB_ID": "7"}, {}.get).text == (
+        "none (neither sbatch nor qsub); inside a SLURM job 7"
+    )

@@ -126,6 +126,37 @@ def test_thousand_ranks_of_the_protocol_alone(folder, capsys):
     assert "bmuf, protocol only" in capsys.readouterr().out
 
 
+def test_a_protocol_needs_no_corpus_and_several_strategies_one_call(tmp_path, capsys):
+    config = tmp_path / "t.toml"
+    config.write_text('[data]\ncorpus = "nowhere.h5"\n[model]\nembed=8\nhidden=8\n')
+    out = tmp_path / "sim"
+    options = ["--protocol-only", "--vocab", "500", "--ranks", "2,4", "--steps", "5"]
+    options += ["--strategies", "allreduce,dpsgd", "--out", str(out)]
+    assert main(["simulate", str(config), *options]) == 0
+    found = {
+        name: json.loads((out / name / "simulate.json").read_text())["outcomes"]
+        for name in ("allreduce", "dpsgd")
+    }
+    assert [o["ranks"] for o in found["dpsgd"]] == [2, 4]
+    whole = simulation.model_layout(
+        resolve({"model": {"embed": 8, "hidden": 8}}), vocab=500
+    )
+    moved = 5 * 2 * 4 * whole.size  # an all-reduce of 2 ranks, twice half of it
+    assert found["allreduce"][0]["bytes_sent"] == pytest.approx(moved, rel=0.02)
+    page = tmp_path / "r.html"
+    assert main(["report", str(out), "--out", str(page)]) == 0
+    assert "<h2>Scaling</h2>" in page.read_text()
+    acoustic = ["--set", "model.name=dnn", "--classes", "30", "--inputs", "440"]
+    options = ["--protocol-only", "--ranks", "2", "--out", str(tmp_path / "am")]
+    assert main(["simulate", str(config), *options, *acoustic]) == 0
+    capsys.readouterr()
+    for wrong in (["--vocab", "9", "--set", "model.name=dnn"], ["--classes", "9"]):
+        assert main(["simulate", str(config), *options, *wrong]) == 2
+        assert "its size is --" in capsys.readouterr().err
+    assert main(["simulate", str(config), "--out", str(out), "--vocab", "9"]) == 2
+    assert "--vocab: only with --protocol-only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
