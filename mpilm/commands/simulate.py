@@ -36,7 +36,7 @@ def simulate(
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")
     ] = (),
 ) -> int:
-    """Predict how a run scales, on the [machine] that the configuration declares.
+    """Predict how a run scales, on a declared machine.
 
     All ranks run in this process, in virtual time. By default they train: real
     gradients, loss against the predicted seconds, a run folder for each number of ranks
@@ -46,6 +46,8 @@ def simulate(
         config: TOML file
         out: folder for simulate.json and the run folders
         ranks: numbers of ranks, such as 16,32,64,128
+        machine: one that ships (see below) or a file with a [machine]; that of the
+            configuration if not given
         protocol_only: communication without a network: thousands of ranks in seconds
         steps: minibatches of a rank; if not given, train.samples, or 100 of a protocol
         strategies: several, such as allreduce,adpsgd: each into OUT/NAME
@@ -56,6 +58,7 @@ def simulate(
     """
     from mpilm.config import read_config
     from mpilm.simulate import simulation
+    from mpilm.simulate.machines import find_machine
     from mpilm.storage.files import require_apart
     from mpilm.train.folder import RunFolder
 
@@ -69,10 +72,13 @@ def simulate(
             raise ConfigError(f"--{option} {value}: must be 1 or more")
     if inputs < 1:
         raise ConfigError(f"--inputs {inputs}: must be 1 or more")
+    found = find_machine(machine) if machine else None
+    of_machine = found.settings if found else ()
+    about = f"{machine}: {found.about}" if found and found.about else ""
     plans: list[tuple[Path, Config]] = []
     for name in strategy_names(strategies) or [""]:
         more = (f"strategy.name={name}",) if name else ()
-        settings = read_config(config, (*set_, *more))
+        settings = read_config(config, (*of_machine, *set_, *more))
         simulation.ideal_samples_per_s(settings, 1)
         for count in numbers:
             settings.faults.check(count)
@@ -88,7 +94,7 @@ def simulate(
         layout = None
         if protocol_only:
             layout = simulation.model_layout(settings, **sizes)
-        one_strategy(settings, folder, numbers, layout, steps)
+        one_strategy(settings, folder, numbers, layout, steps, about=about)
     return 0
 
 
@@ -98,12 +104,15 @@ def one_strategy(
     numbers: list[int],
     layout: Layout | None,
     steps: int | None,
+    *,
+    about: str = "",
 ) -> None:
     """Simulate a strategy on these numbers of ranks; print a table; write `out`.
 
     Args:
         layout: of the model whose protocol is simulated; None: it trains.
         steps: of a rank; None: see `simulate`.
+        about: the machine that ships.
     """
     from mpilm.simulate import simulation
     from mpilm.storage.files import reason
@@ -134,6 +143,8 @@ def one_strategy(
         write_result(out, settings, outcomes, protocol_only=layout is not None)
     what = "co-simulation" if layout is None else "protocol only"
     print(f"\n{settings.strategy.name}, {what}; seconds are virtual")
+    if about:
+        print(about)
     print(simulation.about(settings.machine))
     for line in simulation.outcome_table(outcomes):
         print(line)
