@@ -19,6 +19,7 @@ from mpilm.strategies.bmuf import Bmuf
 from mpilm.strategies.delay_by_one import DelayByOne
 from mpilm.strategies.des_loc import DesLoc
 from mpilm.strategies.dpsgd import Dpsgd
+from mpilm.strategies.eager_diloco import EagerDiloco
 from mpilm.strategies.gossip_bmuf import GossipBmuf
 from mpilm.strategies.gossip_pga import GossipPga
 from mpilm.strategies.model_averaging import ModelAveraging
@@ -46,6 +47,7 @@ INNER: dict[str, Kind] = {
         Sparta,
         DesLoc,
         SparseLoco,
+        EagerDiloco,
     )
 }
 

@@ -21,6 +21,11 @@ SETTINGS = {
     "model_averaging": {"period": 5},
     "bmuf": {"period": 5},
     "gossip_bmuf": {"period": 5},
+    "noloco": {"period": 5},
+    "sparta": {"share": 0.1},
+    "des_loc": {"period": 5},
+    "sparse_loco": {"period": 5, "share": 0.25},
+    "eager_diloco": {"period": 5, "eta": 0.5},
     "hierarchical": {"inner": "bmuf", "settings": {"period": 5}},
 }
 

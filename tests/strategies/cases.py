@@ -195,6 +195,15 @@ def sparse_loco(**settings: Any) -> Case:
     )  # fmt: skip
 
 
+def eager(**settings: Any) -> Case:
+    """Return a case of eager_diloco."""
+    return Case(
+        "eager_diloco", settings,
+        lambda *of: references.eager_diloco(*of[:3], **settings),
+        reduced(settings["period"]),
+    )  # fmt: skip
+
+
 def bmuf(**settings: Any) -> Case:
     """Return a case of bmuf: one group of all ranks."""
     parts = {"components": "layers"} if settings.get("stagger") else {}
@@ -329,5 +338,7 @@ CASES = {
     "sparse_loco-whole": sparse_loco(
         period=3, share=0.25, chunk=40, decay=1.0, outer_lr=0.8
     ),
+    "eager_diloco": eager(period=2, eta=0.5, zeta=0.7),
+    "eager_diloco-classical": eager(period=3, eta=0.3, zeta=1.0, momentum="classical"),
     "hierarchical": Case("hierarchical", nodes, nodes_reference, nodes_moved),
 }  # fmt: skip

@@ -72,6 +72,7 @@ LAWS = {
     "async_sgd": served,
     "sgp": declared,
     "noloco": declared,
+    "eager_diloco": declared,
     "sparse_loco": declared,
     "hierarchical": nodes,
 }

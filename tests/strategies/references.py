@@ -148,6 +148,23 @@ def sparse_loco(theta, target, steps, *, period, share, chunk, decay, outer_lr=1
     return theta, theta.mean(axis=0)
 
 
+def eager_diloco(theta, target, steps, *, period, eta, zeta, momentum="nesterov"):
+    """Each rank sums what it learned itself and what the others had before."""
+    size, nesterov = len(theta), momentum == "nesterov"
+    W, g, delta, before = theta.copy(), theta.copy(), 0.0 * theta, 0.0 * theta
+    others = mean_matrix(size) - np.eye(size) / size
+    for step in range(1, steps + 1):
+        theta = theta - LR * (theta - target)
+        if step % period == 0:
+            learned = theta - g
+            update = learned / size + others @ before
+            delta = eta * delta + zeta * update
+            W = g + (zeta * update if nesterov else delta)
+            g = W + (eta * delta if nesterov else 0.0)
+            theta, before = g.copy(), learned
+    return theta, W.mean(axis=0)
+
+
 def adpsgd(theta, target, steps, *, weight=1 / 3):
     """In step, a rank begins an exchange with one neighbour and answers the other.
 

@@ -113,6 +113,12 @@ SETTINGS = {
         "decay": draw.choice([0.9, 1.0]),
         "outer_lr": draw.choice([0.7, 1.0]),
     },
+    "eager_diloco": lambda draw, size: {
+        "period": draw.randint(1, 4),
+        "eta": draw.choice([0.0, 0.4]),
+        "zeta": draw.choice([0.5, 0.8]),
+        "momentum": draw.choice(["classical", "nesterov"]),
+    },
     "hierarchical": lambda draw, size: {
         "node_size": (
             members := draw.choice([n for n in range(1, size + 1) if size % n == 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,16 @@ def test_the_diloco_preset_is_adamw_inside_and_nesterov_outside():
     assert config.strategy.settings.momentum == "nesterov"
     assert config.strategy.settings.eta == 0.9
     assert config.strategy.settings.zeta == 0.7
+
+
+def test_the_streaming_preset_is_diloco_in_turn_and_under_way():
+    config = read_config(PRESET.with_name("streaming_diloco.toml"))
+    diloco = read_config(PRESET)
+    assert config.optim == diloco.optim
+    settings = config.strategy.settings
+    assert replace(settings, stagger=False, delay=0) == diloco.strategy.settings
+    assert settings.stagger
+    assert settings.delay == 5
 
 
 def test_a_slow_rank_slows_all():

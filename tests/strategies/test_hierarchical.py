@@ -31,6 +31,7 @@ SETTINGS = {
     "dpsgd": {"topology": "random_ring"},
     "dpsgd-late": {"overlap": False},
     "noloco": {"period": 3},
+    "eager_diloco": {"period": 3, "eta": 0.3},
     "sparse_loco": {"period": 3, "share": 1.0},
     "sparta": {"share": 0.2},
     "des_loc": {"period": 4, "period_first": 2, "period_second": 3},

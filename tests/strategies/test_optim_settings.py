@@ -60,6 +60,7 @@ SETTINGS = {
     "model_averaging": {"period": 2},
     "bmuf": {"period": 2},
     "gossip_bmuf": {"period": 2, "group_size": 2},
+    "eager_diloco": {"period": 2},
     "hierarchical": {"node_size": 1, "inner": "async_sgd"},
 }
 

@@ -11,6 +11,7 @@ from mpilm.strategies import strategy
 from mpilm.strategies.sgp import goals_of
 from mpilm.strategies.sparse_codes import SparseCodes
 from mpilm.strategies.sparta import index_set
+from mpilm.world.machine import Machine
 from mpilm.world.virtual import run_virtual
 from tests.strategies.fleets import fleet, thetas
 from tests.strategies.modules import Mixed, Points
@@ -164,3 +165,13 @@ def test_sparse_loco_ranks_are_equal_after_a_block():
     assert np.array_equal(models, np.broadcast_to(models[0], models.shape))
     assert np.abs(models[0] - ranks[0].first).max() > 0.1
     assert max(np.abs(rank.strategy.error).max() for rank in ranks) > 0.0
+
+
+def test_eager_updates_hide_a_reduction_behind_a_whole_block():
+    machine = Machine(step_s=1.0, bandwidth_Bps=60.0)  # 4 s for a reduction
+    settings = {"period": 5, "steps": 30, "machine": machine}
+    blocking = fleet("bmuf", 4, **settings)
+    hidden = fleet("eager_diloco", 4, **settings)
+    assert blocking[0].seconds > 50.0
+    assert hidden[0].seconds == pytest.approx(30.0, rel=0.01)
+    assert hidden[0].bytes_sent == blocking[0].bytes_sent
