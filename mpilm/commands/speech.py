@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mpilm.commands.prepare import Paths, progress_bar
-from mpilm.errors import DataError
+from mpilm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mpilm.data.frames import FrameSummary
@@ -43,6 +43,7 @@ def wav(
     train_strings: int = 0,
     seed: int = 1,
     skip_bad: bool = False,
+    like: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None,
 ) -> None:
     """Make a corpus of recordings: features, and an alignment with word HMMs.
 
@@ -71,12 +72,28 @@ def wav(
         train_strings: added to train
         seed: of the strings
         skip_bad: leave bad recordings out and count them
+        like: words, states, features and rate as this run was trained with, so that
+            its model can decode and align the new recordings
     """
     from mpilm.speech.features import FeatureConfig
     from mpilm.speech.plan import SplitConfig, StringConfig
     from mpilm.speech.prepare import prepare_wav
 
     splits = SplitConfig(train, valid, test, valid_names, test_names, valid_share)
+    made = FeatureConfig(kind=features, num_bins=num_bins, num_ceps=num_ceps, cmvn=cmvn)
+    if like is not None:
+        from mpilm.speech.like import prepared_like
+
+        given = (words, made, rate, states, silence_states, rounds)
+        if given != ((), FeatureConfig(), None, 8, 3, 8):
+            raise ConfigError(
+                "--like: words, features, cmvn, rate, states and rounds are those of"
+                " the run; leave these options out"
+            )
+        before = prepared_like(like)
+        made, rate, rounds = before.features, before.rate, before.rounds
+        words, states = before.hmms.words, before.hmms.num_states
+        silence_states = before.hmms.silence_states
     with progress_bar() as progress:
         summary = prepare_wav(
             out,
@@ -84,9 +101,7 @@ def wav(
             strings=StringConfig.of(
                 strings, num_train=train_strings, num=num_strings, seed=seed
             ),
-            features=FeatureConfig(
-                kind=features, num_bins=num_bins, num_ceps=num_ceps, cmvn=cmvn
-            ),
+            features=made,
             words=words,
             num_states=states,
             silence_states=silence_states,

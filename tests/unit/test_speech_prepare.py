@@ -10,6 +10,8 @@ import jiwer
 import numpy as np
 import pytest
 
+from mpilm.cli import main
+from mpilm.config import resolve
 from mpilm.data.frames import FrameCorpus
 from mpilm.data.wav import WavReader, list_recordings
 from mpilm.errors import DataError, MpilmError
@@ -341,3 +343,33 @@ def test_valid_is_a_share_of_train_and_not_empty(tmp_path):
 def test_what_is_not_installed_is_named():
     with pytest.raises(MpilmError, match=r"jiwer is missing .*pip install 'mpilm"):
         require("no_such_module", "jiwer")
+
+
+def test_new_recordings_like_those_of_a_run(tmp_path, capsys):
+    """Fewer words in other recordings: the classes are still the model's."""
+    old, new, run = tmp_path / "old.h5", tmp_path / "new.h5", tmp_path / "run"
+    features = FeatureConfig(num_bins=23, cmvn="utterance")
+    prepare(
+        write_words(tmp_path / "wav", 6, ("ann",)),
+        old,
+        silence_states=1,
+        features=features,
+    )
+    run.mkdir()
+    document = {"data": {"corpus": str(old)}, "model": {"name": "dnn"}}
+    (run / "config.toml").write_text(resolve(document).to_toml())
+    for number in range(4):
+        write_wav(tmp_path / "more" / f"low_eve_{number}.wav", tone("low", number))
+    options = ["--train", str(tmp_path / "more"), "--out", str(new)]
+    options += ["--valid-share", "0.25", "--like", str(run)]
+    assert main(["prepare", "wav", *options]) == 0
+    with FrameCorpus.open(old) as before, FrameCorpus.open(new) as after:
+        assert after.fingerprint == before.fingerprint
+        assert after.provenance["options"]["features"] == features.to_dict()
+        assert WordHmms.from_json(after.hmm).words == tuple(sorted(WORDS))
+    capsys.readouterr()
+    assert main(["prepare", "wav", *options, "--num-bins", "30"]) == 2
+    assert "--like: words, features" in capsys.readouterr().err
+    write_wav(tmp_path / "more" / "low_eve_9.wav", tone("low", 9), rate=16000)
+    assert main(["prepare", "wav", *options]) == 2
+    assert "16000 samples/s" in capsys.readouterr().err
