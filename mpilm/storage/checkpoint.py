@@ -283,7 +283,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints, newest first; none if there is no folder."""
     try:
         paths = list(folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     matches = [(NAME.fullmatch(path.name), path) for path in paths]
     keys = [(int(match[1]), not match[2], path) for match, path in matches if match]
