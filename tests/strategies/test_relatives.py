@@ -175,3 +175,31 @@ def test_eager_updates_hide_a_reduction_behind_a_whole_block():
     assert blocking[0].seconds > 50.0
     assert hidden[0].seconds == pytest.approx(30.0, rel=0.01)
     assert hidden[0].bytes_sent == blocking[0].bytes_sent
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gossip_pga", {"period": 5}),
+        ("sgp", {"graph": "random"}),
+        ("noloco", {"period": 5}),
+        ("sparta", {"share": 0.1}),
+        ("des_loc", {"period": 2, "period_first": 3}),
+        ("sparse_loco", {"period": 5}),
+        ("eager_diloco", {"period": 5}),
+    ],
+)
+def test_the_trainer_resumes_it_from_a_checkpoint_file(run, name, settings):
+    sections = {"strategy": settings, "optim": {"name": "adamw", "lr": 0.01}}
+    steps = 3 * 40  # samples of all ranks in a step
+    whole = run(3, name, out="whole", train={"samples": 16 * steps}, **sections)
+    sections["checkpoint"] = {"every": 8 * steps}
+    run(3, name, out="parts", train={"samples": 8 * steps}, **sections)
+    resumed = run(
+        3, name, out="parts", resume=True, train={"samples": 16 * steps}, **sections
+    )
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(
+            torch.as_tensor(one.learner.theta), torch.as_tensor(other.learner.theta)
+        )
