@@ -82,6 +82,8 @@ class TrainConfig:
     1: all of them"""
     eval_streams: Positive = 16
     """sequences evaluated side by side, whatever the number of ranks"""
+    max_bad_steps: Positive = 10
+    """minibatches in a row, skipped as the gradient was not finite, that end a run"""
     log_every: Positive = 10
     """minibatches between two rows of the log"""
     trace_steps: Natural = 50

@@ -5,8 +5,11 @@ torch is never imported here: a tensor can only come from somebody who has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 # Elements: 256 KB of float32, so that some vectors' parts fit into an L2 cache together
 # (BMUF's filter of 10.8 MB takes two thirds of the time; docs/scaling.md).
@@ -49,3 +52,16 @@ def fill_(vector: Any, array: Any) -> None:
     """Set a numpy array or a tensor to the values of a numpy array."""
     is_tensor = hasattr(vector, "new_tensor")
     vector[:] = vector.new_tensor(array) if is_tensor else array
+
+
+def is_finite(vector: Any) -> bool:
+    """Return whether all elements are finite, in one pass over them.
+
+    >>> import numpy as np
+    >>> is_finite(np.ones(2)), is_finite(np.array([1.0, np.inf, -np.inf]))
+    (True, False)
+    """
+    with np.errstate(all="ignore"):
+        if math.isfinite(float(vector.sum())):
+            return True
+        return bool((vector * 0.0 == 0.0).all())  # or the sum has overflowed

@@ -29,6 +29,7 @@ from mpilm.learner.random_state import RandomState
 from mpilm.learner.rest import ModuleRest, restored_parts, stored, stored_parts
 from mpilm.learner.row_optimizer import RowOptimizer, Rows, make_row_optimizer
 from mpilm.storage.saved import nested, under
+from mpilm.vectors import is_finite
 
 T = TypeVar("T")
 Notify = Callable[[Any], None]
@@ -88,6 +89,8 @@ class Learner:
 
     rows     gradients of the row tables by segment: ids and values, see `Rows`
     compute  runs the work of a gradient
+    skipped  whether `update` did nothing, as the last gradient was not finite. On a GPU
+             it is not looked at: that would wait for it
     refresh  called when a gradient is complete and before an update: the trainer sets
              `lr` there to what it is now (a slow rank's minibatch may have taken long)
 
@@ -117,6 +120,7 @@ class Learner:
         self.model = model.to(self.device)
         self.batches = batches
         self.samples = 0
+        self.skipped = False
         self.refresh: Callable[[], None] = keep_lr
         self._parameters = FlatParameters(self.model, self.device, sparse=sparse)
         self.layout = self._parameters.layout
@@ -194,7 +198,7 @@ class Learner:
         """
         if self._drawn is None:
             self._drawn = self.batches.next()  # may wait for a lease
-        drawn, self._drawn = self._drawn, None
+        drawn, self._drawn, self.skipped = self._drawn, None, False
         parts = drawn if isinstance(drawn, Parts) else [drawn]
         counts = [int(self._samples_of(part)) for part in parts]
 
@@ -261,8 +265,15 @@ class Learner:
         return found if isinstance(found, tuple) and len(found) == 2 else (found, None)
 
     def update(self) -> None:
-        """Take one step of the optimiser: theta <- theta - lr * P(grad)."""
+        """Take one step of the optimiser: theta <- theta - lr * P(grad).
+
+        If the gradient is not finite, nothing changes, the optimiser's state neither:
+        see `skipped`. So ranks with the same gradient leave out the same steps.
+        """
         self.refresh()
+        if not self._has_finite_gradient():
+            self.skipped = True
+            return
         self._parameters.attach_grad()
         if THETA in self._optimizer.parameters:
             self._optimizer.parameters[THETA].grad = self.grad
@@ -270,13 +281,20 @@ class Learner:
         if self._row_optimizer is not None:
             self._row_optimizer.step(self.rows)
 
+    def _has_finite_gradient(self) -> bool:
+        if self.device.type != "cpu":
+            return True  # not known before the device has come so far
+        parts = (self.grad, *(rows.values for rows in self.rows.values()))
+        return all(map(is_finite, parts))
+
     @property
     def is_plain_sgd(self) -> bool:
         """Whether `update` is theta <- theta - lr * grad and nothing else.
 
-        Hooks of the optimiser (clipping) are something else.
+        Hooks of the optimiser (clipping) are something else, and so is a gradient that
+        is not finite.
         """
-        return self._optimizer.is_plain_sgd
+        return self._optimizer.is_plain_sgd and self._has_finite_gradient()
 
     def moments(self) -> dict[str, Tensor]:
         """Return the optimiser's state vectors (momentum, ...), 1-D, by name.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -93,6 +93,7 @@ class Trainer:
             self.strategy.require(self.learner)
         self.totals = Totals()
         self.failure: MpilmError | None = None  # will stop all ranks in order
+        self.num_bad = 0  # steps in a row that were skipped
         self.batches.start(config.train.samples)
         self.strategy.start(self.learner)
         with world.all_or_none():
@@ -199,6 +200,7 @@ class Trainer:
                 totals.step += 1
                 samples = strategy.pace.agree(self.samples)
                 self.is_validated = self.is_saved = False
+                self.count_skipped(loss)
                 if totals.step % config.train.log_every == 0:
                     self.record(samples, float(loss))
                 is_due = self.validations.due(samples) or self.savings.due(samples)
@@ -287,18 +289,33 @@ class Trainer:
         self.drain()
         self.strategy.retire(self.learner)
 
+    def count_skipped(self, loss: Any) -> None:
+        """Count a step without an update; note a failure if too many are in a row."""
+        if not self.learner.skipped:
+            self.num_bad = 0
+            return
+        self.num_bad += 1
+        self.totals.skipped += 1
+        if self.num_bad >= self.config.train.max_bad_steps and not self.failure:
+            self.failure = self.diverged(
+                f"the loss is {float(loss):.3g}, the gradient was not finite"
+                f" {self.num_bad} times in a row"
+            )
+
     def record(self, samples: int, loss: float) -> None:
         """Write a row of the log and show progress; note a failure for later."""
         if self.failure:
             return
-        totals = self.totals
+        totals, is_skipped = self.totals, self.learner.skipped
         is_nats = self.task.measure == "perplexity"
-        if not loss < (LARGEST_LOSS if is_nats else math.inf):
+        is_good = loss < (LARGEST_LOSS if is_nats else math.inf)
+        if not (is_good or is_skipped):
             self.failure = self.diverged(f"the loss is {loss:.3g}")
             return
         self.recorder.mark()
-        totals.loss_sum += loss
-        totals.loss_count += 1
+        if not is_skipped:
+            totals.loss_sum += loss
+            totals.loss_count += 1
         learner, metrics = self.learner, self.strategy.metrics()
         counts = {name: metrics[name] for name in COUNTS if name in metrics}
         own = {"samples": learner.samples, "loss": loss, "lr": learner.lr}

@@ -27,6 +27,7 @@ LOG_FIELDS = {  # a row of the log; docs/metrics.md defines each of them
     "idle": "f8",  # share of seconds that were blocked
     "mixes": "i8",  # times that this rank's model was mixed with others
     "staleness": f"{NUM_BINS}i8",  # updates by foreign mixes since their model was read
+    "skipped": "i8",  # minibatches so far whose gradient was not finite
     "valid_perplexity": "f8",  # as last measured
     "valid_loss": "f8",  # the same of a model of somebody's own
     # as last measured, with a mean model:
@@ -53,6 +54,7 @@ class Totals:
     messages: int = 0
     loss_sum: float = 0.0  # of the logged minibatches
     loss_count: int = 0
+    skipped: int = 0  # minibatches whose gradient was not finite: no update
     valid_perplexity: float = math.nan  # the last one measured
     valid_loss: float = math.nan  # instead of it, of a model of somebody's own
     valid_error: float = math.nan  # share of wrong guesses; NaN for text

@@ -189,6 +189,7 @@ def over_ranks(reports: list[RankSummary]) -> dict[str, Any]:
         "bytes_sent": sum(t.bytes_sent for t in totals),
         "bytes_received": sum(t.bytes_received for t in totals),
         "messages": sum(t.messages for t in totals),
+        "skipped": sum(t.skipped for t in totals),
         "mixes": sum(r.metrics.get("mixes", 0) for r in reports),
         "staleness": np.sum(staleness, axis=0) if staleness else None,
         "consensus_distance": distance,
@@ -208,6 +209,7 @@ def per_rank(reports: list[RankSummary]) -> dict[str, list[Any]]:
         "bytes_sent",
         "bytes_received",
         "messages",
+        "skipped",
         "consensus_distance",
     )
     values: dict[str, list[Any]] = {
@@ -252,7 +254,10 @@ def closing_lines(summary: dict[str, Any], *, virtual: bool = False) -> list[str
         quality = f"final model: {quality}; {worst}"
     if summary["perplexity_floor"]:
         quality += f"; floor {summary['perplexity_floor']:.2f}"
-    return [speed, quality] if quality else [speed]
+    lines = [speed, quality] if quality else [speed]
+    if skipped := summary.get("skipped"):
+        lines.append(f"{count(skipped, 'step')} skipped: gradient not finite")
+    return lines
 
 
 SHOWN = {"frame_error": ".2%", "error": ".2%", "loss": ".4f", "perplexity": ".2f"}
