@@ -191,11 +191,11 @@ def cut_off(run, monkeypatch):
     def cut_off(number, *arguments, **sections):
         seen = []
 
-        def evaluate(*args):
+        def evaluate(*args, **options):
             seen.append(args[-1].rank)
             if seen.count(0) == number and args[-1].rank == 0:
                 raise CutOffError
-            return plain(*args)
+            return plain(*args, **options)
 
         with monkeypatch.context() as patch, pytest.raises(WorldError, match="CutOff"):
             patch.setattr(loop, "evaluate", evaluate)
