@@ -113,7 +113,7 @@ class NewbobConfig:
     factor: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.5
     """what the rate is multiplied by when it is halved"""
     reject: bool = False
-    """whether training goes back to the best model when a validation is worse"""
+    """whether training goes back to the best model when a validation is no better"""
     warmup_samples: Samples = 0
     """samples of all ranks over which the rate rises linearly from 0"""
     times_ranks: bool = False
@@ -131,7 +131,7 @@ class NewbobAccuracyConfig:
     factor: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.5
     """what the rate is multiplied by when it is halved"""
     reject: bool = False
-    """whether training goes back to the best model when a validation is worse"""
+    """whether training goes back to the best model when a validation is no better"""
     warmup_samples: Samples = 0
     """samples of all ranks over which the rate rises linearly from 0"""
     times_ranks: bool = False

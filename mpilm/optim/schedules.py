@@ -14,10 +14,10 @@ Rate        lr(s) = K * lr * warmup(s) * main(max(0, s - W), S - W)             
             exponential   f^(s / S), or with E stages f^(floor(E s/S) / (E-1)) (4)
             newbob, newbob_accuracy: a factor that validations decide, see `Newbob`
 Gain        newbob: (best - loss) / best; newbob_accuracy: accuracy - best       (5)
-Departs     rejecting a validation is an option (their script always rejects a worse
-            loss under Newbob); newbob_accuracy rejects a worse accuracy. The warm-up
-            begins near 0 (Goyal et al.: at lr / K). Global samples make main() and
-            warmup() independent of the number of ranks.
+Departs     rejecting a validation is an option (their script always rejects a loss that
+            is no lower, Kaldi's too); newbob_accuracy rejects an accuracy that is no
+            higher. The warm-up begins near 0 (Goyal et al.: at lr / K). Global samples
+            make main() and warmup() independent of the number of ranks.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Newbob:
         self.finished = False
 
     def observe(self, loss: float, accuracy: float = 0.0) -> bool:
-        """Take note of a validation; return whether it is not worse than the best.
+        """Take note of a validation; return whether it is better than the best.
 
         Args:
             loss: mean NLL > 0.
@@ -107,11 +107,11 @@ class Newbob:
             self.best = found
         if self.halving and gain < self.config.stop_halving:
             self.finished = True
-            return gain >= 0.0
+            return gain > 0.0
         self.halving = self.halving or gain < self.config.start_halving
         if self.halving:
             self.factor *= self.config.factor
-        return gain >= 0.0
+        return gain > 0.0
 
 
 class Schedule:

@@ -382,7 +382,7 @@ class Trainer:
             self.best.judge(is_kept)
             self.is_saved = self.is_saved and is_kept
         self.screen.valid = f"valid {quality.short(task.measure)}"
-        note = "" if is_kept else ": worse, back to the best model"
+        note = "" if is_kept else ": no better, back to the best model"
         self.screen.line(f"valid {quality.text(task.measure)}{note}")
 
     def quality(self, split: str, source: Strategy | Ema) -> Quality:

@@ -223,7 +223,8 @@ def test_a_run_cut_off_in_any_validation_ends_as_the_uninterrupted_one(
         "optim": {"lr": 12.0, "momentum": 0.5},
         "model": {"dropout": 0.2},
         "data": {"source": "shards", "chunk_windows": 3},
-        "train": {"valid_every": EVERY, "samples": 24 * STEP},
+        # of this seed two validations are worse than the one before, the last too
+        "train": {"valid_every": EVERY, "samples": 24 * STEP, "seed": 8},
         "checkpoint": {"every": EVERY},
     } | more
     whole = run(2, name, out="whole", **sections)
