@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from mpilm.learner.learner import Learner
     from mpilm.train.task import Task
 
-# Samples that are evaluated in the time of one that is trained. The forward pass is a
-# third of both by operations; 2 and not 3, to be on the safe side.
-EVALUATED = 2.0
-
 
 @dataclass(frozen=True)
 class RankSummary:
@@ -119,13 +115,15 @@ def most_evaluated(
     """Return how many samples of each split every rank's own model is measured on.
 
     The part `train.worst_rank_share` of the run's work, by samples and not by seconds:
-    so the same run measures the same. None: all of them.
+    so the same run measures the same. A sample that is evaluated counts as much as one
+    that is trained: of a large model it takes a third, of a tiny one as long. None: all
+    of them.
     """
     share = config.train.worst_rank_share
     if share >= 1.0:
         return None
     of_rank = sum(report.samples for report in reports) / len(reports)
-    return max(1, int(share * EVALUATED * of_rank / num_splits))
+    return max(1, int(share * of_rank / num_splits))
 
 
 def differ(reports: list[RankSummary]) -> bool:

@@ -165,10 +165,10 @@ def test_the_worst_rank_is_measured_only_if_asked_for(run):
 
 
 def test_the_worst_rank_takes_a_tenth_of_a_run_at_most(run):
-    """10 steps of 40 samples: 2 x 400 / 10 samples for two splits, in whole batches."""
+    """10 steps of 40 samples: 400 / 10 samples for two splits, in whole batches."""
     trainers = run(2, "local", steps=10)
     summary = summary_of(trainers)
-    most = 40
+    most = 20
     assert summary["worst_rank_samples"] == most
     own, count = evaluate_alone(
         trainers[1].learner,
