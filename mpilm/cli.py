@@ -83,6 +83,11 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "mpilm.commands.simulate:simulate",
         "predict scaling and loss on another machine, in virtual time",
     ),
+    ("sweep",): (
+        "mpilm.commands.sweep:sweep",
+        "run many combinations from one file: simulated, here, or submitted",
+    ),
+    ("status",): ("mpilm.commands.sweep:status", "how the points of a sweep stand"),
 }
 
 

@@ -1,0 +1,232 @@
+"""`mpilm sweep` and `mpilm status`: many runs from one file, and how they stand.
+
+A point is run by a command of its own: one that fails leaves the others alone.
+What lies where in the folder: swept.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from mpilm.commands.points import SUBMITTED, Point, Spec
+from mpilm.commands.queued import make
+from mpilm.commands.swept import NAME, State, Sweep, last_line, table, write_table
+from mpilm.errors import (
+    INTERRUPTED,
+    STOPPED_EARLY,
+    CheckpointError,
+    ConfigError,
+    WorldError,
+    say,
+)
+from mpilm.storage.files import reason
+from mpilm.storage.owner import Owner
+
+SOME_FAILED = 1
+
+
+def sweep(
+    spec: tyro.conf.Positional[Path],
+    /,
+    *,
+    out: Path,
+    dry_run: Annotated[bool, tyro.conf.arg(name="dry-run")] = False,
+) -> int:
+    """Run every combination of strategies, ranks, stragglers, ... that a file lists.
+
+    Simulated, under mpirun on this machine, or submitted to SLURM or PBS
+    (docs/sweep.md). Started again it goes on: what is done stays, what failed or was
+    stopped is tried again. `mpilm status OUT` tells how it stands, `mpilm report OUT`
+    draws it. The exit code is 1 if a point failed.
+
+    Args:
+        spec: TOML file of the sweep
+        out: folder for the runs
+        dry_run: print the commands and run nothing
+    """
+    asked = Spec.read(spec)
+    points = asked.points()
+    commands = {point.name: _words(asked, point, out) for point in points}
+    if dry_run:
+        import shlex
+
+        for words in commands.values():
+            print(shlex.join(words))
+        return 0
+    make(out / "log")
+    owner = Owner(out).take()
+    try:
+        found = _begin(asked, points, out)
+        code = _run_all(found, commands)
+    finally:
+        owner.release()
+    for line in table(found):
+        print(line)
+    return code
+
+
+def status(
+    folder: tyro.conf.Positional[Path],
+    /,
+    *,
+    csv: Path | None = None,
+) -> int:
+    """Tell how the points of a sweep stand: done, running, queued, failed and why.
+
+    Args:
+        folder: of the sweep
+        csv: file to write the table to as well, with the results of what is done
+    """
+    found = Sweep.read(folder)
+    found.look()
+    if found.spec.run not in SUBMITTED and not _is_at_work(folder):
+        for state in found.states.values():
+            if state.state == "runs":
+                state.state = "stopped"
+    for line in table(found):
+        print(line)
+    if csv is not None:
+        write_table(found, csv)
+    return 0
+
+
+def _words(spec: Spec, point: Point, out: Path) -> list[str]:
+    """Return the whole command of a point.
+
+    Raises:
+        WorldError: there is no mpirun.
+    """
+    words = point.command(spec, out)
+    if spec.run != "local":
+        return [sys.executable, "-m", "mpilm", *words]
+    beside = Path(sys.executable).with_name("mpirun")
+    mpirun = str(beside) if beside.is_file() else shutil.which("mpirun")
+    if mpirun is None:
+        raise WorldError("no mpirun on PATH")
+    return [mpirun, *words]
+
+
+def _begin(spec: Spec, points: list[Point], out: Path) -> Sweep:
+    """Return the sweep as it stands in the folder, or a new one.
+
+    Raises:
+        ConfigError: the folder holds points of another sweep under these names.
+    """
+    try:
+        digest = hashlib.sha256(Path(spec.config).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{spec.config}: cannot read: {reason(error)}") from None
+    states = {point.name: State() for point in points}
+    if (out / NAME).exists():
+        old = Sweep.read(out)
+        same = old.digest == digest and old.spec.run == spec.run
+        before = {point.name: point for point in old.points}
+        for point in points:
+            state = old.states.get(point.name, State())
+            if point.name not in before or state.state in ("waiting", "failed"):
+                continue
+            if not same or before[point.name] != point:
+                raise ConfigError(
+                    f"{out}: {point.name} was run with other settings, or from another"
+                    f" {spec.config}: take another --out"
+                )
+            states[point.name] = state
+    found = Sweep(out, spec, points, states, digest)
+    found.look()
+    found.write()
+    return found
+
+
+def _run_all(found: Sweep, commands: dict[str, list[str]]) -> int:
+    """Run the points one after the other; return the exit code."""
+    with _terminated_as_interrupted():
+        for number, point in enumerate(found.points, 1):
+            state = found.states[point.name]
+            head = f"{number}/{len(found.points)} {point.name}"
+            if state.state in ("done", "queued") or (
+                state.state == "runs" and found.spec.run in SUBMITTED
+            ):
+                say(f"{head}: {state.state}")
+                continue
+            found.states[point.name] = state = State("runs")
+            found.write()
+            start_s = time.monotonic()
+            try:
+                code = run_logged(commands[point.name], found.log(point))
+            except KeyboardInterrupt:
+                state.state = "stopped"
+                found.write()
+                say(f"{head}: stopped; the same command goes on")
+                return INTERRUPTED
+            state.took_s = round(time.monotonic() - start_s, 1)
+            if code == 0:
+                state.state = "queued" if found.spec.run in SUBMITTED else "done"
+            elif code == STOPPED_EARLY:
+                state.state = "stopped"
+            else:
+                state.state = "failed"
+                state.why = last_line(found.log(point)) or f"exit code {code}"
+            found.write()
+            say(f"{head}: {state.state}{': ' if state.why else ''}{state.why}")
+    counts = Counter(state.state for state in found.states.values())
+    return SOME_FAILED if counts["failed"] or counts["stopped"] else 0
+
+
+def run_logged(words: list[str], log: Path) -> int:
+    """Run a command, what it says into a file; return its exit code.
+
+    A signal to end ends the command first: a run writes its checkpoint.
+    """
+    with open(log, "wb") as stream:
+        try:
+            child = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches it once, from here
+            )
+        except OSError as error:
+            stream.write(f"mpilm: {words[0]}: {reason(error)}\n".encode())
+            return 127
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            with suppress(ProcessLookupError):
+                child.send_signal(signal.SIGTERM)
+            child.wait()
+            raise
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end it as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_at_work(out: Path) -> bool:
+    try:
+        Owner(out).take().release()
+    except CheckpointError:
+        return True
+    return False
