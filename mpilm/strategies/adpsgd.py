@@ -37,7 +37,7 @@ from msgspec import Meta
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import NUM_BINS, Learner, Strategy
 from mpilm.strategies.pairwise import Pairwise
-from mpilm.strategies.topology import permutation
+from mpilm.strategies.topology import permutation, places
 from mpilm.world.base import World
 
 
@@ -115,11 +115,11 @@ class Adpsgd(Strategy):
         if config.mixing == "random_pairs":
             order = permutation(config.seed, round_, size, salt=rank + 1)
             return order[0] if order[0] != rank else order[1]
-        order = tuple(range(size))
-        if config.mixing == "random_ring":
-            order = permutation(config.seed, round_ // config.ring_rounds, size)
         step = 1 if round_ % 2 == 0 else -1
-        return order[(order.index(rank) + step) % size]
+        if config.mixing == "fixed_ring":
+            return (rank + step) % size
+        ring = (config.seed, round_ // config.ring_rounds, size)
+        return permutation(*ring)[(places(*ring)[rank] + step) % size]
 
     def finish(self, learner: Learner) -> None:
         """Exchange no more, but answer until nobody asks; theta is x.

@@ -51,7 +51,7 @@ from mpilm.errors import ConfigError
 from mpilm.strategies.base import ITEM_BYTES, Learner
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks
 from mpilm.strategies.mixing import Mean
-from mpilm.strategies.topology import num_groups, random_groups
+from mpilm.strategies.topology import num_groups, random_group
 from mpilm.vectors import copy_of
 from mpilm.world.base import World
 
@@ -185,10 +185,14 @@ class GossipBmuf(BlockStrategy):
     def group(self, component: int) -> list[int]:
         """Return the ranks that average a component in the block that ends now."""
         block = self.steps // self.config.period
-        groups = random_groups(
-            self.config.seed, block, component, self.comm.size, self.group_size
+        return random_group(
+            self.config.seed,
+            block,
+            component,
+            self.comm.size,
+            group_size=self.group_size,
+            rank=self.comm.rank,
         )
-        return next(group for group in groups if self.comm.rank in group)
 
     def final_model_(self, learner: Learner, out: Any) -> None:
         """Write the mean over ranks of W_i into `out`; without the filter of theta.

@@ -48,14 +48,20 @@ def permutation(
     return tuple(rng.permutation(num_ranks).tolist())
 
 
-def ring_weights(rank: int, order: Sequence[int]) -> Weights:
-    """Return the weights of `rank` and its neighbours on the ring `order`.
+@lru_cache(maxsize=64)
+def places(seed: int, round_: int, num_ranks: int, salt: int = 0) -> tuple[int, ...]:
+    """Return where each rank stands in `permutation` of the same arguments.
 
-    >>> ring_weights(0, [0, 1, 2, 3]) == {0: 1 / 3, 3: 1 / 3, 1: 1 / 3}
-    True
+    To look for one is O(K), and each of K ranks asks.
+
+    >>> order = permutation(1, 0, 4)
+    >>> [order[place] for place in places(1, 0, 4)]
+    [0, 1, 2, 3]
     """
-    size, place = len(order), order.index(rank)
-    return _uniform(rank, {order[(place - 1) % size], order[(place + 1) % size]})
+    found = [0] * num_ranks
+    for place, rank in enumerate(permutation(seed, round_, num_ranks, salt)):
+        found[rank] = place
+    return tuple(found)
 
 
 def fixed_ring(rank: int, num_ranks: int, seed: int = 0, round_: int = 0) -> Weights:
@@ -65,7 +71,9 @@ def fixed_ring(rank: int, num_ranks: int, seed: int = 0, round_: int = 0) -> Wei
 
 def random_ring(rank: int, num_ranks: int, seed: int = 0, round_: int = 0) -> Weights:
     """Return whom `rank` averages with on a ring drawn anew in every round."""
-    return ring_weights(rank, permutation(seed, round_, num_ranks))
+    order, place = permutation(seed, round_, num_ranks), places(seed, round_, num_ranks)
+    before, after = place[rank] - 1, (place[rank] + 1) % num_ranks
+    return _uniform(rank, {order[before], order[after]})
 
 
 def exponential(rank: int, num_ranks: int, seed: int = 0, round_: int = 0) -> Weights:
@@ -92,7 +100,7 @@ def random_pairs(rank: int, num_ranks: int, seed: int = 0, round_: int = 0) -> W
     {1: 0.5, 0: 0.5}
     """
     order = permutation(seed, round_, num_ranks)
-    place = order.index(rank) ^ 1
+    place = places(seed, round_, num_ranks)[rank] ^ 1
     return _uniform(rank, {order[place]} if place < num_ranks else set())
 
 
@@ -122,6 +130,26 @@ def random_groups(
     order = permutation(seed, round_, num_ranks, salt=component + 1)
     number = num_groups(num_ranks, group_size)
     return [sorted(order[first::number]) for first in range(number)]
+
+
+def random_group(
+    seed: int,
+    round_: int,
+    component: int,
+    num_ranks: int,
+    *,
+    group_size: int,
+    rank: int,
+) -> list[int]:
+    """Return the one of `random_groups` that `rank` is in.
+
+    >>> random_group(1, 0, 0, 7, group_size=3, rank=4) in random_groups(1, 0, 0, 7, 3)
+    True
+    """
+    order = permutation(seed, round_, num_ranks, salt=component + 1)
+    place = places(seed, round_, num_ranks, salt=component + 1)[rank]
+    number = num_groups(num_ranks, group_size)
+    return sorted(order[place % number :: number])
 
 
 TOPOLOGIES: dict[str, Callable[..., Weights]] = {
