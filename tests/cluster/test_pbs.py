@@ -274,6 +274,21 @@ def test_no_progress_is_not_submitted_again(submit: Submit, project: Project) ->
     assert not (project.folder / "qsub.options").exists()
 
 
+@pytest.mark.parametrize("code", [137, 9])  # of Open MPI, of MPICH
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_rank_that_died_is_followed_by_the_next_job(
+    submit: Submit, project: Project, code: int, progress: bool
+) -> None:
+    """It goes on from the newest checkpoint, if the job has written one."""
+    newest = project.run / "checkpoints/step-000000010"
+    script = f"mkdir -p {newest}; exit {code}" if progress else f"exit {code}"
+    job = submit(HOST, RUN="runs/x", LAUNCH=str(project.tool("launch", script)))
+    assert job.wait() == (75 if progress else code)
+    assert f"a rank died (exit code {code})" in job.output()
+    assert (project.folder / "qsub.options").exists() == progress
+    assert (newest.name in job.output()) == progress
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +59,29 @@ def test_a_model_that_is_not_finite_is_never_saved(
     run.refused("the model is not finite at step 100", str(tmp_path))
     assert "MPI_ABORT" not in run.err
     assert newest(tmp_path).name == "step-000000090"
+
+
+def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """Open MPI's mpirun names the rank; the job scripts know its exit code."""
+    killed: list[tuple[int, float]] = []
+
+    def kill(running: Running) -> None:
+        first_checkpoint(tmp_path)
+        killed.append((running.ranks[1], time.monotonic()))
+        os.kill(killed[0][0], signal.SIGKILL)
+
+    arguments = ("train", inputs / "tiny.toml", "--out", tmp_path, *ENDLESS)
+    run = mpirun(2, *arguments, during=kill)
+    ((pid, at_s),) = killed
+    assert time.monotonic() - at_s < 30.0
+    assert run.code == 128 + signal.SIGKILL
+    assert re.search(rf"rank \d+ with PID {pid} ", run.err), run
+    saved = load_shared(tmp_path / "checkpoints")["samples"]
+    run = mpirun(2, "resume", tmp_path, "--set", f"train.samples={saved + 8000}")
+    assert run.code == 0, run
+    assert load_shared(tmp_path / "checkpoints")["samples"] == saved + 8000
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_tests_that_are_named_exist(page: Path) -> None:
 
 
 def test_every_promise_names_a_test() -> None:
-    page = (ROOT / "docs/reliability.md").read_text()
+    page = (ROOT / "docs/reliability.md").read_text().partition("## Measured")[0]
     rows = [row.split("|")[1:3] for row in re.findall(r"^\| .*$", page, re.MULTILINE)]
     promises = [row for row in rows if row[0].strip() != "promise"]
     assert promises
