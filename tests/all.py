@@ -80,7 +80,7 @@ def suites() -> list[Suite]:
         ),
         *(under("openmpi", ranks) for ranks in (1, 2, 3, 4, 8)),
         *(under("mpich", ranks) for ranks in (1, 2, 3)),
-        plain("launch", *SECOND_TRY, *(f"tests/{f}" for f in launchers), limit_s=1500),
+        plain("launch", *SECOND_TRY, *(f"tests/{f}" for f in launchers), limit_s=2400),
         plain("cluster", *SECOND_TRY, "tests/cluster", limit_s=900),
     ]
 

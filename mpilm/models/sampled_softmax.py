@@ -2,8 +2,9 @@
 
 Source      Y. Bengio and J.-S. Senecal, "Adaptive Importance Sampling to Accelerate
             Training of a Neural Probabilistic Language Model", IEEE Transactions on
-            Neural Networks, 2008. T. Xiao et al., IJCAI 2017: targets, frequent words
-            and a random part in one sample.
+            Neural Networks, 2008. T. Xiao et al., IJCAI 2017, by its abstract: that
+            traffic is sampled; targets, frequent words and a random part are our
+            reading (docs/references.md).
 Notation    x_NH, W_VH, b_V, y_N  as in softmax.py; word ids 0..V-1, most frequent first
             F -> num_frequent    m -> num_random    S -> number of words in the sample
 Sample      A = {targets of the minibatch} and {0..F-1}: certain                 (1)

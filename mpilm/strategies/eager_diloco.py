@@ -18,7 +18,7 @@ Messages    one Allreduce of 4P bytes a block, under way during the whole next b
 Invariants  all is received at a fixed step: when messages arrive changes no bit.
             In the mean over ranks (9) holds, if (1 - 1/K) D_i of the last block, which
             is in no model yet, is added: nothing is lost.
-Departs     from the abstract, a summary of others and from memory. The final model is
+Departs     written from a summary of others and from memory. The final model is
             the mean of the ranks' W, never the look-ahead; what the others learned in
             the last block is not in it. One rank has no outer step: it is `local`.
 Cost        five extra copies of the model: g, Delta, own, mean, and what is sent.
