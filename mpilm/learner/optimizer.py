@@ -280,7 +280,12 @@ class LearnerOptimizer:
             settings: whether the groups' settings are taken up as well.
         """
         groups = self.torch.state_dict()["param_groups"]
-        self.torch.load_state_dict({"state": found["state"], "param_groups": groups})
+        # torch counts parameters through its groups, which may be in another order
+        held = [p for group in self.torch.param_groups for p in group["params"]]
+        places = {id(parameter): place for place, parameter in enumerate(held)}
+        own = [id(parameter) for parameter in self.parameters.values()]
+        state = {places[own[n]]: value for n, value in found["state"].items()}
+        self.torch.load_state_dict({"state": state, "param_groups": groups})
         if settings:
             self._ratios = found["lr_ratios"]
             for group, kept in zip(

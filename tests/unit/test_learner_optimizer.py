@@ -317,3 +317,27 @@ def test_a_setting_that_is_no_number_is_refused_by_name():
         learner.state()
     learner.optimizer.param_groups[0]["hook"] = np.float32(0.5)
     assert json.loads(learner.state()["optimizer/settings"])["groups"][0]["hook"] == 0.5
+
+
+def test_groups_in_another_order_than_the_parameters_are_resumed_to_the_bit():
+    """Torch counts parameters through the groups, the learner through the model."""
+
+    def by_shape(parameters):
+        groups = [[p for p in parameters if p.ndim == n] for n in (1, 2)]
+        return optim.AdamW([{"params": group} for group in groups], lr=0.1)
+
+    def square():  # all parameters of one size would fit anywhere
+        return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+
+    def loss(model, batch):
+        return model(batch.inputs).square().mean()
+
+    whole = Learner(square(), Points(), by_shape, loss=loss)
+    for _ in range(3):
+        whole.gradient(), whole.update()
+    resumed = Learner(square(), Points(), by_shape, loss=loss)
+    resumed.load_state(whole.state())
+    for learner in (whole, resumed):
+        for _ in range(3):
+            learner.gradient(), learner.update()
+    assert torch.equal(whole.theta, resumed.theta)
