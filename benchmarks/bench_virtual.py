@@ -28,6 +28,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "model_averaging, period 10": ("model_averaging", {"period": 10}),
     "allreduce, one bucket": ("allreduce", {}),
     "allreduce, bucket per layer": ("allreduce", {"bucket_bytes": 1}),
+    "gossip_bmuf, period 10": ("gossip_bmuf", {"period": 10}),
+    "adpsgd": ("adpsgd", {}),
 }
 
 
