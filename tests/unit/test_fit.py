@@ -250,7 +250,7 @@ def cases():
             yield pytest.param(source, name, marks=marks, id=f"{source}-{name}")
 
 
-@pytest.mark.parametrize(("source", "name"), cases())
+@pytest.mark.parametrize(("source", "name"), list(cases()))
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, source, name):
     settings = {
         "strategy": name,
