@@ -267,12 +267,14 @@ class Learner:
     def update(self) -> None:
         """Take one step of the optimiser: theta <- theta - lr * P(grad).
 
-        If the gradient is not finite, nothing changes, the optimiser's state neither:
+        If the gradient is not finite, nothing changes, the optimiser's state neither,
+        but for what the model carries from minibatch to minibatch: it begins anew;
         see `skipped`. So ranks with the same gradient leave out the same steps.
         """
         self.refresh()
         if not self._has_finite_gradient():
             self.skipped = True
+            self._load_carried(())  # it may be what is not finite
             return
         self._parameters.attach_grad()
         if THETA in self._optimizer.parameters:

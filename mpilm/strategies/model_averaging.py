@@ -15,19 +15,27 @@ Messages    one Allreduce of 4P bytes every n minibatches, blocking.
 Invariants  n = 1 with plain SGD is `allreduce`, to rounding.
             All ranks hold the same theta after (2), and take part in the same number
             of averages: minibatches have the same number of samples on all ranks.
-Departs     from the paper in: an optional warm-up, in which every minibatch is
-            averaged; momentum (the paper has none) is kept, reset or averaged at (2).
+            With `leave_out` (2) is the mean of the ranks whose mean loss since the last
+            average is finite, as their model is, and at most so much above the lowest
+            (Kaldi's rule for averages: 1.0); the others go on from it.
+Departs     from the paper in: `leave_out`; an optional warm-up, in which every
+            minibatch is averaged; momentum (the paper has none) is kept, reset or
+            averaged at (2).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, allreduced_bytes
+from mpilm.vectors import is_finite
+from mpilm.world.base import IN_PLACE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,30 +50,44 @@ class ModelAveragingConfig:
     """minibatches at the start that are averaged one by one"""
     momentum: Literal["keep", "reset", "average"] = "keep"
     """what an average does to the optimiser's moment vectors; reset: counts as well"""
+    leave_out: Annotated[float, Meta(ge=0.0)] = 0.0
+    """nats above the lowest loss of a rank that leave another out; 0: none is"""
+
+    def __post_init__(self) -> None:
+        if self.leave_out and self.momentum == "average":
+            raise ValueError("leave_out: momentum = average takes those of all ranks")
 
 
 class ModelAveraging(Strategy):
     """Local SGD with the plain mean of all models every `period` minibatches.
 
-    moved  bytes of all averages so far, each way: moment vectors included
+    moved     bytes of all averages so far, each way: moment vectors included
+    loss_sum  finite losses since the last average, `num_losses` of them
+    left_out  averages without this rank
     """
 
     name = "model_averaging"
     Config = ModelAveragingConfig
     synchronises = True
-    saves = ("moved", "rounds", "steps")
+    saves: tuple[str, ...] = ("moved", "rounds", "steps")
 
     def __init__(self, world: Any, config: ModelAveragingConfig) -> None:
         super().__init__(world, config)
         self.steps = self.rounds = self.moved = 0
+        self.loss_sum, self.num_losses, self.left_out = 0.0, 0, 0
+        if config.leave_out:
+            self.saves += ("left_out", "loss_sum", "num_losses")
 
     def step(self, learner: Learner) -> Any:
         before = learner.samples
         loss = learner.gradient()
         learner.update()  # (1)
         self.steps += 1
+        if self.config.leave_out and math.isfinite(found := float(loss)):
+            self.loss_sum += found
+            self.num_losses += 1
         if self.is_due(before, learner.samples):
-            self.average_(learner.theta)  # (2)
+            self.average_those_in_(learner)  # (2)
             self.rounds += 1
             self.synchronised(slice(0, learner.layout.size), learner.theta)
             self.treat_moments(learner)
@@ -90,13 +112,39 @@ class ModelAveraging(Strategy):
             for vector in learner.moments().values():
                 self.average_(vector)
 
+    def average_those_in_(self, learner: Learner) -> None:
+        """Replace theta by its mean over the ranks that are not left out.
+
+        Communicates: with `leave_out` an Allreduce of 8 bytes for each rank before it.
+        """
+        size, rank, theta = self.comm.size, self.comm.rank, learner.theta
+        if not self.config.leave_out or size == 1:
+            self.average_(theta)
+            return
+        is_known = self.num_losses > 0 and is_finite(theta)
+        losses_K = np.zeros(size)
+        losses_K[rank] = self.loss_sum / self.num_losses if is_known else math.inf
+        self.loss_sum, self.num_losses = 0.0, 0
+        self.comm.Allreduce(IN_PLACE, losses_K)
+        self.moved += allreduced_bytes(2 * size, size)
+        is_out_K = losses_K > losses_K.min() + self.config.leave_out
+        if is_out_K[rank]:
+            self.left_out += 1
+            theta[:] = 0.0
+        self.average_(theta)
+        if is_out_K.any():
+            theta *= size / (size - int(is_out_K.sum()))
+        if is_out_K[rank]:
+            learner.reset_moments()  # of a model that is no more
+
     def average_(self, vector: Any) -> None:
         """Replace `vector` by its mean over ranks; count its bytes."""
         self.mean_(vector)
         self.moved += self.allreduced_bytes(len(vector))
 
     def metrics(self) -> dict[str, Any]:
-        return self.averages(self.rounds)
+        out = {"left_out": self.left_out} if self.config.leave_out else {}
+        return self.averages(self.rounds) | out
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
         return self.moved, self.moved

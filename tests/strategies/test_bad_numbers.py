@@ -11,6 +11,7 @@ import torch
 
 from mpilm.errors import MpilmError
 from mpilm.storage.checkpoint import load_shared
+from mpilm.strategies.model_averaging import ModelAveraging
 from mpilm.train.loop import Trainer
 
 TOGETHER = {"allreduce": 2}  # ranks that skip what one of them cannot use
@@ -86,3 +87,33 @@ def test_a_good_step_between_them_begins_the_count_anew(run, spoiled):
     spoiled(1, set(range(50)) - set(range(3, 50, 4)))
     _, trainer = run(2, "model_averaging", train={"max_bad_steps": 4})
     assert trainer.totals.skipped == 38
+
+
+@pytest.mark.parametrize("factor", [math.nan, 1000.0])
+def test_a_bad_model_is_left_out_of_an_average(run, monkeypatch, factor):
+    """Rank 1 comes to the second average with a model that is not to be used."""
+    average, seen = ModelAveraging.average_those_in_, {}
+
+    def watched(strategy, learner):
+        if strategy.rounds == 1:
+            seen[strategy.world.rank] = learner.theta.clone()
+        average(strategy, learner)
+        if strategy.rounds == 1:
+            seen[strategy.world.rank, "after"] = learner.theta.clone()
+
+    step = ModelAveraging.step
+
+    def spoiled_step(strategy, learner):
+        if strategy.world.rank == 1 and strategy.steps == 7:
+            learner.theta *= factor
+        return step(strategy, learner)
+
+    monkeypatch.setattr(ModelAveraging, "average_those_in_", watched)
+    monkeypatch.setattr(ModelAveraging, "step", spoiled_step)
+    settings = {"period": 5, "leave_out": 1.0}
+    trainers = run(3, "model_averaging", steps=20, strategy=settings)
+    mean = (seen[0] + seen[2]) / 2
+    for rank in range(3):
+        torch.testing.assert_close(seen[rank, "after"], mean)
+    assert [t.strategy.metrics()["left_out"] for t in trainers] == [0, 1, 0]
+    assert torch.isfinite(trainers[1].learner.theta).all()
