@@ -22,7 +22,7 @@ import tyro
 
 from mpilm.commands.points import SUBMITTED, Point, Spec
 from mpilm.commands.queued import make
-from mpilm.commands.swept import NAME, State, Sweep, last_line, table, write_table
+from mpilm.commands.swept import NAME, State, Sweep, last_line, point_table, write_table
 from mpilm.errors import (
     INTERRUPTED,
     STOPPED_EARLY,
@@ -72,7 +72,7 @@ def sweep(
         code = _run_all(found, commands)
     finally:
         owner.release()
-    for line in table(found):
+    for line in point_table(found):
         print(line)
     return code
 
@@ -95,7 +95,7 @@ def status(
         for state in found.states.values():
             if state.state == "runs":
                 state.state = "stopped"
-    for line in table(found):
+    for line in point_table(found):
         print(line)
     if csv is not None:
         write_table(found, csv)

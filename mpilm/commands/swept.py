@@ -144,7 +144,7 @@ def outcome(found: Sweep, point: Point) -> dict[str, Any]:
         return {}
 
 
-def table(found: Sweep) -> Iterator[str]:
+def point_table(found: Sweep) -> Iterator[str]:
     """Yield a line for each point, and one that counts them."""
     width = max(len(point.name) for point in found.points)
     yield f"{'point':<{width}}  {'state':<8}{'samples/s':>12}{'valid ppl':>11}  why"
