@@ -302,8 +302,8 @@ def config_of(
             "autocast": autocast,
             "scheduler": name,
         },
-        "schedule": named(schedule, "schedule"),
-        "strategy": named(strategy, "strategy"),
+        "schedule": section_of(schedule, "schedule"),
+        "strategy": section_of(strategy, "strategy"),
         "train": {
             "samples": samples,
             "seed": seed,
@@ -319,7 +319,7 @@ def config_of(
     return resolve(document, origin="fit")
 
 
-def named(given: Section, name: str) -> dict[str, Any]:
+def section_of(given: Section, name: str) -> dict[str, Any]:
     """Return a section: of a name alone, or as it is.
 
     Raises:
