@@ -6,7 +6,8 @@ torch is never imported here: a tensor can only come from somebody who has.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,3 +66,42 @@ def is_finite(vector: Any) -> bool:
         if math.isfinite(float(vector.sum())):
             return True
         return bool((vector * 0.0 == 0.0).all())  # or the sum has overflowed
+
+
+def zeros(num_elements: int, like: Any) -> Any:
+    """Return a vector of zeros, of the kind and type of another and where that lies."""
+    if hasattr(like, "new_tensor"):
+        return like.new_zeros(num_elements)
+    return np.zeros(num_elements, like.dtype)
+
+
+def end_to_end(vectors: Sequence[Any]) -> Any:
+    """Return one new vector with all of them, one after the other."""
+    if hasattr(vectors[0], "new_tensor"):
+        return sys.modules["torch"].cat([vector.detach() for vector in vectors])
+    return np.concatenate(vectors)
+
+
+def rows_at(table: Any, ids: Any) -> Any:
+    """Return a copy of rows of a matrix.
+
+    Args:
+        table: (V, width), numpy or torch.
+        ids: (n,) int64, numpy.
+    """
+    if hasattr(table, "new_tensor"):  # several times as fast as table[ids]
+        return table.detach().index_select(0, as_ids(ids, table))
+    return table[ids]
+
+
+def set_rows_(table: Any, ids: Any, values: Any) -> None:
+    """Set what `rows_at` returns."""
+    if hasattr(table, "new_tensor"):
+        table.detach().index_copy_(0, as_ids(ids, table), values)
+    else:
+        table[ids] = values
+
+
+def as_ids(ids: Any, tensor: Any) -> Any:
+    """Return numpy's int64 as torch's, where `tensor` lies."""
+    return sys.modules["torch"].from_numpy(ids).to(tensor.device)

@@ -176,6 +176,11 @@ class Learner:
         self._parameters.rows = rows
 
     @property
+    def rows_rest(self) -> bool:
+        """Whether an update changes no rows of row tables but those in `rows`."""
+        return self._row_optimizer is None or self._row_optimizer.rests
+
+    @property
     def optimizer(self) -> Optimizer:
         """The torch optimiser."""
         return self._optimizer.torch

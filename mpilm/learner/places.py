@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 from mpilm.errors import ModelError
 from mpilm.learner.flat import Segment
 
-Place = tuple[Segment, nn.Module, str]  # with its owner and its name there
+ParameterPlace = tuple[Segment, nn.Module, str]  # with its owner and its name there
 
 
-def places_of(module: nn.Module, *, sparse: bool) -> list[Place]:
+def places_of(module: nn.Module, *, sparse: bool) -> list[ParameterPlace]:
     """Return segment, owner and key of every trainable parameter, in their order.
 
     Args:
@@ -25,7 +25,7 @@ def places_of(module: nn.Module, *, sparse: bool) -> list[Place]:
     Raises:
         ModelError: there is none, or one that cannot be laid into theta.
     """
-    places: list[Place] = []
+    places: list[ParameterPlace] = []
     done: set[int] = set()  # ids of Parameters
     start = 0
     for prefix, owner in module.named_modules():
@@ -55,7 +55,7 @@ def places_of(module: nn.Module, *, sparse: bool) -> list[Place]:
     return places
 
 
-def _tables_last(places: list[Place]) -> list[Place]:
+def _tables_last(places: list[ParameterPlace]) -> list[ParameterPlace]:
     """Return the places with all row tables behind the others.
 
     Raises:

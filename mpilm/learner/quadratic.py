@@ -109,6 +109,10 @@ class ProtocolLearner:
             notify(part)
         return loss
 
+    def draw(self) -> dict[str, Any]:
+        """Return the rows that the next gradient reads: it has no row tables."""
+        return {}
+
     def update(self) -> None:
         """Take one step (3)."""
         direction = self.grad
@@ -123,6 +127,11 @@ class ProtocolLearner:
     def is_plain_sgd(self) -> bool:
         """Whether (3) is theta <- theta - lr * g."""
         return not self.momentum
+
+    @property
+    def rows_rest(self) -> bool:
+        """Whether rows stay without a gradient: it has none."""
+        return True
 
     def moments(self) -> dict[str, Any]:
         """Return the velocity, if there is one."""

@@ -14,6 +14,7 @@ Messages    one Iallreduce per bucket, started as soon as the backward pass has
                                    bucket 2 ====>
 Invariants  K ranks with minibatch b = one rank with minibatch K*b, to rounding.
             All ranks hold the same theta after every step.
+Rows        of row tables are summed after the buckets: shared_rows.py.
 Departs     nowhere.
 """
 
@@ -26,6 +27,7 @@ from msgspec import Meta
 
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, allreduced_bytes
+from mpilm.strategies.shared_rows import SharedRows
 from mpilm.world.base import IN_PLACE, Comm, Request, World
 
 
@@ -43,11 +45,16 @@ class Allreduce(Strategy):
     name = "allreduce"
     Config = AllreduceConfig
     synchronises = True
-    saves = ("rounds",)
+    takes_rows = True
+    saves = ("rounds", "rows.moved")
 
     def __init__(self, world: World, config: AllreduceConfig) -> None:
         super().__init__(world, config)
         self.rounds = 0
+
+    def start(self, learner: Learner) -> None:
+        super().start(learner)
+        self.rows = SharedRows(self.comm, learner.layout)
 
     def step(self, learner: Learner) -> Any:
         if self.comm.size == 1:
@@ -57,9 +64,11 @@ class Allreduce(Strategy):
             share = 1.0 / self.comm.size
             loss = learner.gradient(ready=reduction.segment_is_ready, scale=share)
             reduction.finish()  # (1)
+            self.rows.sum_(learner)
         learner.update()  # (2)
         self.rounds += 1
-        self.synchronised(slice(0, learner.layout.size), learner.theta)
+        if self.on_synchronised is not None:  # looking at theta brings up all rows
+            self.synchronised(slice(0, learner.layout.size), learner.theta)
         return loss
 
     def metrics(self) -> dict[str, Any]:
@@ -67,7 +76,8 @@ class Allreduce(Strategy):
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
         once = summed_bytes(layout, self.config.bucket_bytes, self.comm.size)
-        return self.rounds * once, self.rounds * once
+        moved = self.rounds * once + self.rows.moved
+        return moved, moved
 
 
 class OverlappedSum:

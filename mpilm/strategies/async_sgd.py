@@ -14,6 +14,8 @@ Update      worker  w_hat <- x, when its clock is at most s ahead              (
             server  v <- m v + u;  x <- x - v         on arrival of each u     (3)
 Messages    8 bytes and 4P/K back for every other shard in (1), 4P/K there in (3).
 
+            Of row tables only the rows that the minibatch reads: row_server.py.
+
             rank i: pull ...... | gradient | push, pull ......
             rank j:     serve ==>       serve    <== apply, serve ==>
 Invariants  every push is applied once. Size 1 without momentum is `local`, to the bit.
@@ -34,7 +36,10 @@ from msgspec import Meta
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.strategies.parameter_server import ParameterServer
-from mpilm.vectors import copy_of, to_array
+from mpilm.strategies.row_server import RowServer
+from mpilm.strategies.rows import rows_in
+from mpilm.strategies.shared_rows import require_resting_rows
+from mpilm.vectors import copy_of, rows_at, to_array
 from mpilm.world.base import World
 
 
@@ -48,13 +53,17 @@ class AsyncSgdConfig:
     """of the server's update, beside that of [optim]"""
 
 
+ROW_SAVES = ("service.sent", "service.received")
+
+
 class AsyncSgd(Strategy):
     """SGD on stale copies of one model that is spread over the ranks."""
 
     name = "async_sgd"
     Config = AsyncSgdConfig
     lockstep = False
-    saves = (
+    takes_rows = True
+    saves: tuple[str, ...] = (
         "clock",
         "service.values",
         "service.velocity",
@@ -74,7 +83,10 @@ class AsyncSgd(Strategy):
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
-        self.service = ParameterServer(
+        kind = ParameterServer
+        if learner.layout.tables:
+            kind, self.saves = RowServer, (*self.saves, *ROW_SAVES)
+        self.service = kind(
             self.world,
             self.comm,
             learner.layout,
@@ -96,11 +108,45 @@ class AsyncSgd(Strategy):
             return loss
         service = self.service
         service.begin()
+        if isinstance(service, RowServer):
+            return self.step_of_rows(service, learner)
         service.pull(learner.theta, self.clock)  # (1)
         loss = learner.gradient()
         service.push(self.pushed(learner))  # (2), (3)
         self.clock += 1
         return loss
+
+    def step_of_rows(self, service: RowServer, learner: Learner) -> Any:
+        """Take a step that moves only the rows that it reads."""
+        ids = {name: to_array(read) for name, read in learner.draw().items()}
+        service.pull_part(learner.theta, ids, self.clock)  # (1)
+        loss = learner.gradient()
+        if learner.is_plain_sgd:
+            learner.grad *= learner.lr
+            for _, g in learner.rows.values():
+                g *= learner.lr
+            service.push_part(learner.grad, learner.rows)  # (2), (3)
+        else:
+            before = self.touched(learner)
+            learner.update()
+            after = self.touched(learner)
+            steps = {n: (i, x - after[1][n][1]) for n, (i, x) in before[1].items()}
+            service.push_part(before[0] - after[0], steps)  # (2), (3)
+        self.clock += 1
+        return loss
+
+    def touched(self, learner: Learner) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+        """Return copies of all before the row tables, and of the rows in `rows`."""
+        layout, theta = learner.layout, learner.theta
+        rows = {}
+        for name, (ids, _) in learner.rows.items():
+            table, _ = rows_in(theta, 0, layout[name])
+            rows[name] = (ids, rows_at(table, to_array(ids)))
+        return copy_of(theta[: layout.num_dense]), rows
+
+    def require(self, learner: Learner) -> None:
+        super().require(learner)
+        require_resting_rows(self.name, learner)
 
     def pushed(self, learner: Learner) -> Any:
         """Return u, (P,): (2)."""

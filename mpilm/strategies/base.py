@@ -50,6 +50,7 @@ class Learner(Protocol):
     lr            learning rate of the next update
     refresh       sets `lr` to what it is now; `gradient` and `update` call it
     is_plain_sgd  whether the next update is theta <- theta - lr * grad, no more
+    rows_rest     whether an update changes only the rows of row tables in `rows`
     """
 
     theta: Any
@@ -63,6 +64,9 @@ class Learner(Protocol):
     @property
     def is_plain_sgd(self) -> bool: ...
 
+    @property
+    def rows_rest(self) -> bool: ...
+
     def gradient(
         self, ready: Callable[[slice], None] | None = None, *, scale: float = 1.0
     ) -> Any:
@@ -71,6 +75,9 @@ class Learner(Protocol):
         `grad` is the gradient times `scale`. `ready` is called with each segment's
         slice as soon as it is final.
         """
+
+    def draw(self) -> dict[str, Any]:
+        """Draw the minibatch of the next `gradient`; return table -> ids it reads."""
 
     def update(self) -> None:
         """Take one step of the local optimiser: theta <- theta - lr * P(grad)."""

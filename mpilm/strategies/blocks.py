@@ -26,6 +26,7 @@ from mpilm.learner.flat import Layout
 from mpilm.storage.saved import State
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.strategies.block_momentum import BlockMomentum
+from mpilm.strategies.shared_rows import SharedRows
 from mpilm.vectors import chunked, copy_of, to_array
 from mpilm.world.base import World
 
@@ -80,12 +81,14 @@ class BlockStrategy(Strategy):
             self.momentum = BlockMomentum(
                 theta, eta=self.eta, zeta=config.zeta, momentum=config.momentum
             )
+        self.rows = SharedRows(self.comm, learner.layout)
         self.snapshot = copy_of(theta) if self.delay else theta
         self.wbar = copy_of(theta) if self.delay else theta
 
     def step(self, learner: Learner) -> Any:
         loss = learner.gradient()
         learner.update()
+        self.rows.touch(learner)
         self.steps += 1
         ending = self.ending()
         for number in ending:

@@ -25,6 +25,7 @@ Messages    one Allreduce of 4P bytes every block, blocking, or with `delay` und
             all at once   step step step step |====P====|
             staggered     step |=c1=| step |=c2=| step |=c3=| step |=c0=|
             delay         step step step step |==P==> step step <==| (8) step step
+            Of row tables only rows updated by somebody in the block (shared_rows.py).
 Invariants  eta = 0, zeta = 1: `model_averaging`, to the bit; so is every warm-up.
             CBM on a constant drift v per block: Delta -> zeta v / (1 - eta).
             NBM: W_g follows torch's Nesterov SGD with momentum eta and rate zeta on -G
@@ -43,8 +44,11 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from mpilm.errors import ConfigError
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks, due
+from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.world.base import Request, World
 
 
@@ -77,11 +81,22 @@ class Bmuf(BlockStrategy):
 
     name = "bmuf"
     Config = BmufConfig
+    takes_rows = True
 
     def __init__(self, world: World, config: BmufConfig) -> None:
         parts = "layers" if config.stagger else "whole"
         eta = 1.0 - 1.0 / world.size
         super().__init__(world, config, eta=eta, parts=parts, filtered=True)
+        self.saves += ("rows.moved", "rows.touched")
+
+    def require(self, learner: Learner) -> None:
+        super().require(learner)
+        require_resting_rows(self.name, learner)
+        if learner.layout.tables and (self.config.stagger or self.config.delay):
+            raise ConfigError(
+                "strategy.name = bmuf: with model.sparse = true the whole model is"
+                " exchanged at the end of a block: stagger = false and delay = 0"
+            )
 
     def ending(self) -> list[int]:
         config, count = self.config, len(self.components)
@@ -92,9 +107,9 @@ class Bmuf(BlockStrategy):
 
         Communicates: collective, with `delay` an Iallreduce of the part; not blocking.
         """
-        self.moved += self.allreduced_bytes(where.stop - where.start)
         if self.delay == 0:
             return None
+        self.moved += self.allreduced_bytes(where.stop - where.start)
         return self.comm.Iallreduce(self.snapshot[where], self.wbar[where])
 
     def end_mean(self, started: Request | None, wbar: Any) -> None:
@@ -103,7 +118,10 @@ class Bmuf(BlockStrategy):
         Communicates: collective; without `delay` one Allreduce of the part. Blocking.
         """
         if started is None:
-            self.mean_(wbar)
+            part = self.rows.gathered(wbar)
+            self.mean_(part)
+            self.moved += self.allreduced_bytes(len(part))
+            self.rows.put_back_(wbar, part)
             return
         started.Wait()
         wbar *= 1.0 / self.comm.size
@@ -120,3 +138,7 @@ class Bmuf(BlockStrategy):
 
     def metrics(self) -> dict[str, Any]:
         return self.averages(self.steps // self.config.period)
+
+    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        moved = self.moved + self.rows.moved
+        return moved, moved

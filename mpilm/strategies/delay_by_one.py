@@ -6,7 +6,8 @@ Notation    w_i^k -> theta of rank i after k steps, (P,)
             g_i   -> grad, taken at w_i^k: the local model, not yet averaged
             L     -> comm.size
 Update      w_i^{k+1} <- (1/L) sum_j w_j^k - lr * P(g_i(w_i^k))                (1)
-Messages    one Iallreduce of 4P bytes every step, started before the gradient.
+Messages    one Iallreduce of 4P bytes every step, started before the gradient; of row
+            tables only the rows that somebody updated in the last (shared_rows.py).
 
             rank 0: | gradient ............ | mean, update | gradient ...
                       |== sum of models ==|
@@ -26,6 +27,7 @@ from typing import Any
 
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.shared_rows import SharedRows, require_resting_rows
 from mpilm.vectors import copy_of
 from mpilm.world.base import IN_PLACE, Request, World
 
@@ -38,18 +40,28 @@ class DelayByOneConfig:
 class DelayByOne(Strategy):
     """Synchronous SGD on models, with the average one step late.
 
-    sum  (P,), the models on their way
+    sum    (P,) or fewer with row tables, the models on their way
+    moved  bytes of the averages so far, each way
     """
 
     name = "delay_by_one"
     Config = DelayByOneConfig
     synchronises = True
-    saves = ("rounds",)
+    takes_rows = True
+    saves = ("moved", "rounds", "rows.moved", "rows.touched")
 
     def __init__(self, world: World, config: DelayByOneConfig) -> None:
         super().__init__(world, config)
         self.sum: Any = None
-        self.rounds = 0
+        self.rounds = self.moved = 0
+
+    def start(self, learner: Learner) -> None:
+        super().start(learner)
+        self.rows = SharedRows(self.comm, learner.layout)
+
+    def require(self, learner: Learner) -> None:
+        super().require(learner)
+        require_resting_rows(self.name, learner)
 
     def step(self, learner: Learner) -> Any:
         if self.comm.size == 1:
@@ -59,9 +71,10 @@ class DelayByOne(Strategy):
             loss = learner.gradient()  # at the local model
             average.Wait()
             self.sum *= 1.0 / self.comm.size
-            learner.theta[:] = self.sum
+            self.rows.put_back_(learner.theta, self.sum)
         self.synchronised(slice(0, learner.layout.size), learner.theta)
         learner.update()  # (1)
+        self.rows.touch(learner)
         self.rounds += 1
         return loss
 
@@ -69,7 +82,7 @@ class DelayByOne(Strategy):
         return self.averages(self.rounds)
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
-        moved = self.rounds * self.allreduced_bytes(layout.size)
+        moved = self.moved + self.rows.moved
         return moved, moved
 
     def start_average(self, learner: Learner) -> Request:
@@ -77,7 +90,9 @@ class DelayByOne(Strategy):
 
         Communicates: collective, one Iallreduce of 4P bytes, not blocking.
         """
-        if self.sum is None:
-            self.sum = copy_of(learner.theta)
-        self.sum[:] = learner.theta
+        part = self.rows.gathered(learner.theta)
+        if self.sum is None or len(self.sum) != len(part):
+            self.sum = copy_of(part)
+        self.sum[:] = part
+        self.moved += self.allreduced_bytes(len(part))
         return self.comm.Iallreduce(IN_PLACE, self.sum)

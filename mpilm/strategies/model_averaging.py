@@ -8,7 +8,8 @@ Notation    m       -> comm.size, ranks
             alpha   -> lr, multiplied by m for plain averaging (linear scaling)
 Update      theta <- theta - alpha * P(grad)              every minibatch      (1)
             theta <- (1/m) sum_i theta_i                  every n minibatches  (2)
-Messages    one Allreduce of 4P bytes every n minibatches, blocking.
+Messages    one Allreduce of 4P bytes every n minibatches, blocking; of row tables only
+            the rows that somebody has updated since the last (shared_rows.py).
 
             rank 0: step step step |=average=| step step step |=average=|
             rank 1: step step step |=average=| step step step |=average=|
@@ -32,8 +33,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
+from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, Strategy, allreduced_bytes
+from mpilm.strategies.shared_rows import SharedRows, require_resting_rows
 from mpilm.vectors import is_finite
 from mpilm.world.base import IN_PLACE
 
@@ -69,7 +72,11 @@ class ModelAveraging(Strategy):
     name = "model_averaging"
     Config = ModelAveragingConfig
     synchronises = True
-    saves: tuple[str, ...] = ("moved", "rounds", "steps")
+    takes_rows = True
+    saves: tuple[str, ...] = (
+        *("moved", "rounds", "steps"),
+        *("rows.moved", "rows.touched"),
+    )
 
     def __init__(self, world: Any, config: ModelAveragingConfig) -> None:
         super().__init__(world, config)
@@ -78,16 +85,35 @@ class ModelAveraging(Strategy):
         if config.leave_out:
             self.saves += ("left_out", "loss_sum", "num_losses")
 
+    def start(self, learner: Learner) -> None:
+        super().start(learner)
+        self.rows = SharedRows(self.comm, learner.layout)
+
+    def require(self, learner: Learner) -> None:
+        super().require(learner)
+        require_resting_rows(self.name, learner)
+        if learner.layout.tables and self.config.leave_out:
+            raise ConfigError(
+                "strategy.leave_out: takes whole models; with model.sparse = true it"
+                " must be 0"
+            )
+
     def step(self, learner: Learner) -> Any:
         before = learner.samples
         loss = learner.gradient()
         learner.update()  # (1)
+        self.rows.touch(learner)
         self.steps += 1
         if self.config.leave_out and math.isfinite(found := float(loss)):
             self.loss_sum += found
             self.num_losses += 1
         if self.is_due(before, learner.samples):
-            self.average_those_in_(learner)  # (2)
+            if learner.layout.tables:
+                part = self.rows.gathered(learner.theta)
+                self.average_(part)  # (2)
+                self.rows.put_back_(learner.theta, part)
+            else:
+                self.average_those_in_(learner)  # (2)
             self.rounds += 1
             self.synchronised(slice(0, learner.layout.size), learner.theta)
             self.treat_moments(learner)
@@ -147,4 +173,5 @@ class ModelAveraging(Strategy):
         return self.averages(self.rounds) | out
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
-        return self.moved, self.moved
+        moved = self.moved + self.rows.moved
+        return moved, moved

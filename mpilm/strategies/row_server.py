@@ -1,128 +1,248 @@
-"""A parameter server that also moves single rows of matrices.
+"""A parameter server of which a rank reads and writes only what its minibatch touches.
 
 Source      T. Xiao et al., "Fast Parallel Training of Neural Language Models", IJCAI
             2017: of an embedding a minibatch needs and changes some rows only.
-Update      (1) and (2) of parameter_server.py, for the rows; other velocities rest.
+Notation    part -> of a shard: all of it before the row tables, and some rows of these
+Update      (1) and (2) of parameter_server.py, for the part; other velocities rest.
 Messages    to the server                        from the server
-            PULL_ROWS  clock, segment, row ids   the rows
-            PUSH_ROWS  segment, row ids
-            ROWS       u of the rows             -
-            Numbers are int64, values as in theta.
-Invariants  pushes of all rows are a push of the model, to the bit.
+            PULL_PART  clock, head               the part
+            PUSH_PART  head
+            PART       u of the part             -
+            head: how many rows of each table, then their ids; int64. Values are as in
+            theta. One question to a shard, however many tables there are.
+Invariants  parts with all rows are the model, to the bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpilm.learner.flat import Layout, Segment
+from mpilm.strategies.base import NUM_BINS
 from mpilm.strategies.parameter_server import ParameterServer, apply_, finish_all
 from mpilm.strategies.rows import by_owner, rows_in
-from mpilm.world.base import Message, Request
+from mpilm.vectors import end_to_end, rows_at, set_rows_, to_array, zeros
+from mpilm.world.base import Comm, Message, Request, World
 
-PULL_ROWS, PUSH_ROWS, ROWS = range(4, 7)  # tags, beside those of ParameterServer
+PULL_PART, PUSH_PART, PART = range(4, 7)  # tags, beside those of ParameterServer
+
+RowSteps = Mapping[str, tuple[Any, Any]]  # table -> ids, rows
+
+
+class ShardPart(NamedTuple):
+    """Which elements of the flat vector, all of one shard.
+
+    dense  a slice before the row tables
+    rows   tables with ids of their rows, (n,) int64, ascending
+    """
+
+    dense: slice
+    rows: tuple[tuple[Segment, Any], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        rows = sum(len(ids) * segment.row_width for segment, ids in self.rows)
+        return self.dense.stop - self.dense.start + rows
+
+    @property
+    def some_rows(self) -> list[tuple[Segment, Any]]:
+        """The tables that it has rows of: of others the shard may have none."""
+        return [(segment, ids) for segment, ids in self.rows if len(ids)]
+
+    def head(self, *before: int) -> Any:
+        """Return the numbers that say which rows, behind some others, int64."""
+        ids = [ids for _, ids in self.rows]
+        return np.concatenate([[*before, *map(len, ids)], *ids]).astype(np.int64)
+
+    def of(self, vector: Any, start: int = 0) -> Any:
+        """Return a copy of these elements of a vector that begins at `start`."""
+        found = [vector[self.dense.start - start : self.dense.stop - start]]
+        for segment, ids in self.some_rows:
+            table, first = rows_in(vector, start, segment)
+            found.append(rows_at(table, ids - first).reshape(-1))
+        return end_to_end(found)
+
+    def set_(self, vector: Any, values: Any, start: int = 0) -> None:
+        """Set what `of` returns."""
+        done = self.dense.stop - self.dense.start
+        vector[self.dense.start - start : self.dense.stop - start] = values[:done]
+        for segment, ids in self.some_rows:
+            table, first = rows_in(vector, start, segment)
+            rows = values[done : done + len(ids) * segment.row_width]
+            set_rows_(table, ids - first, rows.reshape(-1, segment.row_width))
+            done += len(rows)
 
 
 class RowServer(ParameterServer):
-    """`pull`, `push` and `moved_bytes` are of whole models, as in ParameterServer."""
+    """`pull` and `push` are of whole models, as in ParameterServer.
+
+    sent, received  bytes of parts and their heads
+    """
+
+    def __init__(
+        self, world: World, comm: Comm, layout: Layout, *, momentum: float, bound: int
+    ) -> None:
+        super().__init__(world, comm, layout, momentum=momentum, bound=bound)
+        self.sent = self.received = 0
+
+    def dense_of(self, rank: int) -> slice:
+        """Return what a rank's shard has of the elements before the row tables."""
+        end, shard = self.layout.num_dense, self.shards[rank]
+        return slice(min(shard.start, end), min(shard.stop, end))
+
+    def parts(self, ids: Mapping[str, Any]) -> dict[int, tuple[ShardPart, list[slice]]]:
+        """Return rank -> its part, and where its rows lie among those of each table.
+
+        Args:
+            ids: table -> (n,) int64, ascending, each once.
+
+        Raises:
+            ValueError: the ids do not ascend, or are no rows of the table.
+        """
+        none = np.zeros(0, np.int64)
+        tables = self.layout.tables
+        found = {r: [(none, slice(0, 0))] * len(tables) for r in self.ranks_with_shard}
+        for number, segment in enumerate(tables):
+            owned = by_owner(segment, self.shards, ids.get(segment.name, none))
+            for rank, own, where in owned:
+                found[rank][number] = (own, where)
+        return {
+            rank: (
+                ShardPart(
+                    self.dense_of(rank),
+                    tuple(zip(tables, (own for own, _ in each), strict=True)),
+                ),
+                [where for _, where in each],
+            )
+            for rank, each in found.items()
+        }
+
+    @property
+    def ranks_with_shard(self) -> list[int]:
+        """The others with a shard, in the order to ask them; then this one."""
+        has_own = self.own.stop > self.own.start
+        return [*self.peers, *([self.comm.rank] if has_own else [])]
 
     # for the learner
-    def pull_rows(self, name: str, ids: Any, out: Any, clock: int) -> None:
-        """Read rows of the segment `name` before step number `clock`.
+    def pull_part(self, out: Any, ids: Mapping[str, Any], clock: int) -> None:
+        """Read all before the row tables, and rows, into `out`, before step `clock`.
 
         Args:
-            ids: (n,) int64, ascending, each once; (2) holds on the ranks that own them.
-            out: (n * width,): the rows, one after the other.
+            out: (P,); the other rows stay.
+            ids: table -> (n,) int64, ascending, each once.
 
-        Raises:
-            ValueError: the ids do not ascend, or are no rows of the segment.
-
-        Communicates: pairwise with the owners: 16 + 8n bytes there, the rows back;
-            blocking.
+        Communicates: pairwise with every owner: 8 (1 + tables + rows) bytes there, the
+            part back; blocking.
         """
-        segment = self.layout[name]
-        index = self.layout.segments.index(segment)
         under_way: list[Request] = []
-        for peer, own, part in by_owner(segment, self.shards, ids):
+        answers = []
+        for peer, (part, _) in self.parts(ids).items():
             if peer == self.comm.rank:
                 self.wait_for_clock(clock)
-                self.gather_(index, own, out[part])
-            else:
-                question = np.concatenate([np.array([clock, index]), own])
-                under_way.append(self.answers.Irecv(out[part], peer, PULL_ROWS))
-                under_way.append(self.comm.Isend(question, peer, PULL_ROWS))
+                with self.lock:
+                    part.set_(out, part.of(self.values, self.own.start))
+                    self.num_seen = self.num_foreign
+                continue
+            head, values = part.head(clock), zeros(part.size, like=out)
+            answers.append((part, values))
+            under_way.append(self.answers.Irecv(values, peer, PULL_PART))
+            under_way.append(self.comm.Isend(head, peer, PULL_PART))
+            self.count_bytes(sent=head.nbytes, received=values.nbytes)
         finish_all(under_way)
         finish_all(self.sends)
+        for part, values in answers:
+            part.set_(out, values)
+        self.num_pulls += 1
 
-    def push_rows(self, name: str, ids: Any, rows: Any) -> None:
-        """Apply (1) to rows of the segment `name` only; other velocities rest.
+    def push_part(self, dense: Any, rows: RowSteps) -> None:
+        """Apply (1) to all before the row tables and to rows; other velocities rest.
 
         Args:
-            ids: (n,) int64, ascending, each once.
-            rows: (n * width,): u of these rows; read until `settle` or a pull returns.
+            dense: u before the row tables.
+            rows: table -> ids as in `pull_part`, and u of them, (n, width).
 
-        Raises:
-            ValueError: the ids do not ascend, or are no rows of the segment.
-
-        Communicates: pairwise with the owners: 8 + 8n bytes and the rows; does not
-            block.
+        Communicates: pairwise with every owner: 8 (tables + rows) bytes and the part;
+            does not block.
         """
-        segment = self.layout[name]
-        index = self.layout.segments.index(segment)
-        for peer, own, part in by_owner(segment, self.shards, ids):
-            if peer == self.comm.rank:
-                self.apply_rows_(index, own, rows[part])
-            else:
-                head = np.concatenate([np.array([index]), own])
-                self.sends.append(self.comm.Isend(head, peer, PUSH_ROWS))
-                self.sends.append(self.comm.Isend(rows[part], peer, ROWS))
+        ids = {name: to_array(own) for name, (own, _) in rows.items()}
+        for peer, (part, places) in self.parts(ids).items():
+            found = [dense[part.dense]]
+            for (segment, own), where in zip(part.rows, places, strict=True):
+                if len(own):
+                    found.append(rows[segment.name][1].reshape(-1)[where])
+            u = end_to_end(found)
+            if peer != self.comm.rank:
+                head = part.head()
+                self.sends.append(self.comm.Isend(head, peer, PUSH_PART))
+                self.sends.append(self.comm.Isend(u, peer, PART))
+                self.count_bytes(sent=head.nbytes + u.nbytes)
+                continue
+            with self.lock:
+                late = self.num_foreign - self.num_seen
+                self.staleness[min(late, NUM_BINS - 1)] += 1
+                self.apply_part_(part, u)
+                self.partners[peer] += 1
 
     # the activity
     def answer(self, message: Message) -> None:
-        """Answer a pull of rows, apply a push of rows; others as ParameterServer."""
+        """Answer a pull of a part, apply a push of one; others as ParameterServer."""
         source, tag = message.source, message.tag
-        if tag not in (PULL_ROWS, PUSH_ROWS):
+        if tag not in (PULL_PART, PUSH_PART):
             super().answer(message)
             return
         head = np.zeros(message.nbytes // 8, np.int64)
         message.Recv(head)
-        if tag == PULL_ROWS:
-            send = partial(self.send_rows, source, int(head[1]), head[2:])
+        self.count_bytes(received=head.nbytes)
+        if tag == PULL_PART:
+            send = partial(self.send_part, source, self.own_part(head[1:]))
             self.when_due(source, int(head[0]), send)
             return
-        index, ids = int(head[0]), head[1:]
-        rows = self.incoming[: len(ids) * self.layout.segments[index].row_width]
-        self.comm.Recv(rows, source, ROWS)  # sent right behind the head
-        self.apply_rows_(index, ids, rows)
+        part = self.own_part(head)
+        u = zeros(part.size, like=self.values)
+        self.comm.Recv(u, source, PART)  # sent right behind the head
+        self.count_bytes(received=u.nbytes)
         with self.lock:
+            self.apply_part_(part, u)
             self.count(source)
 
-    def send_rows(self, source: int, index: int, ids: Any) -> None:
-        """Send rows that were pulled; the receive of them is posted already."""
-        rows = self.outgoing[: len(ids) * self.layout.segments[index].row_width]
-        self.gather_(index, ids, rows)
-        self.answers.Send(rows, source, PULL_ROWS)
+    def own_part(self, head: Any) -> ShardPart:
+        """Return the part of the own shard that a head speaks of."""
+        tables = self.layout.tables
+        counts, ids = np.split(head, [len(tables)])
+        each = np.split(ids, np.cumsum(counts)[:-1])
+        rows = tuple(zip(tables, each, strict=True))
+        return ShardPart(self.dense_of(self.comm.rank), rows)
 
-    def gather_(self, index: int, ids: Any, out: Any) -> None:
-        """Copy rows of the own shard, of the segment of this index, into `out`."""
-        segment, start = self.layout.segments[index], self.own.start
-        values, first = rows_in(self.values, start, segment)
+    def send_part(self, source: int, part: ShardPart) -> None:
+        """Send what was pulled; the receive of it is posted already."""
         with self.lock:
-            out[:] = values[ids - first].reshape(-1)
+            values = part.of(self.values, self.own.start)
+        self.answers.Send(values, source, PULL_PART)
+        self.count_bytes(sent=values.nbytes)
 
-    def apply_rows_(self, index: int, ids: Any, u: Any) -> None:
-        """Apply (1) to rows of the own shard."""
-        segment, start = self.layout.segments[index], self.own.start
-        values, first = rows_in(self.values, start, segment)
-        at, v = ids - first, None
+    def apply_part_(self, part: ShardPart, u: Any) -> None:
+        """Apply (1) to a part of the own shard, under the lock."""
+        start = self.own.start
+        x, v = part.of(self.values, start), None
+        if self.momentum:
+            v = part.of(self.velocity, start)
+        apply_(x, v, u, momentum=self.momentum)
+        part.set_(self.values, x, start)
+        if self.momentum:
+            part.set_(self.velocity, v, start)
+
+    def count_bytes(self, *, sent: int = 0, received: int = 0) -> None:
+        """Count bytes that travel."""
         with self.lock:
-            x = values[at]
-            if self.momentum:
-                velocity, _ = rows_in(self.velocity, start, segment)
-                v = velocity[at]
-            apply_(x, v, u.reshape(x.shape), momentum=self.momentum)
-            values[at] = x
-            if self.momentum:
-                velocity[at] = v
+            self.sent += sent
+            self.received += received
+
+    def moved_bytes(self) -> tuple[int, int]:
+        """Return the bytes of parts and ENDs, sent and received."""
+        ends = 2 * 8 * self.num_ends * (self.comm.size - 1)
+        return self.sent + ends, self.received + ends

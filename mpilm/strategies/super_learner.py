@@ -52,6 +52,15 @@ class SuperLearner:
         """Learning rate of the next update."""
         return self.learner.lr
 
+    def draw(self) -> dict[str, Any]:
+        """Return the rows that the next gradient reads."""
+        return self.learner.draw()
+
+    @property
+    def rows_rest(self) -> bool:
+        """Whether rows stay without a gradient."""
+        return self.learner.rows_rest
+
     def gradient(
         self, ready: Callable[[slice], None] | None = None, *, scale: float = 1.0
     ) -> Any:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpilm.errors import WorldError
-from mpilm.learner.flat import Layout
+from mpilm.learner.flat import Layout, Segment
 from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies.async_sgd import AsyncSgd, AsyncSgdConfig
 from mpilm.strategies.row_server import RowServer
@@ -22,8 +22,13 @@ from tests.strategies.fleets import fleet, targets
 
 STEP_S = 0.1
 LAYOUT = layers(23)
-TABLES = Layout.of(
-    [("embed", (7, 3), "embed"), ("bias", (5,), "out"), ("out", (4, 2), "out")]
+TABLES = Layout(
+    (
+        Segment("lstm", 0, (5,), "lstm"),
+        Segment("embed", 5, (7, 3), "embed", is_table=True),
+        Segment("bias", 26, (5,), "out", is_table=True),
+        Segment("out", 31, (4, 2), "out", is_table=True),
+    )
 )
 
 
@@ -115,8 +120,38 @@ def test_shards_cover_everything_and_cut_no_row(tables, size):
 
 
 row_choices = st.lists(
-    st.tuples(st.integers(0, 2), st.sets(st.integers(0, 3), max_size=4)), max_size=5
+    st.fixed_dictionaries({s.name: st.sets(st.integers(0, 3)) for s in TABLES.tables}),
+    max_size=3,
 )
+
+
+def ids_of(choice):
+    return {name: np.array(sorted(ids), np.int64) for name, ids in choice.items()}
+
+
+def rows_of(choice, value, kind=np.array):
+    """Return a push of `value` everywhere in some rows."""
+    rows = {}
+    for name, ids in ids_of(choice).items():
+        shape = (len(ids), TABLES[name].row_width)
+        rows[name] = (kind(ids), kind(np.full(shape, value, np.float32)))
+    return rows
+
+
+def elements_of(choice):
+    """Return where these rows, and all before the tables, lie in the flat vector."""
+    found = [np.arange(TABLES.num_dense)]
+    for name, ids in ids_of(choice).items():
+        segment, width = TABLES[name], TABLES[name].row_width
+        starts = segment.start + ids * width
+        found.append((starts[:, None] + np.arange(width)).reshape(-1))
+    return np.concatenate(found)
+
+
+def ended(server):
+    server.settle()
+    server.retire()
+    server.end()
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,47 +159,39 @@ row_choices = st.lists(
 def test_rows_are_pulled_and_pushed_as_in_the_dense_model(size, choices):
     begun = np.arange(TABLES.size, dtype=np.float32)
     expected = begun.copy()
-
-    def of(name, ids):
-        segment = TABLES[name]
-        width = segment.row_width
-        starts = segment.start + np.array(sorted(ids), np.int64) * width
-        return (starts[:, None] + np.arange(width)).reshape(-1)
-
     for rank in range(size):
-        for index, ids in choices[rank]:
-            expected[of(TABLES.segments[index].name, ids)] -= rank + 1
+        for choice in choices[rank]:
+            expected[elements_of(choice)] -= rank + 1
 
     def main(world):
         comm = world.comm.Dup()
         server = RowServer(world, comm, TABLES, momentum=0.0, bound=-1)
         server.load(begun.copy())
         server.begin()
-        for index, ids in choices[world.rank]:
-            name = TABLES.segments[index].name
-            rows = np.full(len(of(name, ids)), world.rank + 1, np.float32)
-            server.push_rows(name, sorted(ids), rows)
-        server.settle()
-        server.retire()
-        server.end()
+        dense = np.full(TABLES.num_dense, world.rank + 1, np.float32)
+        for choice in choices[world.rank]:
+            server.push_part(dense, rows_of(choice, world.rank + 1))
+        ended(server)
         comm.Barrier()
         server.begin()
-        dense = np.zeros_like(begun)
-        server.pull(dense, 0)
-        for index, ids in choices[world.rank]:
-            name = TABLES.segments[index].name
-            where = of(name, ids)
-            rows = np.zeros(len(where), np.float32)
-            server.pull_rows(name, sorted(ids), rows, 0)
-            np.testing.assert_array_equal(rows, dense[where])
-        server.retire()
-        server.end()
-        return dense
+        whole = np.zeros_like(begun)
+        server.pull(whole, 0)
+        for choice in choices[world.rank]:
+            part = np.full_like(begun, np.nan)
+            server.pull_part(part, ids_of(choice), 0)
+            where = elements_of(choice)
+            np.testing.assert_array_equal(part[where], whole[where])
+            assert np.isnan(np.delete(part, where)).all()
+        ended(server)
+        return whole
 
     simulation = Simulation(size)
-    for dense in simulation.run(main):
-        np.testing.assert_array_equal(dense, expected)
+    for whole in simulation.run(main):
+        np.testing.assert_array_equal(whole, expected)
     assert simulation.undelivered == []
+
+
+ALL = {segment.name: set(range(segment.shape[0])) for segment in TABLES.tables}
 
 
 def test_momentum_of_rows_is_that_of_the_dense_model():
@@ -180,11 +207,8 @@ def test_momentum_of_rows_is_that_of_the_dense_model():
             if world.rank == 0 and not sparse:
                 server.push(step)
             elif world.rank == 0:
-                for segment in TABLES:
-                    ids = range(segment.shape[0])
-                    server.push_rows(segment.name, list(ids), step[segment.slice])
-        server.retire()
-        server.end()
+                server.push_part(step[: TABLES.num_dense], rows_of(ALL, 1.0))
+        ended(server)
         comm.Barrier()
         return server.values
 
@@ -198,23 +222,21 @@ def test_momentum_of_rows_is_that_of_the_dense_model():
 
 def test_rows_of_tensors_are_those_of_arrays():
     torch = pytest.importorskip("torch")
+    some = {"embed": {0, 3, 6}, "bias": {1}, "out": set()}
 
     def main(world, kind):
         server = RowServer(world, world.comm.Dup(), TABLES, momentum=0.5, bound=-1)
         server.load(kind(np.arange(TABLES.size, dtype=np.float32)))
         server.begin()
-        steps = np.linspace(0.0, 1.0, 9, dtype=np.float32)
-        for _ in range(2):
-            server.push_rows("embed", [0, 3, 6], kind(steps))
-        server.settle()
-        server.retire()
-        server.end()
+        for value in (0.25, 0.5):
+            dense = kind(np.full(TABLES.num_dense, value, np.float32))
+            server.push_part(dense, rows_of(some, value, kind))
+        ended(server)
         server.begin()
-        rows = kind(np.zeros(9, np.float32))
-        server.pull_rows("embed", [0, 3, 4], rows, 0)
-        server.retire()
-        server.end()
-        return np.concatenate([np.asarray(rows), np.asarray(server.values)])
+        out = kind(np.zeros(TABLES.size, np.float32))
+        server.pull_part(out, ids_of({"embed": {0, 3, 4}, "out": {3}}), 0)
+        ended(server)
+        return np.concatenate([np.asarray(out), np.asarray(server.values)])
 
     for size in (1, 3):
         arrays = run_virtual(lambda world: main(world, np.array), size)
@@ -228,7 +250,7 @@ def test_rows_that_do_not_ascend_or_do_not_exist_are_refused(ids):
     def main(world):
         server = RowServer(world, world.comm, TABLES, momentum=0.0, bound=-1)
         with pytest.raises(ValueError, match=r"embed: ids must ascend in 0\.\.6"):
-            server.push_rows("embed", ids, np.zeros(6, np.float32))
+            server.pull_part(np.zeros(TABLES.size), {"embed": np.array(ids)}, 0)
         return True
 
     assert run_virtual(main, 1) == [True]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from mpilm.errors import MpilmError
 from mpilm.strategies import STRATEGIES
+from mpilm.strategies.shared_rows import SharedRows
 from mpilm.train.notes import introduction
 
-SAMPLED = {"softmax": "sampled", "sampled_frequent": 4, "sampled_random": 36}
+SAMPLED = {"softmax": "sampled", "sampled_frequent": 4, "sampled_random": 16}
 MOMENTUM = {"optim": {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3}}
 REFUSING = [name for name, kind in STRATEGIES.items() if not kind.takes_rows]
+
+
+@pytest.fixture
+def run(run):
+    """Return what trains with minibatches of 20 tokens: half of the words at most."""
+    return functools.partial(run, batch=2)
 
 
 def named(trainer):
@@ -43,7 +52,7 @@ def test_local_trains_alike_with_rows_and_without(run, sections):
 @pytest.mark.parametrize("sections", [{}, MOMENTUM], ids=["plain", "momentum"])
 def test_a_run_with_rows_goes_on_where_it_stopped(run, tmp_path, sections):
     """A checkpoint brings all rows up to date: both runs write one in the middle."""
-    saves = {"checkpoint": {"every": 20 * 40}}
+    saves = {"checkpoint": {"every": 20 * 20}}
     model = {**SAMPLED, "sparse": True}
     (whole,) = run(1, "local", steps=40, model=model, **sections, **saves)
     run(1, "local", steps=20, out="x", model=model, **sections, **saves)
@@ -69,3 +78,132 @@ def test_a_sample_without_rows_is_noted(run):
         lines = introduction(trainer.config, *parts)
         noted = any("still go over the whole vocabulary" in line for line in lines)
         assert noted != rows
+
+
+# among ranks: rows against whole models
+TAKING = {
+    "allreduce": {},
+    "model_averaging": {"strategy": {"period": 3}},
+    "bmuf": {"strategy": {"period": 3, "momentum": "classical"}},
+    "bmuf nesterov": {"strategy": {"period": 3}},
+    "delay_by_one": {},
+}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", [c for c in TAKING if c != "allreduce"])
+def test_rows_are_exchanged_as_whole_models_are_to_the_bit(
+    run, monkeypatch, case, size
+):
+    """The same learners, with rows; the reference exchanges all of them."""
+    options = {"steps": 13, "model": {**SAMPLED, "sparse": True}, **TAKING[case]}
+    sparse = run(size, case.split()[0], **options)
+
+    def everything(self, learner):
+        self.touched[:] = 1
+
+    monkeypatch.setattr(SharedRows, "touch", everything)
+    whole = run(size, case.split()[0], **options)
+    assert_close(sparse, whole, 0.0)
+    traffic = [t[0].strategy.rows.moved + t[0].strategy.moved for t in (sparse, whole)]
+    assert traffic[0] < traffic[1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("case", TAKING)
+def test_rows_train_as_dense_gradients_do_on_several_ranks(run, case, size):
+    sparse, dense = (
+        run(size, case.split()[0], model={**SAMPLED, "sparse": rows}, **TAKING[case])
+        for rows in (True, False)
+    )
+    assert sparse[0].learner.layout.tables
+    assert_close(sparse, dense, 1e-5)
+
+
+def test_allreduce_with_momentum_keeps_ranks_alike_to_the_bit(run):
+    """A row is read by one rank and updated by all: each brings it up at its time."""
+    sparse, dense = (
+        run(3, "allreduce", steps=30, model={**SAMPLED, "sparse": rows}, **MOMENTUM)
+        for rows in (True, False)
+    )
+    assert_close(sparse, dense, 1e-5)
+    first, *others = (named(trainer) for trainer in sparse)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("case", TAKING)
+def test_the_bytes_of_rows_are_those_that_the_world_counts(run, case):
+    model = {**SAMPLED, "sparse": True}
+    for trainer in run(3, case.split()[0], steps=7, model=model, **TAKING[case]):
+        sent, received = trainer.strategy.moved_bytes(trainer.learner.layout)
+        assert (trainer.totals.bytes_sent, trainer.totals.bytes_received) == (
+            sent,
+            received,
+        )
+        assert sent > 0
+
+
+@pytest.mark.parametrize("case", TAKING)
+def test_a_run_of_several_ranks_goes_on_with_what_was_touched(run, case):
+    """It stops in the middle of a block: rows of before must be exchanged after."""
+    name, options = case.split()[0], {"model": {**SAMPLED, "sparse": True}}
+    saves = {"checkpoint": {"every": 8 * 2 * 20}, **options, **TAKING[case]}
+    whole = run(2, name, steps=16, **saves)
+    run(2, name, steps=8, out=case, **saves)
+    resumed = run(2, name, steps=16, out=case, resume=True, **saves)
+    assert_close(whole, resumed, 0.0)
+
+
+POOL = {"data": {"source": "pool"}}
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("bound", [-1, 0])
+def test_async_sgd_pulls_and_pushes_rows_as_whole_models(run, bound, clip):
+    """Messages cost nothing and ranks never ask at once: both runs have one order."""
+    settings = {
+        "optim": {"clip": clip},
+        "strategy": {"staleness_bound": bound},
+        "machine": {"latency_s": 0.0, "bandwidth_Bps": 1e15, "step_s": 0.1},
+        "faults": {"slow": {"1": 1.37}},
+        **POOL,
+    }
+    sparse, dense = (
+        run(2, "async_sgd", steps=6, model={**SAMPLED, "sparse": rows}, **settings)
+        for rows in (True, False)
+    )
+    assert_close(sparse, dense, 1e-5)
+    sent, expected = (trainers[0].totals.bytes_sent for trainers in (sparse, dense))
+    assert sent < 0.9 * expected
+    for trainer, other in zip(sparse, dense, strict=True):
+        more = [
+            t.totals.bytes_sent - t.strategy.moved_bytes(t.learner.layout)[0]
+            for t in (trainer, other)
+        ]
+        assert more[0] == more[1]  # of the pool
+
+
+def test_async_sgd_with_rows_goes_on_from_its_checkpoint(run):
+    options = {"model": {**SAMPLED, "sparse": True}, **POOL}
+    saves = {"checkpoint": {"every": 10 * 2 * 20}, **options}
+    run(2, "async_sgd", steps=10, out="a", **saves)
+    resumed = run(2, "async_sgd", steps=20, out="a", resume=True, **saves)
+    assert resumed[0].totals.valid_perplexity < 38
+    assert_close(resumed[:1], resumed[1:], 0.0)  # the assembled model
+
+
+@pytest.mark.parametrize(
+    "name", ["model_averaging", "bmuf", "delay_by_one", "async_sgd"]
+)
+def test_rows_that_move_by_themselves_are_refused(run, name):
+    model = {**SAMPLED, "sparse": True}
+    for sections in (MOMENTUM, {"optim": {"name": "adamw", "lr": 0.01}}):
+        with pytest.raises(MpilmError, match="momentum or weight decay"):
+            run(2, name, steps=1, model=model, **sections, **POOL)
+
+
+@pytest.mark.parametrize("settings", [{"stagger": True}, {"delay": 1}])
+def test_bmuf_exchanges_rows_at_the_end_of_a_block_only(run, settings):
+    with pytest.raises(MpilmError, match="stagger = false and delay = 0"):
+        run(2, "bmuf", steps=1, model={"sparse": True}, strategy=settings)
