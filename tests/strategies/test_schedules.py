@@ -16,7 +16,7 @@ from mpilm.strategies import STRATEGIES
 from tests.strategies import faulty
 from tests.strategies.schedules import MODULE, SETTINGS, replay, schedule, sweep
 
-NUM_SCHEDULES = 2000
+NUM_SCHEDULES = 500  # of each of 17 strategies; `make soak` plays more
 ROOT = Path(__file__).parents[2]
 
 
