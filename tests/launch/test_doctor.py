@@ -12,7 +12,7 @@ from tests.launch.conftest import mpirun
 CHECKED = (
     *("MPI", "threads of MPI", "world", "Python", "packages", "ranks per node"),
     *("cores", "threads", "GPUs", "clock", "shared memory", "run folder"),
-    *("HDF5 locking", "same node", "allreduce", "MPI progress"),
+    *("HDF5 locking", "scheduler", "same node", "allreduce", "MPI progress"),
 )
 
 
