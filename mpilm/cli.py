@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,6 +19,7 @@ from mpilm import __version__
 from mpilm.errors import BAD_INPUT, INTERRUPTED, MpilmError, say
 from mpilm.launch import launched_rank, terminal_width
 
+SPEAK_S = 2.0  # mpirun ends rank 0 when another rank leaves before it has spoken
 # commands whose ranks share the work; others run once, on rank 0
 PARALLEL = {
     ("train",),
@@ -171,6 +173,8 @@ def run_command(command: tuple[str, ...], arguments: Sequence[str]) -> int:
         helped = stop.code == 0 and launched_rank() == 0
         if helped and hasattr(module, "more_help"):
             print(module.more_help())
+        if launched_rank() > 0:
+            time.sleep(SPEAK_S)
         raise
     return int(code or 0)
 

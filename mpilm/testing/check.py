@@ -44,7 +44,7 @@ SEED = "the same seed"
 LAWS = (LOCAL, STEPS, FINAL, MASS, BYTES, RESUME, QUIET, DEADLOCK, SEED)
 
 CLOSE = 2e-5  # absolute, on models of size 1: float32, some tens of roundings
-STILL = 1e-6  # the same where nothing but mixing happens
+STILL = 1e-6  # the same where nothing but mixing happens: some roundings
 NOISY = {"noise": 0.5, "momentum": 0.5}
 # times are binary fractions: an addition of two of them is exact, whatever the clock
 EXACT_TIMES = Machine(
@@ -245,7 +245,8 @@ def lost_mass(ranks: list[Rank]) -> float:
     )
     moved = np.mean([rank.learner.moved for rank in ranks], axis=0)
     wanted = before + moved
-    limit = STILL if not moved.any() else CLOSE * max(1.0, float(np.abs(wanted).max()))
+    limit = CLOSE if moved.any() else STILL
+    limit *= max(1.0, float(np.abs(wanted).max()))
     worst = float(np.abs(after - wanted).max())
     return worst if not worst <= limit else 0.0
 
