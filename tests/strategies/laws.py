@@ -50,7 +50,7 @@ def served(ranks):
 def expect(found, wanted, *, still=False):
     """Raise unless the two are equal but for rounding."""
     scale = max(1.0, float(np.abs(wanted).max()))
-    limit = STILL if still else CLOSE * scale
+    limit = (STILL if still else CLOSE) * scale
     worst = float(np.abs(found - wanted).max())
     assert worst <= limit, f"mass is not conserved: {worst:.2e} are lost or gained"
 
