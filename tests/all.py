@@ -76,7 +76,7 @@ def suites() -> list[Suite]:
             "unit",
             *("--doctest-modules", "mpilm"),
             *(f"tests/{f}" for f in quick),
-            limit_s=1200,
+            limit_s=1800,
         ),
         *(under("openmpi", ranks) for ranks in (1, 2, 3, 4, 8)),
         *(under("mpich", ranks) for ranks in (1, 2, 3)),

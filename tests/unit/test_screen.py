@@ -17,6 +17,7 @@ def on_terminal(monkeypatch):
 
     def make(width):
         monkeypatch.setattr(screens, "terminal_width", lambda: width)
+        monkeypatch.setenv("TERM", "xterm")  # not "dumb", as under mpirun
 
     return make
 
