@@ -173,7 +173,7 @@ def run_command(command: tuple[str, ...], arguments: Sequence[str]) -> int:
         helped = stop.code == 0 and launched_rank() == 0
         if helped and hasattr(module, "more_help"):
             print(module.more_help())
-        if launched_rank() > 0:
+        if stop.code and launched_rank() > 0:
             time.sleep(SPEAK_S)
         raise
     return int(code or 0)

@@ -26,6 +26,7 @@ from mpilm.convert import Choice, convert, fields_of, to_plain, unknown
 from mpilm.errors import ConfigError
 from mpilm.models.configs import MODELS, OwnModelConfig, PretrainConfig
 from mpilm.optim.configs import OPTIMIZERS, SCHEDULES, OwnOptimConfig
+from mpilm.storage.files import reason
 from mpilm.strategies import STRATEGIES, find_strategy
 from mpilm.strategies.ema import EmaConfig
 from mpilm.world.faults import Faults
@@ -211,6 +212,20 @@ def read_toml(path: Path) -> str:
         OSError: it cannot be read.
     """
     return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Return what a TOML file holds.
+
+    Raises:
+        ConfigError: it cannot be read, or is no TOML; one line with the path.
+    """
+    try:
+        return tomllib.loads(read_toml(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read: {reason(error)}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -25,15 +25,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from mpilm.config import SECTIONS, read_toml
+from mpilm.config import SECTIONS, read_document
 from mpilm.convert import convert, unknown
 from mpilm.errors import ConfigError
-from mpilm.storage.files import reason
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Values = Annotated[list[Any], Meta(min_length=1)]
 SIMULATED = ("simulate", "protocol")
@@ -66,12 +60,7 @@ class Spec:
         Raises:
             ConfigError: one line that names the file and the key.
         """
-        try:
-            document = tomllib.loads(read_toml(path))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot read: {reason(error)}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not TOML: {error}") from None
+        document = read_document(path)
         try:
             spec = convert(cls, document, "sweep")
             spec.check()

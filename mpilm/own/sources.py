@@ -13,6 +13,7 @@ dealt out.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
@@ -33,7 +34,7 @@ from mpilm.errors import DataError
 EPOCH_SEED = 7_919  # keeps the seeds of epochs apart; a prime, no more
 
 
-class MinibatchSource:
+class MinibatchSource(ABC):
     """Minibatches of one rank, epoch after epoch.
 
     geometry     what a place in the data depends on: name -> number
@@ -47,9 +48,9 @@ class MinibatchSource:
     num_dropped = 0
     is_dealt = False
 
+    @abstractmethod
     def epoch(self, number: int, start: int) -> Iterator[Any]:
         """Return an iterator over an epoch, without its first `start` minibatches."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Return what else its place in the data depends on."""

@@ -14,22 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpilm.config import read_toml
+from mpilm.config import read_document
 from mpilm.convert import convert, unknown
 from mpilm.errors import ConfigError
-from mpilm.storage.files import reason
 from mpilm.world.machine import Machine
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = Path(__file__).parents[1] / "machines"
 REQUIRED = ("latency_s", "bandwidth_Bps")
@@ -75,13 +68,7 @@ def find_machine(name: str) -> MachineFile:
     elif not path.suffix and not path.exists():
         problem = unknown("machine", name, shipped())
         raise ConfigError(f"--machine {name}: no such file; {problem}")
-    try:
-        document = tomllib.loads(read_toml(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read: {reason(error)}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    return _checked(document, path)
+    return _checked(read_document(path), path)
 
 
 def _checked(document: Mapping[str, Any], path: Path) -> MachineFile:
