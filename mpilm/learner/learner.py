@@ -10,20 +10,21 @@ Knows nothing of other ranks. A strategy speaks to it in the terms of its equati
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpilm.errors import CheckpointError, ModelError
+from mpilm.learner.evaluation import Sums, carried_by, carry, evaluating, sum_up
 from mpilm.learner.flat import Segment
 from mpilm.learner.malloc import keep_freed_memory
-from mpilm.learner.minibatch import Parts, moved, samples_of
+from mpilm.learner.minibatch import Parts, moved
+from mpilm.learner.objective import Objective
 from mpilm.learner.optimizer import THETA, LearnerOptimizer
-from mpilm.learner.parameters import FlatParameters, require_scalar
+from mpilm.learner.parameters import FlatParameters
 from mpilm.learner.places import require_ready
 from mpilm.learner.random_state import RandomState
 from mpilm.learner.rest import ModuleRest, restored_parts, stored, stored_parts
@@ -47,19 +48,6 @@ def _ignore(part: Any) -> None:
 
 def keep_lr() -> None:
     """Leave the learning rate as it is: what `refresh` does until a trainer sets it."""
-
-
-class Sums(NamedTuple):
-    """What a model made of some minibatches.
-
-    nll          negative log-likelihood of the targets, nats
-    num_targets  how many there were
-    errors       targets that were not the likeliest class; NaN: not measured
-    """
-
-    nll: float
-    num_targets: int
-    errors: float
 
 
 class Learner:
@@ -125,9 +113,7 @@ class Learner:
         self._parameters = FlatParameters(self.model, self.device, sparse=sparse)
         self.layout = self._parameters.layout
         self.grad = self._parameters.grad
-        self._loss = loss or (lambda model, batch: model.loss(batch))
-        self._nll_of = None if loss else getattr(model, "nll", None)
-        self._samples_of = num_samples or samples_of
+        self._objective = Objective(model, loss, num_samples)
         self.compute: Compute = compute or run_now
         self._random = RandomState(seed, self.device)
         self._row_optimizer: RowOptimizer | None = None
@@ -205,7 +191,7 @@ class Learner:
             self._drawn = self.batches.next()  # may wait for a lease
         drawn, self._drawn, self.skipped = self._drawn, None, False
         parts = drawn if isinstance(drawn, Parts) else [drawn]
-        counts = [int(self._samples_of(part)) for part in parts]
+        counts = [self._objective.samples(part) for part in parts]
 
         def work(notify: Notify) -> float | Tensor:
             return self._differentiate(parts, counts, notify, scale)
@@ -252,22 +238,13 @@ class Learner:
             if self._row_optimizer is not None and not self._row_optimizer.rests:
                 read, self._read = self._read or self._rows_read(batch), None
                 self._row_optimizer.bring_up(read)
-            loss, _ = self._losses(batch)
+            loss, _ = self._objective.loss(batch)
             final = notify if number == last else _ignore
             self._parameters.backward(loss, final, scale * share, add=number > 0)
             found = loss.detach() if loss.is_cuda else loss.item()
             mean = mean + share * found if last else found
         self.samples += total
         return mean
-
-    def _losses(self, batch: Any) -> tuple[Tensor, Any]:
-        """Return the mean loss of a minibatch, and its wrong guesses (None: unknown).
-
-        Raises:
-            ModelError: it is something else.
-        """
-        found = self._loss(self.model, batch)
-        return found if isinstance(found, tuple) and len(found) == 2 else (found, None)
 
     def update(self) -> None:
         """Take one step of the optimiser: theta <- theta - lr * P(grad).
@@ -279,7 +256,7 @@ class Learner:
         self.refresh()
         if not self._has_finite_gradient():
             self.skipped = True
-            self._load_carried(())  # it may be what is not finite
+            carry(self.model, ())  # it may be what is not finite
             return
         self._parameters.attach_grad()
         if THETA in self._optimizer.parameters:
@@ -346,37 +323,14 @@ class Learner:
         """
         self._parameters.check()
         self.theta  # noqa: B018  it brings all rows up to date
-        modes = [(module, module.training) for module in self.model.modules()]
-        carried, buffers = self._carried(), self.rest.copy(frozen=False)
-        nll = torch.zeros((), dtype=torch.float64, device=self.device)
-        errors: Any = None
-        count = 0
-        self.model.eval()
-        self._load_carried(())
-        try:
-            for batch in batches:
-                num_samples = int(self._samples_of(batch))
-                found, wrong = self._nll(self._to_device(batch), num_samples)
-                if wrong is not None:
-                    errors = wrong + (0 if errors is None else errors)
-                nll += found
-                count += num_samples
-                if most is not None and count >= most:
-                    break
-        finally:
-            for module, training in modes:
-                module.training = training
-            self._load_carried(carried)
-            self.rest.put_back(buffers)
-        return Sums(nll.item(), count, math.nan if errors is None else float(errors))
+        with evaluating(self.model, self.rest):
+            return sum_up(map(self._measure, batches), most, self.device)
 
-    def _nll(self, batch: Any, num_samples: int) -> tuple[Any, Any]:
-        if self._nll_of is not None:
-            found = self._nll_of(batch)
-            return found if isinstance(found, tuple) else (found, None)
-        loss, wrong = self._losses(batch)
-        require_scalar(loss)
-        return loss.double() * num_samples, wrong
+    def _measure(self, batch: Any) -> tuple[Tensor, Any, int]:
+        """Return the nll of a minibatch, its wrong guesses or None, its samples."""
+        objective = self._objective
+        num_samples = objective.samples(batch)
+        return *objective.nll(self._to_device(batch), num_samples), num_samples
 
     def load_theta(self, theta_P: Any) -> None:
         """Set theta, from a numpy array of (P,) float32.
@@ -406,7 +360,7 @@ class Learner:
         state |= nested("optimizer", self._optimizer.state())
         if self._row_optimizer is not None:
             state |= nested("rows", self._row_optimizer.state())
-        state |= nested("carried", stored_parts(self._carried()))
+        state |= nested("carried", stored_parts(carried_by(self.model)))
         state |= nested("model", self.rest.state())
         if hasattr(self.batches, "state"):
             state |= nested("batches", self.batches.state())
@@ -449,19 +403,10 @@ class Learner:
             self._row_optimizer.load_state(rows)
         self.rest.put_back(rest)
         parts = restored_parts(under("carried", state))
-        self._load_carried(tuple(self._tensor(part) for part in parts))
+        carry(self.model, tuple(self._tensor(part) for part in parts))
         if place and load_place is not None:
             load_place(place)
         self._random.load_state(state)
-
-    def _carried(self) -> tuple[Tensor, ...]:
-        carried = getattr(self.model, "carried", None)
-        return tuple(carried()) if carried else ()
-
-    def _load_carried(self, parts: tuple[Tensor, ...]) -> None:
-        load = getattr(self.model, "load_carried", None)
-        if load:
-            load(parts)
 
     def _to_device(self, batch: Any) -> Any:
         """Return a minibatch with its arrays as tensors on the device."""

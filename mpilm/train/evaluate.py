@@ -18,7 +18,8 @@ from mpilm.world.base import IN_PLACE, World
 
 if TYPE_CHECKING:
     from mpilm.config import TrainConfig
-    from mpilm.learner.learner import Learner, Sums
+    from mpilm.learner.evaluation import Sums
+    from mpilm.learner.learner import Learner
     from mpilm.train.task import Task
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
 from mpilm.train.consensus import measure_consensus
 from mpilm.train.evaluate import Quality, evaluate, final_model, swapped
+from mpilm.train.failure import Failure
 from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import introduction
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from mpilm.learner.learner import Learner
 
 COUNTS = ("mixes", "staleness")  # of a strategy's metrics, in a row of the log
-LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
 
 
 class Trainer:
@@ -92,8 +91,6 @@ class Trainer:
             self.learner = self.make_learner(is_new=place is None)
             self.strategy.require(self.learner)
         self.totals = Totals()
-        self.failure: MpilmError | None = None  # will stop all ranks in order
-        self.num_bad = 0  # steps in a row that were skipped
         self.batches.start(config.train.samples)
         self.strategy.start(self.learner)
         with world.all_or_none():
@@ -108,6 +105,12 @@ class Trainer:
                 self.totals = place.restore_(self.parts)
             if world.rank == 0:
                 self.folder.describe(config, self.task, place)
+        self.failure = Failure(
+            self.totals,
+            self.folder.checkpoints,
+            config.train.max_bad_steps,
+            is_nats=self.task.measure == "perplexity",
+        )
         self.batches.synchronise(self.learner.samples)
         self.before = self.learner.samples  # this step, on this rank
         self.learner.refresh = self.refresh_lr
@@ -200,13 +203,13 @@ class Trainer:
                 totals.step += 1
                 samples = strategy.pace.agree(self.samples)
                 self.is_validated = self.is_saved = False
-                self.count_skipped(loss)
+                self.failure.count(loss, is_skipped=learner.skipped)
                 if totals.step % config.train.log_every == 0:
                     self.record(samples, float(loss))
                 is_due = self.validations.due(samples) or self.savings.due(samples)
                 if is_due and strategy.lockstep:
                     self.sync(samples)
-                if self.failure:
+                if self.failure.error:
                     stop.requested = "failure"
                 outcome = agreement.poll(
                     totals.step, sync=is_due and not strategy.lockstep
@@ -289,28 +292,12 @@ class Trainer:
         self.drain()
         self.strategy.retire(self.learner)
 
-    def count_skipped(self, loss: Any) -> None:
-        """Count a step without an update; note a failure if too many are in a row."""
-        if not self.learner.skipped:
-            self.num_bad = 0
-            return
-        self.num_bad += 1
-        self.totals.skipped += 1
-        if self.num_bad >= self.config.train.max_bad_steps and not self.failure:
-            self.failure = self.diverged(
-                f"the loss is {float(loss):.3g}, the gradient was not finite"
-                f" {self.num_bad} times in a row"
-            )
-
     def record(self, samples: int, loss: float) -> None:
         """Write a row of the log and show progress; note a failure for later."""
-        if self.failure:
+        if self.failure.error:
             return
         totals, is_skipped = self.totals, self.learner.skipped
-        is_nats = self.task.measure == "perplexity"
-        is_good = loss < (LARGEST_LOSS if is_nats else math.inf)
-        if not (is_good or is_skipped):
-            self.failure = self.diverged(f"the loss is {loss:.3g}")
+        if not (is_skipped or self.failure.judge(loss)):
             return
         self.recorder.mark()
         if not is_skipped:
@@ -324,22 +311,13 @@ class Trainer:
             for name, start_s, stop_s, step in self.timeline.take():
                 self.log.event(name, start_s, stop_s, step=step)
         except CheckpointError as error:
-            self.failure = error
+            self.failure.note(error)
         self.screen.update(samples, loss, totals.train_seconds)
 
     def raise_failure(self, kind: type[MpilmError] = MpilmError) -> None:
-        """Raise on all ranks what went wrong on one, if it is of this kind."""
-        with self.recorder.paused(), self.world.all_or_none():
-            if isinstance(self.failure, kind):
-                raise self.failure
-
-    def diverged(self, what: str) -> DivergenceError:
-        """Return the error that says so."""
-        return DivergenceError(
-            f"{what} at step {self.totals.step}: a smaller optim.lr or optim.clip may"
-            f" help; earlier checkpoints are in {self.folder.checkpoints}",
-            everywhere=True,
-        )
+        """Raise on all ranks what failed on one, if it is of this kind."""
+        with self.recorder.paused():
+            self.failure.raise_(self.world, kind)
 
     def validate(self) -> None:
         """Measure the model on the valid split; tell the schedule.
@@ -373,7 +351,7 @@ class Trainer:
                 setattr(totals, f"ema_valid_{task.measure}", average)
         value = getattr(quality, task.measure)
         if not math.isfinite(value):
-            raise self.diverged(f"the valid {task.measure} is {value}")
+            raise self.failure.diverged(f"the valid {task.measure} is {value}")
         is_kept = self.schedule.observe(quality.loss, 1.0 - quality.error)
         if is_kept:
             setattr(totals, f"valid_{task.measure}", value)
@@ -400,7 +378,7 @@ class Trainer:
         """
         theta, rest = final_model(self.learner, source)
         if not np.isfinite(theta).all():
-            raise self.diverged("the model is not finite")
+            raise self.failure.diverged("the model is not finite")
         return {name: theta, **nested("model", rest)}
 
     def save(self) -> None:
@@ -416,7 +394,7 @@ class Trainer:
             try:
                 self.log.flush()  # what is saved is logged
             except CheckpointError as error:
-                self.failure = self.failure or error
+                self.failure.note(error)
             models = self.final_model(self.strategy, "theta")
             if self.ema:
                 models |= self.final_model(self.ema, "theta_ema")
@@ -448,4 +426,4 @@ class Trainer:
         try:
             self.log.event(name, began_s, self.world.now_s(), step=step)
         except CheckpointError as error:
-            self.failure = self.failure or error
+            self.failure.note(error)

@@ -27,14 +27,15 @@ def spoiled(monkeypatch):
 
         def injected(trainer: Trainer, *, resume: bool) -> None:
             set_up(trainer, resume=resume)
-            learner, loss = trainer.learner, trainer.learner._loss
+            objective = trainer.learner._objective
+            loss = objective._loss
 
             def spoiled_loss(model, batch):
                 is_bad = trainer.world.rank == rank and trainer.totals.step in steps
                 found = loss(model, batch)
                 return found * value if is_bad and model.training else found
 
-            learner._loss = spoiled_loss
+            objective._loss = spoiled_loss
 
         monkeypatch.setattr(Trainer, "set_up", injected)
 

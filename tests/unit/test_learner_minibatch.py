@@ -70,13 +70,16 @@ KINDS = {
 
 
 def learner(source, unpack, **settings):
-    torch.manual_seed(0)
-
     def loss(model, batch):
         x, y = unpack(batch)
         assert isinstance(x, torch.Tensor)
         return (model(x)[:, 0] - y).square().mean()
 
+    return learner_with(loss, source, **settings)
+
+
+def learner_with(loss, source, **settings):
+    torch.manual_seed(0)
     return Learner(
         nn.Linear(2, 1),
         source,
@@ -163,16 +166,14 @@ def test_a_loss_may_come_with_the_number_of_wrong_guesses():
         found = model(x)[:, 0]
         return (found - y).square().mean(), ((found - y).abs() > 1e9).sum() + 2
 
-    one = learner(Given((X, Y)), tuple)
-    one._loss = loss
+    one = learner_with(loss, Given((X, Y)))
     one.gradient()
     sums = one.evaluate([(X, Y), (X[:3], Y[:3])])
     assert (sums.num_targets, sums.errors) == (9, 4.0)
 
 
 def test_an_evaluation_of_a_loss_that_is_no_scalar_is_refused():
-    one = learner(Given((X, Y)), tuple)
-    one._loss = lambda model, batch: model(batch[0])
+    one = learner_with(lambda model, batch: model(batch[0]), Given((X, Y)))
     with pytest.raises(ModelError, match="scalar"):
         one.evaluate([(X, Y)])
 

@@ -1,0 +1,77 @@
+"""What will stop all ranks in order: found on one of them, raised on all."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from mpilm.errors import DivergenceError, MpilmError
+from mpilm.train.metrics import Totals
+from mpilm.world.base import World
+
+LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
+
+
+class Failure:
+    """The first failure of this rank, until the ranks stop and raise it.
+
+    Args:
+        totals: counts of the run; skipped steps are added to them.
+        checkpoints: the folder that a person will look into.
+        max_bad_steps: steps without an update in a row, of which one is too many.
+        is_nats: whether the loss is one whose exponential is shown.
+
+    error  it; None: nothing has failed
+    """
+
+    def __init__(
+        self, totals: Totals, checkpoints: Path, max_bad_steps: int, *, is_nats: bool
+    ) -> None:
+        self.error: MpilmError | None = None
+        self._totals = totals
+        self._checkpoints = checkpoints
+        self._max_bad_steps = max_bad_steps
+        self._most = LARGEST_LOSS if is_nats else math.inf
+        self._num_bad = 0  # steps in a row that were skipped
+
+    def note(self, error: MpilmError) -> None:
+        """Remember it, unless something failed before. No communication."""
+        self.error = self.error or error
+
+    def count(self, loss: Any, *, is_skipped: bool) -> None:
+        """Count a step if it was skipped; too many in a row are a failure."""
+        if not is_skipped:
+            self._num_bad = 0
+            return
+        self._num_bad += 1
+        self._totals.skipped += 1
+        if self._num_bad >= self._max_bad_steps:
+            self.note(
+                self.diverged(
+                    f"the loss is {float(loss):.3g}, the gradient was not finite"
+                    f" {self._num_bad} times in a row"
+                )
+            )
+
+    def judge(self, loss: float) -> bool:
+        """Return whether a loss is a finite one; if not, it is a failure."""
+        if loss < self._most:
+            return True
+        self.note(self.diverged(f"the loss is {loss:.3g}"))
+        return False
+
+    def diverged(self, what: str) -> DivergenceError:
+        """Return the error that says so."""
+        return DivergenceError(
+            f"{what} at step {self._totals.step}: a smaller optim.lr or optim.clip may"
+            f" help; earlier checkpoints are in {self._checkpoints}",
+            everywhere=True,
+        )
+
+    def raise_(self, world: World, kind: type[MpilmError] = MpilmError) -> None:
+        """Raise on all ranks what failed on one, if it is of this kind. Collective."""
+        with world.all_or_none():
+            if isinstance(self.error, kind):
+                raise self.error
