@@ -14,7 +14,8 @@ Update      worker  w_hat <- x, when its clock is at most s ahead              (
             server  v <- m v + u;  x <- x - v         on arrival of each u     (3)
 Messages    8 bytes and 4P/K back for every other shard in (1), 4P/K there in (3).
 
-            Of row tables only the rows that the minibatch reads: row_server.py.
+            Of row tables only the rows that the minibatch reads: row_server.py. Of
+            hidden matrices all is pulled, and pushed what units.py chooses.
 
             rank i: pull ...... | gradient | push, pull ......
             rank j:     serve ==>       serve    <== apply, serve ==>
@@ -28,17 +29,19 @@ Departs     from the papers in: all ranks are workers and servers; the learning 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from msgspec import Meta
 
+from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.strategies.row_server import RowServer
 from mpilm.strategies.rows import rows_in
 from mpilm.strategies.shared_rows import require_resting_rows
+from mpilm.strategies.units import Units, hidden_matrices
 from mpilm.vectors import copy_of, rows_at, to_array
 from mpilm.world.base import World
 
@@ -51,6 +54,18 @@ class AsyncSgdConfig:
     """steps that a rank may be ahead of the slowest; -1: any number"""
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """of the server's update, beside that of [optim]"""
+    units: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """share of a hidden matrix's units that is pushed: those with the largest step"""
+    units_random: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """share of units pushed beside them, drawn anew in every step"""
+    unsent: Literal["dropped", "kept"] = "dropped"
+    """the other units' steps: dropped, or kept and added to the next"""
+
+    def __post_init__(self) -> None:
+        if self.units + self.units_random > 1.0:
+            raise ValueError(
+                f"units + units_random = {self.units + self.units_random:g}: at most 1"
+            )
 
 
 ROW_SAVES = ("service.sent", "service.received")
@@ -80,19 +95,23 @@ class AsyncSgd(Strategy):
         self.pace.moves_first = True
         self.clock = 0
         self.kept: Any = None  # w_hat, beside the learner's update of it
+        self.units: Units | None = None  # all are pushed
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
-        kind = ParameterServer
-        if learner.layout.tables:
-            kind, self.saves = RowServer, (*self.saves, *ROW_SAVES)
-        self.service = kind(
-            self.world,
-            self.comm,
-            learner.layout,
-            momentum=self.config.momentum,
-            bound=self.config.staleness_bound,
-        )
+        config, layout = self.config, learner.layout
+        place = (self.world, self.comm, layout)
+        settings = {"momentum": config.momentum, "bound": config.staleness_bound}
+        if config.units < 1.0:
+            self.units = Units(layout, config, self.comm.rank, like=learner.grad)
+            if self.units.kept is not None:
+                self.saves = (*self.saves, "units.kept")
+        if layout.tables or self.units:
+            self.saves = (*self.saves, *ROW_SAVES)
+            units = self.units.matrices if self.units else ()
+            self.service = RowServer(*place, **settings, units=units)
+        else:
+            self.service = ParameterServer(*place, **settings)
         if not self.is_local:
             self.service.load(learner.theta)
 
@@ -117,21 +136,26 @@ class AsyncSgd(Strategy):
         return loss
 
     def step_of_rows(self, service: RowServer, learner: Learner) -> Any:
-        """Take a step that moves only the rows that it reads."""
-        ids = {name: to_array(read) for name, read in learner.draw().items()}
+        """Take a step that moves only the rows that it reads, or the chosen units."""
+        ids = {}
+        if learner.layout.tables:
+            ids = {name: to_array(read) for name, read in learner.draw().items()}
         service.pull_part(learner.theta, ids, self.clock)  # (1)
         loss = learner.gradient()
         if learner.is_plain_sgd:
-            learner.grad *= learner.lr
-            for _, g in learner.rows.values():
+            u, rows = learner.grad, dict(learner.rows)
+            u *= learner.lr
+            for _, g in rows.values():
                 g *= learner.lr
-            service.push_part(learner.grad, learner.rows)  # (2), (3)
         else:
             before = self.touched(learner)
             learner.update()
             after = self.touched(learner)
-            steps = {n: (i, x - after[1][n][1]) for n, (i, x) in before[1].items()}
-            service.push_part(before[0] - after[0], steps)  # (2), (3)
+            u = before[0] - after[0]
+            rows = {n: (i, x - after[1][n][1]) for n, (i, x) in before[1].items()}
+        if self.units:
+            rows |= self.units.chosen(u, self.clock)
+        service.push_part(u, rows)  # (2), (3)
         self.clock += 1
         return loss
 
@@ -147,6 +171,11 @@ class AsyncSgd(Strategy):
     def require(self, learner: Learner) -> None:
         super().require(learner)
         require_resting_rows(self.name, learner)
+        if self.config.units < 1.0 and not hidden_matrices(learner.layout):
+            raise ConfigError(
+                f"strategy.units = {self.config.units:g}: the model has no hidden"
+                " matrix to push a part of; take 1"
+            )
 
     def pushed(self, learner: Learner) -> Any:
         """Return u, (P,): (2)."""

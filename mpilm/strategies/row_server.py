@@ -2,14 +2,16 @@
 
 Source      T. Xiao et al., "Fast Parallel Training of Neural Language Models", IJCAI
             2017: of an embedding a minibatch needs and changes some rows only.
-Notation    part -> of a shard: all of it before the row tables, and some rows of these
+Notation    part -> of a shard: all of it before the row tables, and some rows of these;
+                    pushed of hidden matrices, too, where some units are (units.py)
 Update      (1) and (2) of parameter_server.py, for the part; other velocities rest.
 Messages    to the server                        from the server
             PULL_PART  clock, head               the part
             PUSH_PART  head
             PART       u of the part             -
-            head: how many rows of each table, then their ids; int64. Values are as in
-            theta. One question to a shard, however many tables there are.
+            head: how many rows of each matrix that travels in rows, then their ids;
+            int64. Values are as in theta. One question to a shard, however many there
+            are.
 Invariants  parts with all rows are the model, to the bit.
 """
 
@@ -17,15 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from mpilm.learner.flat import Layout, Segment
 from mpilm.strategies.base import NUM_BINS
 from mpilm.strategies.parameter_server import ParameterServer, apply_, finish_all
-from mpilm.strategies.rows import by_owner, rows_in
-from mpilm.vectors import end_to_end, rows_at, set_rows_, to_array, zeros
+from mpilm.strategies.rows import ShardPart, by_owner, spans_between
+from mpilm.vectors import end_to_end, to_array, zeros
 from mpilm.world.base import Comm, Message, Request, World
 
 PULL_PART, PUSH_PART, PART = range(4, 7)  # tags, beside those of ParameterServer
@@ -33,89 +35,60 @@ PULL_PART, PUSH_PART, PART = range(4, 7)  # tags, beside those of ParameterServe
 RowSteps = Mapping[str, tuple[Any, Any]]  # table -> ids, rows
 
 
-class ShardPart(NamedTuple):
-    """Which elements of the flat vector, all of one shard.
-
-    dense  a slice before the row tables
-    rows   tables with ids of their rows, (n,) int64, ascending
-    """
-
-    dense: slice
-    rows: tuple[tuple[Segment, Any], ...]
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        rows = sum(len(ids) * segment.row_width for segment, ids in self.rows)
-        return self.dense.stop - self.dense.start + rows
-
-    @property
-    def some_rows(self) -> list[tuple[Segment, Any]]:
-        """The tables that it has rows of: of others the shard may have none."""
-        return [(segment, ids) for segment, ids in self.rows if len(ids)]
-
-    def head(self, *before: int) -> Any:
-        """Return the numbers that say which rows, behind some others, int64."""
-        ids = [ids for _, ids in self.rows]
-        return np.concatenate([[*before, *map(len, ids)], *ids]).astype(np.int64)
-
-    def of(self, vector: Any, start: int = 0) -> Any:
-        """Return a copy of these elements of a vector that begins at `start`."""
-        found = [vector[self.dense.start - start : self.dense.stop - start]]
-        for segment, ids in self.some_rows:
-            table, first = rows_in(vector, start, segment)
-            found.append(rows_at(table, ids - first).reshape(-1))
-        return end_to_end(found)
-
-    def set_(self, vector: Any, values: Any, start: int = 0) -> None:
-        """Set what `of` returns."""
-        done = self.dense.stop - self.dense.start
-        vector[self.dense.start - start : self.dense.stop - start] = values[:done]
-        for segment, ids in self.some_rows:
-            table, first = rows_in(vector, start, segment)
-            rows = values[done : done + len(ids) * segment.row_width]
-            set_rows_(table, ids - first, rows.reshape(-1, segment.row_width))
-            done += len(rows)
-
-
 class RowServer(ParameterServer):
     """`pull` and `push` are of whole models, as in ParameterServer.
 
+    in_rows  what travels in rows: the row tables; pushed, the hidden matrices first
+    dense    the slices of each rank's shard that travel whole
     sent, received  bytes of parts and their heads
+
+    Args:
+        units: the hidden matrices of which some rows are pushed.
     """
 
     def __init__(
-        self, world: World, comm: Comm, layout: Layout, *, momentum: float, bound: int
+        self,
+        world: World,
+        comm: Comm,
+        layout: Layout,
+        *,
+        momentum: float,
+        bound: int,
+        units: tuple[Segment, ...] = (),
     ) -> None:
         super().__init__(world, comm, layout, momentum=momentum, bound=bound)
+        tables = layout.tables
+        self.in_rows = {PULL_PART: tables, PUSH_PART: (*units, *tables)}
+        self.dense = {
+            tag: [spans_between(s.start, s.stop, segments) for s in self.shards]
+            for tag, segments in self.in_rows.items()
+        }
         self.sent = self.received = 0
 
-    def dense_of(self, rank: int) -> slice:
-        """Return what a rank's shard has of the elements before the row tables."""
-        end, shard = self.layout.num_dense, self.shards[rank]
-        return slice(min(shard.start, end), min(shard.stop, end))
-
-    def parts(self, ids: Mapping[str, Any]) -> dict[int, tuple[ShardPart, list[slice]]]:
-        """Return rank -> its part, and where its rows lie among those of each table.
+    def parts(
+        self, ids: Mapping[str, Any], tag: int
+    ) -> dict[int, tuple[ShardPart, list[slice]]]:
+        """Return rank -> its part, and where its rows lie among those of each matrix.
 
         Args:
-            ids: table -> (n,) int64, ascending, each once.
+            ids: matrix -> (n,) int64, ascending, each once.
+            tag: PULL_PART or PUSH_PART.
 
         Raises:
-            ValueError: the ids do not ascend, or are no rows of the table.
+            ValueError: the ids do not ascend, or are no rows of the matrix.
         """
         none = np.zeros(0, np.int64)
-        tables = self.layout.tables
-        found = {r: [(none, slice(0, 0))] * len(tables) for r in self.ranks_with_shard}
-        for number, segment in enumerate(tables):
+        in_rows = self.in_rows[tag]
+        found = {r: [(none, slice(0, 0))] * len(in_rows) for r in self.ranks_with_shard}
+        for number, segment in enumerate(in_rows):
             owned = by_owner(segment, self.shards, ids.get(segment.name, none))
             for rank, own, where in owned:
                 found[rank][number] = (own, where)
         return {
             rank: (
                 ShardPart(
-                    self.dense_of(rank),
-                    tuple(zip(tables, (own for own, _ in each), strict=True)),
+                    self.dense[tag][rank],
+                    tuple(zip(in_rows, (own for own, _ in each), strict=True)),
                 ),
                 [where for _, where in each],
             )
@@ -141,7 +114,7 @@ class RowServer(ParameterServer):
         """
         under_way: list[Request] = []
         answers = []
-        for peer, (part, _) in self.parts(ids).items():
+        for peer, (part, _) in self.parts(ids, PULL_PART).items():
             if peer == self.comm.rank:
                 self.wait_for_clock(clock)
                 with self.lock:
@@ -160,22 +133,22 @@ class RowServer(ParameterServer):
         self.num_pulls += 1
 
     def push_part(self, dense: Any, rows: RowSteps) -> None:
-        """Apply (1) to all before the row tables and to rows; other velocities rest.
+        """Apply (1) to what travels whole and to rows; other velocities rest.
 
         Args:
             dense: u before the row tables.
-            rows: table -> ids as in `pull_part`, and u of them, (n, width).
+            rows: matrix -> ids as in `pull_part`, and u of them, (n, width).
 
         Communicates: pairwise with every owner: 8 (tables + rows) bytes and the part;
             does not block.
         """
         ids = {name: to_array(own) for name, (own, _) in rows.items()}
-        for peer, (part, places) in self.parts(ids).items():
-            found = [dense[part.dense]]
+        for peer, (part, places) in self.parts(ids, PUSH_PART).items():
+            found = [dense[span] for span in part.dense]
             for (segment, own), where in zip(part.rows, places, strict=True):
                 if len(own):
                     found.append(rows[segment.name][1].reshape(-1)[where])
-            u = end_to_end(found)
+            u = end_to_end(found or [dense[:0]])
             if peer != self.comm.rank:
                 head = part.head()
                 self.sends.append(self.comm.Isend(head, peer, PUSH_PART))
@@ -199,10 +172,10 @@ class RowServer(ParameterServer):
         message.Recv(head)
         self.count_bytes(received=head.nbytes)
         if tag == PULL_PART:
-            send = partial(self.send_part, source, self.own_part(head[1:]))
+            send = partial(self.send_part, source, self.own_part(head[1:], tag))
             self.when_due(source, int(head[0]), send)
             return
-        part = self.own_part(head)
+        part = self.own_part(head, tag)
         u = zeros(part.size, like=self.values)
         self.comm.Recv(u, source, PART)  # sent right behind the head
         self.count_bytes(received=u.nbytes)
@@ -210,13 +183,13 @@ class RowServer(ParameterServer):
             self.apply_part_(part, u)
             self.count(source)
 
-    def own_part(self, head: Any) -> ShardPart:
+    def own_part(self, head: Any, tag: int) -> ShardPart:
         """Return the part of the own shard that a head speaks of."""
-        tables = self.layout.tables
-        counts, ids = np.split(head, [len(tables)])
-        each = np.split(ids, np.cumsum(counts)[:-1])
-        rows = tuple(zip(tables, each, strict=True))
-        return ShardPart(self.dense_of(self.comm.rank), rows)
+        in_rows = self.in_rows[tag]
+        counts, ids = np.split(head, [len(in_rows)])
+        each = np.split(ids, np.cumsum(counts)[:-1]) if in_rows else []
+        rows = tuple(zip(in_rows, each, strict=True))
+        return ShardPart(self.dense[tag][self.comm.rank], rows)
 
     def send_part(self, source: int, part: ShardPart) -> None:
         """Send what was pulled; the receive of it is posted already."""

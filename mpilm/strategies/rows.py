@@ -7,13 +7,14 @@ shard ends within one. What is asked of a row is asked of the rank that owns it.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mpilm.learner.flat import Layout, Segment
+from mpilm.vectors import end_to_end, rows_at, set_rows_
 
 
 def shards(layout: Layout, num_ranks: int) -> list[slice]:
@@ -78,3 +79,68 @@ def rows_in(shard: Any, start: int, segment: Segment) -> tuple[Any, int]:
     last = min(segment.stop, start + len(shard))
     rows = shard[first - start : last - start].reshape(-1, width)
     return rows, (first - segment.start) // width
+
+
+class ShardPart(NamedTuple):
+    """Which elements of the flat vector, all of one shard.
+
+    dense  slices: all but what travels in rows
+    rows   segments with ids of their rows, (n,) int64, ascending
+    """
+
+    dense: tuple[slice, ...]
+    rows: tuple[tuple[Segment, Any], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        rows = sum(len(ids) * segment.row_width for segment, ids in self.rows)
+        return sum(span.stop - span.start for span in self.dense) + rows
+
+    @property
+    def some_rows(self) -> list[tuple[Segment, Any]]:
+        """The segments that it has rows of: of others the shard may have none."""
+        return [(segment, ids) for segment, ids in self.rows if len(ids)]
+
+    def head(self, *before: int) -> Any:
+        """Return the numbers that say which rows, behind some others, int64."""
+        ids = [ids for _, ids in self.rows]
+        return np.concatenate([[*before, *map(len, ids)], *ids]).astype(np.int64)
+
+    def of(self, vector: Any, start: int = 0) -> Any:
+        """Return a copy of these elements of a vector that begins at `start`."""
+        found = [vector[s.start - start : s.stop - start] for s in self.dense]
+        for segment, ids in self.some_rows:
+            table, first = rows_in(vector, start, segment)
+            found.append(rows_at(table, ids - first).reshape(-1))
+        return end_to_end(found or [vector[:0]])
+
+    def set_(self, vector: Any, values: Any, start: int = 0) -> None:
+        """Set what `of` returns."""
+        done = 0
+        for span in self.dense:
+            part = vector[span.start - start : span.stop - start]
+            part[:] = values[done : done + len(part)]
+            done += len(part)
+        for segment, ids in self.some_rows:
+            table, first = rows_in(vector, start, segment)
+            rows = values[done : done + len(ids) * segment.row_width]
+            set_rows_(table, ids - first, rows.reshape(-1, segment.row_width))
+            done += len(rows)
+
+
+def spans_between(
+    start: int, stop: int, segments: Iterable[Segment]
+) -> tuple[slice, ...]:
+    """Return the slices of start..stop that lie in none of the segments.
+
+    >>> a, b, c = Layout.of([("a", (2,), ""), ("b", (3, 2), ""), ("c", (4,), "")])
+    >>> spans_between(1, 10, [b])
+    (slice(1, 2, None), slice(8, 10, None))
+    """
+    found = []
+    for segment in sorted(segments, key=lambda segment: segment.start):
+        if start < min(segment.start, stop):
+            found.append(slice(start, min(segment.start, stop)))
+        start = max(start, segment.stop)
+    return (*found, slice(start, stop)) if start < stop else tuple(found)
