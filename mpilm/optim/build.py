@@ -12,7 +12,7 @@ Update      g <- g * min(1, c / ||g||)                                         (
                       m_hat = m / (1 - beta1^n), s_hat = s / (1 - beta2^n)
 Source      clipping: R. Pascanu et al., ICML 2013; adamw: I. Loshchilov and F. Hutter,
             ICLR 2019.
-            ng_sgd    see ng_sgd.py
+            muon, ng_sgd    see muon.py, ng_sgd.py
 Departs     torch's sgd multiplies the rate into (3), not into v: a change of the rate
             acts at once on all of v.
 """
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mpilm.optim.configs import AdamwConfig, NgSgdConfig, SgdConfig
+from mpilm.optim.configs import AdamwConfig, MuonConfig, NgSgdConfig, SgdConfig
+from mpilm.optim.muon import MuonAdamw, hidden_matrices
 from mpilm.optim.ng_sgd import NgSgd, precondition_
 from mpilm.optim.schedules import Choice
 
@@ -41,14 +42,19 @@ def build_optimizer(
 
     Args:
         choice: the section.
-        model: what is trained. For `ng_sgd`, whose layers then give preconditioned
-            gradients; the others do not look at it.
+        model: what is trained. For `muon`, which looks for its matrices there, and
+            for `ng_sgd`, whose layers then give preconditioned gradients; the others
+            do not look at it.
     """
     config: Any = choice.settings
     if isinstance(config, NgSgdConfig):
         if model is None:
             raise TypeError("ng_sgd needs the model")
         return partial(NgSgd, maps=precondition_(model, config), config=config)
+    if isinstance(config, MuonConfig):
+        if model is None:
+            raise TypeError("muon needs the model")
+        matrices = hidden_matrices(model)
 
     def make(parameters: list[torch.nn.Parameter]) -> Optimizer:
         if isinstance(config, SgdConfig):
@@ -69,6 +75,8 @@ def build_optimizer(
                 weight_decay=config.weight_decay,
                 fused=True,
             )
+        elif isinstance(config, MuonConfig):
+            optimizer = MuonAdamw(parameters, matrices=matrices, config=config)
         else:
             raise TypeError(f"no optimiser for {type(config).__name__}")
         if config.clip > 0.0:

@@ -51,6 +51,26 @@ class AdamwConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Section [optim] of `muon`: Muon between the layers, AdamW for all else."""
+
+    lr: Annotated[float, Meta(gt=0.0)] = 1e-3
+    """learning rate before the schedule, of both"""
+    momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.95
+    """decay of the mean gradient of a matrix per minibatch"""
+    beta1: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
+    """of AdamW: decay of the mean gradient per minibatch"""
+    beta2: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.999
+    """of AdamW: decay of the mean squared gradient per minibatch"""
+    eps: Annotated[float, Meta(gt=0.0)] = 1e-8
+    """of AdamW: added to the root of the mean squared gradient"""
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.01
+    """decoupled decay: theta shrinks by lr times this in every step"""
+    clip: Annotated[float, Meta(ge=0.0)] = 1.0
+    """largest norm of the whole gradient; 0: no clipping"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NgSgdConfig:
     """Section [optim] of `ng_sgd`; ranks and limits as in Kaldi's recipes."""
 
@@ -159,6 +179,7 @@ class OwnOptimConfig:
 OPTIMIZERS: dict[str, type] = {
     "sgd": SgdConfig,
     "adamw": AdamwConfig,
+    "muon": MuonConfig,
     "ng_sgd": NgSgdConfig,
 }
 SCHEDULES: dict[str, type] = {

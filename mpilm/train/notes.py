@@ -97,7 +97,8 @@ def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:
     keeps = getattr(inner.config, "momentum", "keep") == "keep"
     if inner.name == "model_averaging" and not keeps and not is_own:
         optim = config.optim
-        if not getattr(optim.settings, "momentum", optim.name == "adamw"):
+        has_moments = optim.name in ("adamw", "muon")
+        if not has_moments and not getattr(optim.settings, "momentum", None):
             yield (
                 f'strategy.momentum = "{inner.config.momentum}" does nothing: this'
                 f" {optim.name} keeps no moment vectors"

@@ -62,7 +62,7 @@ def make_learner(
         compute=compute,
         device=device,
         seed=seed,
-        flat=True,
+        flat=config.optim.name != "muon",  # which goes by shapes
         sparse=getattr(config.model.settings, "sparse", False),
     )
 
@@ -71,16 +71,17 @@ def require_gradient(config: Config) -> None:
     """Raise unless the optimiser can use this model's gradient.
 
     Raises:
-        ConfigError: natural gradient of a softmax that is not the full one, or of rows.
+        ConfigError: natural gradient of a softmax that is not the full one, or what
+            takes whole matrices of rows.
     """
-    settings = config.model.settings
-    if config.optim.name == "ng_sgd" and getattr(settings, "sparse", False):
+    settings, name = config.model.settings, config.optim.name
+    if name in ("ng_sgd", "muon") and getattr(settings, "sparse", False):
         raise ConfigError(
-            'optim.name = "ng_sgd": preconditions whole matrices, model.sparse = true'
-            " gives it rows; sgd and adamw update these"
+            f'optim.name = "{name}": takes whole matrices, model.sparse = true gives it'
+            " rows; sgd and adamw update these"
         )
     softmax = getattr(settings, "softmax", "full")
-    if config.optim.name == "ng_sgd" and softmax != "full":
+    if name == "ng_sgd" and softmax != "full":
         raise ConfigError(
             f'optim.name = "ng_sgd": has no preconditioner for model.softmax ='
             f' "{softmax}"; sgd and adamw train it'

@@ -24,6 +24,7 @@ LITTLE = ("async_sgd", "adpsgd")  # of ng_sgd, which has many settings
 BASES = {
     "sgd": {"lr": 0.2, "clip": 0.0},
     "adamw": {"lr": 0.02, "clip": 0.0},
+    "muon": {"lr": 0.02, "clip": 0.0},
     "ng_sgd": {"lr": 0.2, "rank_in": 3, "rank_out": 2, "update_period": 1},
 }
 CHANGES = {
@@ -36,6 +37,15 @@ CHANGES = {
     },
     "adamw": {
         "lr": (0.01, {}),
+        "beta1": (0.5, {}),
+        "beta2": (0.9, {}),
+        "eps": (0.1, {}),
+        "weight_decay": (0.5, {}),
+        "clip": (1e-3, {}),
+    },
+    "muon": {
+        "lr": (0.01, {}),
+        "momentum": (0.5, {}),
         "beta1": (0.5, {}),
         "beta2": (0.9, {}),
         "eps": (0.1, {}),
@@ -84,7 +94,7 @@ def loss(model, batch):
 
 def make_learner(world, name, settings):
     torch.manual_seed(1)
-    model = nn.Linear(8, 5)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5))
     choice = Choice(name, OPTIMIZERS[name](**settings))
     optimizer = build_optimizer(choice, model)
     points = Points(world.rank)
