@@ -103,6 +103,15 @@ class CheckpointConfig:
     """minibatches between two agreements on stopping early (signals)"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """Section [world]: how real MPI is used."""
+
+    gpu_messages: Literal["staged", "direct", "auto"] = "staged"
+    """buffers on a GPU: through pinned host memory, or by an MPI that takes them; auto:
+    direct where a trial in a child process works"""
+
+
 @dataclass(frozen=True)
 class Config:
     """A resolved configuration: every key has its value."""
@@ -116,6 +125,7 @@ class Config:
     pretrain: PretrainConfig
     checkpoint: CheckpointConfig
     ema: EmaConfig
+    world: WorldConfig
     faults: Faults
     machine: Machine
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -197,6 +207,7 @@ SECTIONS: dict[str, Any] = {
     "pretrain": PretrainConfig,
     "checkpoint": CheckpointConfig,
     "ema": EmaConfig,
+    "world": WorldConfig,
     "faults": Faults,
     "machine": Machine,
 }

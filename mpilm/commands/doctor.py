@@ -14,6 +14,7 @@ from typing import Any
 
 from mpilm import __version__
 from mpilm.doctor import children, facts, measure
+from mpilm.doctor.cuda_aware import check_cuda_aware
 from mpilm.doctor.findings import Finding, amount, duration, ok
 from mpilm.doctor.folder import check_folder, check_shared_memory
 from mpilm.doctor.scheduler import check_scheduler
@@ -145,7 +146,7 @@ def check_alone(report: Report, folder: Path) -> None:
     report.check("mpirun", children.check_launcher)
     report.check("world", lambda: facts.check_world(1))
     if gpus:
-        report.check("CUDA-aware MPI", children.check_cuda_aware)
+        report.check("CUDA-aware MPI", check_cuda_aware)
         report.check("GPU to GPU", children.check_gpu_pair)
     report.check("run folder", lambda: check_folder(folder))
     report.check("scheduler", check_scheduler)
@@ -208,7 +209,7 @@ def check_ranks(report: Report, folder: Path) -> None:
                     report.check(what, lambda p=peer, w=what: check_link(comm, p, w))  # type: ignore[misc]
             report.check("allreduce", lambda: check_allreduce(comm))
         if any(fact.gpus for fact in everyone):
-            aware = children.check_cuda_aware() if comm.rank == 0 else None
+            aware = check_cuda_aware() if comm.rank == 0 else None
             measure.settle(comm)
             report.add(comm.bcast(aware, 0))
     if comm.size > 1:

@@ -85,7 +85,9 @@ def run(read: Callable[[], Config], out: Path, *, resume: bool) -> int:
         resume: go on from its newest checkpoint.
     """
     from mpilm.errors import STOPPED_EARLY
+    from mpilm.train.gpu_messages import choose_messages
     from mpilm.train.loop import Trainer
+    from mpilm.train.screen import Screen
     from mpilm.train.signals import StopRequest
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
@@ -95,6 +97,8 @@ def run(read: Callable[[], Config], out: Path, *, resume: bool) -> int:
             settings = read()
             world.configure(faults=settings.faults)
         assert settings is not None
+        if note := choose_messages(world, settings):
+            Screen(1, speaks=world.rank == 0).line(note)
         finished = Trainer(settings, world, out, resume=resume).train(stop)
     return 0 if finished else STOPPED_EARLY
 

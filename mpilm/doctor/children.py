@@ -33,17 +33,6 @@ MPI.COMM_SELF.Barrier()
 print(MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\\0 "))
 """
 SIZE = "from mpi4py import MPI; print('size', MPI.COMM_WORLD.size, flush=True)"
-CUDA_AWARE = """
-import torch
-from mpi4py import MPI
-send = torch.arange(1 << 20, dtype=torch.float32, device="cuda")
-receive = torch.zeros_like(send)
-torch.cuda.synchronize()
-MPI.COMM_SELF.Sendrecv(send, 0, 0, receive, 0, 0)
-MPI.COMM_SELF.Allreduce(MPI.IN_PLACE, receive)
-torch.cuda.synchronize()
-print("aware" if torch.equal(send, receive) else "wrong data")
-"""
 GPU_PAIR = """
 import time, torch
 from mpilm.world.mpi.world import MpiWorld, start_mpi
@@ -215,15 +204,6 @@ def find_gpus() -> tuple[list[str], str]:
     if not names:
         return [], "a GPU seems to be here, but torch sees none"
     return names, ""
-
-
-def check_cuda_aware() -> Finding:
-    """May MPI be given buffers on the GPU?"""
-    code, text = python(CUDA_AWARE)
-    if code == 0 and "aware" in text:
-        return ok("CUDA-aware MPI", "yes: it takes buffers on the GPU")
-    why = f"died of signal {-code}" if code < 0 else trouble_in(text)
-    return ok("CUDA-aware MPI", f"no ({why}): mpilm goes through pinned host memory")
 
 
 def check_gpu_pair() -> Finding:

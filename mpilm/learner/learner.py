@@ -104,6 +104,8 @@ class Learner:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
+        elif self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # DLPack and cuDNN's dropout go by it
         require_ready(model)
         self.model = model.to(self.device)
         self.batches = batches

@@ -118,6 +118,7 @@ class MpiComm(Comm):
     def _receive(self, buf: Any, source: int, tag: int, *, waited_for: bool) -> Request:
         peer = self._peer(source)
         stage = self.staging.stage(buf, fetch=False)
+        stage.arrived()
         self.meter.count(messages=1)
         sender = "any rank" if source == ANY_SOURCE else f"rank {self.members[source]}"
         kind = "any tag" if tag == ANY_TAG else f"tag {tag}"
@@ -146,7 +147,7 @@ class MpiComm(Comm):
                 self._queue = CollectiveQueue(self.progress, f"mpilm {self.name}")
             call = partial(self._reduce, send, recv, op)
             work = partial(perform, self._enter, "Iallreduce", call, stages, recv)
-            return self._queue.submit("Iallreduce", work)
+            return self._queue.submit("Iallreduce", work, stages)
         for stage in stages:
             stage.arrived()
         self.entered += 1
@@ -251,11 +252,13 @@ class MpiComm(Comm):
         """
         work = partial(perform, self._enter, name, call, stages, target)
         if self._queue is not None and not self._queue.idle:
-            job = self._queue.submit(name, work)
+            job = self._queue.submit(name, work, stages)
             job.Wait()
             return job.result
         if not self.progress.is_learner():
             return work()
+        for stage in stages:
+            stage.begin()
         self.meter.begin()
         self.meter.block()
         try:
@@ -316,6 +319,7 @@ class MpiMessage(Message):
                 f" {comm.members[self.source]} (tag {self.tag}) does not fit into"
                 f" {stage.host.nbytes} bytes"
             )
+        stage.arrived()
         comm.meter.count(messages=1)
         transfer = Transfer(
             comm.progress,

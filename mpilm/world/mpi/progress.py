@@ -110,6 +110,7 @@ class Progress:
     """All that is under way on one rank, and the threads that move it.
 
     computing  whether the learner computes, so that others should leave it the core
+    enter      what the progress thread calls once, when it is set
 
     Args:
         meter: counts the time of waits.
@@ -118,6 +119,7 @@ class Progress:
     """
 
     computing = False
+    enter: Callable[[], None] | None = None
 
     def __init__(
         self, meter: Meter, inspector: StallInspector, *, background: bool
@@ -288,8 +290,12 @@ class Progress:
     def _run(self) -> None:
         """Be the progress thread."""
         since_s = clock()
+        entered = None
         while not self._stopping:
             try:
+                if self.enter is not None and self.enter is not entered:
+                    entered = self.enter
+                    entered()
                 if not self.meter.is_blocked:  # else the learner polls
                     self.poll()
                 self._tick()

@@ -157,11 +157,19 @@ class QueuedCollective(Operation):
 
     result: Any = None
 
-    def __init__(self, progress: Progress, name: str, work: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        name: str,
+        work: Callable[[], Any],
+        stages: Sequence[Stage],
+    ) -> None:
         super().__init__(progress, name)
-        self.work = work
+        self.work, self.stages = work, stages
 
     def Wait(self) -> None:
+        for stage in self.stages:
+            stage.begin()
         # the inspector knows from `enter`; the queue's thread needs the core
         self.progress.wait(lambda: self.done or None, spin=False)
         self._verdict()
@@ -190,9 +198,15 @@ class CollectiveQueue:
         """Whether everything submitted is done."""
         return self._last is None or self._last.done
 
-    def submit(self, name: str, work: Callable[[], Any]) -> QueuedCollective:
-        """Run `work` after all that was submitted before; return its request."""
-        self._last = QueuedCollective(self.progress, name, work)
+    def submit(
+        self, name: str, work: Callable[[], Any], stages: Sequence[Stage] = ()
+    ) -> QueuedCollective:
+        """Run `work` after all that was submitted before; return its request.
+
+        Args:
+            stages: the buffers that it uses.
+        """
+        self._last = QueuedCollective(self.progress, name, work, stages)
         self._jobs.put(self._last)
         return self._last
 

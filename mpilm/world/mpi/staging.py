@@ -9,7 +9,12 @@ copied on a side stream:
     MPI                                                   |== Allreduce |
 
 The host waits for each copy before it goes on, so whoever sees a request done may use
-the tensor on any stream. torch is never imported here unless somebody brings a tensor.
+the tensor on any stream. Copies to the host and back have a stream each: a copy that
+waits for kernels does not hold up one that brings another message home.
+
+An MPI library that takes buffers on a GPU (`Staging.direct`) gets the tensor itself,
+once the kernels before the call are done. torch is never imported here unless somebody
+brings a tensor.
 """
 
 from __future__ import annotations
@@ -28,11 +33,17 @@ class Stage:
     host  what MPI reads and writes
     """
 
-    def __init__(self, host: np.ndarray) -> None:
+    def __init__(self, host: Any) -> None:
         self.host = host
 
+    def begin(self) -> None:
+        """Block until what was computed before the call is; this is no communication.
+
+        Beside a GPU a learner would else seem to wait for other ranks all the time.
+        """
+
     def arrived(self) -> None:
-        """Block until `host` holds what the buffer held at the call."""
+        """Block until MPI may have `host`, with what the buffer held at the call."""
 
     def deliver(self) -> None:
         """Copy `host` into the buffer; return when that is done."""
@@ -42,9 +53,13 @@ class Stage:
 
 
 class Staging:
-    """Makes stages; keeps pinned buffers and side streams for reuse."""
+    """Makes stages; keeps pinned buffers and side streams for reuse.
+
+    direct  "cuda": MPI takes tensors on a GPU itself; "": none
+    """
 
     def __init__(self) -> None:
+        self.direct = ""
         self._free: dict[tuple[Any, int], list[Any]] = defaultdict(list)
         self._streams: dict[Any, Any] = {}
 
@@ -61,64 +76,147 @@ class Staging:
         described(buf)
         if isinstance(buf, np.ndarray):
             return Stage(buf)
+        if buf.device.type == self.direct:
+            return DirectStage(buf.detach())
         if buf.is_cuda:
             return CudaStage(self, buf.detach(), fetch=fetch)
         return Stage(buf.detach().numpy())
 
     def take(self, tensor: Any) -> Any:
-        """Return a pinned buffer as long as `tensor`, a used one if there is one."""
+        """Return a pinned buffer for `tensor`, a used one if there is one."""
         import torch
 
-        free = self._free[tensor.dtype, tensor.numel()]
+        size = capacity(tensor.numel())
         try:
-            return free.pop()
+            return self._free[tensor.dtype, size].pop()
         except IndexError:
-            return torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+            return torch.empty(size, dtype=tensor.dtype, pin_memory=True)
 
     def give(self, pinned: Any) -> None:
         """Take a pinned buffer back."""
         self._free[pinned.dtype, pinned.numel()].append(pinned)
 
-    def stream(self, device: Any) -> Any:
-        """Return the side stream of a GPU."""
+    def stream(self, device: Any, way: str) -> Any:
+        """Return the side stream of a GPU for copies "out" to the host, or "back"."""
         import torch
 
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
+        if (device, way) not in self._streams:
+            self._streams[device, way] = torch.cuda.Stream(device)
+        return self._streams[device, way]
+
+    def finish(self, copy: Any) -> None:
+        """Wait for the event at the end of a copy."""
+        copy.synchronize()
+
+
+def capacity(size: int) -> int:
+    """Return the elements of a pinned buffer for `size` elements.
+
+    At most an eighth more, of eight lengths between a power of two and the next: the
+    messages of rows have another length in every step, and each would keep a buffer.
+
+    >>> capacity(10), capacity(1000), capacity(1025)
+    (10, 1024, 1152)
+    """
+    unit = 1 << max(0, (size - 1).bit_length() - 4)
+    return -(-size // unit) * unit
 
 
 class CudaStage(Stage):
     """A tensor on a GPU and its pinned buffer."""
 
     def __init__(self, staging: Staging, tensor: Any, *, fetch: bool) -> None:
-        import torch
-
         self.staging, self.tensor = staging, tensor
         self.pinned = staging.take(tensor)
-        super().__init__(self.pinned.numpy())
-        self.stream = staging.stream(tensor.device)
+        self.part = self.pinned[: tensor.numel()]
+        super().__init__(self.part.numpy())
         # kernels that were started before the call may still use the tensor
-        self.before = torch.cuda.current_stream(tensor.device).record_event()
-        self.fetched = self._copy(self.pinned, tensor) if fetch else None
+        self.before = kernels_before(tensor)
+        self.fetched = self._copy("out") if fetch else None
 
-    def _copy(self, to: Any, source: Any) -> Any:
-        """Start a copy on the side stream; return the event of its end."""
+    def _copy(self, way: str) -> Any:
+        """Start a copy on its stream; return the event of its end."""
         import torch
 
+        to, source = self.part, self.tensor
+        if way == "back":
+            to, source = source, to
+        stream = self.staging.stream(self.tensor.device, way)
         done = torch.cuda.Event(blocking=True)
-        self.stream.wait_event(self.before)
-        with torch.cuda.stream(self.stream):
+        stream.wait_event(self.before)
+        with torch.cuda.stream(stream):
             to.copy_(source, non_blocking=True)
-            done.record(self.stream)
+            done.record(stream)
         return done
+
+    def begin(self) -> None:
+        self.before.synchronize()
 
     def arrived(self) -> None:
         if self.fetched is not None:
-            self.fetched.synchronize()
+            self.staging.finish(self.fetched)
 
     def deliver(self) -> None:
-        self._copy(self.tensor, self.pinned).synchronize()
+        self.staging.finish(self._copy("back"))
 
     def release(self) -> None:
         self.staging.give(self.pinned)
+
+
+class DirectStage(Stage):
+    """A tensor that MPI takes where it lies."""
+
+    def __init__(self, tensor: Any) -> None:
+        super().__init__(InPlace(tensor))
+        self.before = kernels_before(tensor) if tensor.is_cuda else None
+
+    def begin(self) -> None:
+        if self.before is not None:
+            self.before.synchronize()
+
+    def arrived(self) -> None:
+        """As `begin`: MPI knows nothing of streams, and a receive must wait as well."""
+        self.begin()
+        if self.before is not None:
+            enter(self.host.tensor.device)
+
+
+class InPlace:
+    """A tensor under the face of a numpy array, as far as MPI calls here look at it.
+
+    mpi4py finds the memory by DLPack, on a CPU and on a GPU.
+    """
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+        self.size, self.nbytes = tensor.numel(), tensor.nbytes
+        self.itemsize = tensor.element_size()
+        self.dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+
+    def __getitem__(self, part: slice) -> InPlace:
+        return InPlace(self.tensor[part])
+
+    def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
+        # -1: `arrived` has waited already
+        stream = None if stream is None else -1
+        return self.tensor.__dlpack__(stream=stream, **options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self.tensor.__dlpack_device__()
+        return device
+
+
+def kernels_before(tensor: Any) -> Any:
+    """Return an event after all kernels that the current stream has been given."""
+    import torch
+
+    return torch.cuda.current_stream(tensor.device).record_event(
+        torch.cuda.Event(blocking=True)
+    )
+
+
+def enter(device: Any) -> None:
+    """Make a GPU the current one of this thread, as MPI libraries take for granted."""
+    import torch
+
+    torch.cuda.set_device(device)

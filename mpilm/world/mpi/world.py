@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpilm.errors import BAD_INPUT, DIED, STALLED, WorldError, say
@@ -124,8 +125,20 @@ class MpiWorld(World):
             faults.check(self.size)
         self.resources.faults = faults
 
+    def take_gpu_buffers(self, device: str) -> None:
+        """Give MPI tensors on `device`, a GPU, as they are, from now on.
+
+        The MPI library must be able to: `mpilm.doctor.cuda_aware` looks.
+        """
+        from mpilm.world.mpi.staging import enter
+
+        self.resources.staging.direct = "cuda"
+        self.progress.enter = partial(enter, device)
+
     def device(self, kind: str = "auto") -> str:
         """Return the torch device of this rank: local rank modulo visible GPUs, or CPU.
+
+        A GPU becomes torch's current one: `torch.cuda.synchronize()` means it.
 
         Args:
             kind: "cpu", "cuda", or "auto" (a GPU where there is one).
@@ -142,6 +155,7 @@ class MpiWorld(World):
         else:
             num_gpus = torch.cuda.device_count()
         if num_gpus:
+            torch.cuda.set_device(self.local_rank % num_gpus)
             return f"cuda:{self.local_rank % num_gpus}"
         if kind == "cuda":
             raise WorldError("train.device: no GPU is visible (torch.cuda finds none)")
