@@ -49,7 +49,7 @@ class Verdict:
     why: str
 
 
-def look(mpi: Any, environment: Mapping[str, str] = os.environ) -> Verdict:
+def cuda_verdict(mpi: Any, environment: Mapping[str, str] = os.environ) -> Verdict:
     """Return whether this MPI may be given buffers on a GPU. Takes some seconds.
 
     Args:
@@ -133,7 +133,9 @@ def library_says(files: Iterable[str]) -> bool | None:
 
 def check_cuda_aware() -> Finding:
     """May MPI be given buffers on the GPU? In a child of its own."""
-    code, text = python(f"from {__name__} import print_verdict; print_verdict()", 2 * PROBE_S)
+    code, text = python(
+        f"from {__name__} import print_verdict; print_verdict()", 2 * PROBE_S
+    )
     answer, _, why = text.partition(": ")
     if code == 0 and answer == "yes":
         return ok("CUDA-aware MPI", f'{why}: world.gpu_messages = "auto" uses it')
@@ -146,5 +148,5 @@ def print_verdict() -> None:
     """Print the verdict on the MPI that mpi4py finds."""
     from mpi4py import MPI
 
-    verdict = look(MPI)
+    verdict = cuda_verdict(MPI)
     print(f"{'yes' if verdict.is_aware else 'no'}: {verdict.why}", flush=True)

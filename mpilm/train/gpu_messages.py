@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpilm.config import Config
-from mpilm.doctor.cuda_aware import Verdict, look
+from mpilm.doctor.cuda_aware import Verdict, cuda_verdict
 from mpilm.errors import ConfigError
 from mpilm.world.mpi.world import MpiWorld, start_mpi
 
@@ -32,7 +32,7 @@ def choose_messages(world: MpiWorld, config: Config) -> str:
         if device == "cpu":
             found = Verdict(False, "it trains on the CPU")
         elif world.local_rank == 0:  # its node has one MPI library
-            found = look(start_mpi())
+            found = cuda_verdict(start_mpi())
     reports = world.comm.allgather(found)
     bad = [(rank, r) for rank, r in enumerate(reports) if r and not r.is_aware]
     if bad and wanted == "direct":

@@ -57,10 +57,10 @@ def test_a_library_that_is_wrong_about_itself_gets_no_gpu_memory(
     if torch.cuda.is_available():
         pytest.skip("the trial may work here: tests/mpi/test_cuda.py")
     program = (
-        "import ctypes, sys; from mpilm.doctor.cuda_aware import look\n"
+        "import ctypes, sys; from mpilm.doctor.cuda_aware import cuda_verdict\n"
         "class Mpi:\n"
         "    Get_library_version = staticmethod(lambda: 'Another MPI 1.0')\n"
-        "ctypes.CDLL(sys.argv[1]); print(look(Mpi))\n"
+        "ctypes.CDLL(sys.argv[1]); print(cuda_verdict(Mpi))\n"
     )
     file = library(tmp_path, OPEN_MPI % 1)
     command = [sys.executable, "-c", program, file]

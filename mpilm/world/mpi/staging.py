@@ -167,7 +167,7 @@ class DirectStage(Stage):
     """A tensor that MPI takes where it lies."""
 
     def __init__(self, tensor: Any) -> None:
-        super().__init__(InPlace(tensor))
+        super().__init__(WhereItLies(tensor))
         self.before = kernels_before(tensor) if tensor.is_cuda else None
 
     def begin(self) -> None:
@@ -181,7 +181,7 @@ class DirectStage(Stage):
             enter(self.host.tensor.device)
 
 
-class InPlace:
+class WhereItLies:
     """A tensor under the face of a numpy array, as far as MPI calls here look at it.
 
     mpi4py finds the memory by DLPack, on a CPU and on a GPU.
@@ -193,8 +193,8 @@ class InPlace:
         self.itemsize = tensor.element_size()
         self.dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
 
-    def __getitem__(self, part: slice) -> InPlace:
-        return InPlace(self.tensor[part])
+    def __getitem__(self, part: slice) -> WhereItLies:
+        return WhereItLies(self.tensor[part])
 
     def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
         # -1: `arrived` has waited already
