@@ -33,6 +33,8 @@ LAUNCHERS = {"mpi_launch", "launch"}  # tests that start mpirun themselves
 # Tests that start mpirun or SLURM depend on how busy the machine is: they get a second
 # try. pytest's last line says so: "1 rerun".
 SECOND_TRY = ("--reruns=1", "-rR")
+# What needs no MPI runs on all cores, the tests of one file on one of them.
+PARALLEL = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def suites() -> list[Suite]:
     return [
         plain(
             "unit",
+            *PARALLEL,
             *("--doctest-modules", "mpilm"),
             *(f"tests/{f}" for f in quick),
             limit_s=1800,

@@ -66,6 +66,7 @@ def test_an_optimizer_with_momentum_makes_the_step():
     np.testing.assert_allclose(ranks[0].final, alone(20, momentum=0.9), atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bound", [-1, 1])
 def test_the_model_reaches_the_mean_minimum(bound):
     ranks = train(
@@ -98,6 +99,7 @@ def test_a_straggler_slows_nobody_else(factor):
     assert sum(rates) >= 0.97 * (size - 1 + 1 / factor) / STEP_S
 
 
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=5),

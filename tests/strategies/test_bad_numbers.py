@@ -42,6 +42,7 @@ def spoiled(monkeypatch):
     return spoil
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", [*NAMES, "adpsgd", "async_sgd"])
 def test_bad_steps_are_skipped_and_counted(run, spoiled, tmp_path, name, value):
@@ -72,6 +73,7 @@ def test_a_skipped_step_changes_nothing(run, spoiled, optim):
         assert torch.equal(moment, moments[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["allreduce", "model_averaging", "adpsgd"])
 def test_too_many_in_a_row_end_all_ranks(run, spoiled, tmp_path, name):
     spoiled(1, range(20, 1_000_000))
@@ -84,12 +86,14 @@ def test_too_many_in_a_row_end_all_ranks(run, spoiled, tmp_path, name):
     assert not (tmp_path / "x/summary.json").exists()
 
 
+@pytest.mark.long
 def test_a_good_step_between_them_begins_the_count_anew(run, spoiled):
     spoiled(1, set(range(50)) - set(range(3, 50, 4)))
     _, trainer = run(2, "model_averaging", train={"max_bad_steps": 4})
     assert trainer.totals.skipped == 38
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factor", [math.nan, 1000.0])
 def test_a_bad_model_is_left_out_of_an_average(run, monkeypatch, factor):
     """Rank 1 comes to the second average with a model that is not to be used."""

@@ -58,6 +58,7 @@ def members_are_equal(ranks, node_size):
         assert np.array_equal(model, models[rank - rank % node_size])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("nodes", "node_size"), NODES)
 @pytest.mark.parametrize("case", CASES)
 def test_members_of_a_node_are_equal_after_every_step(case, nodes, node_size):
@@ -121,6 +122,7 @@ def test_allreduce_inside_is_allreduce(nodes, node_size):
     np.testing.assert_allclose(thetas(ranks), thetas(reference), rtol=0, atol=2e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_the_mean_model_reaches_the_mean_minimum(case):
     lr, steps, near = NEAR.get(case, (0.125, 240, 1e-4))

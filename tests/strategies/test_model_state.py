@@ -17,6 +17,7 @@ from tests.strategies.cases import CASES
 from tests.strategies.modules import FLOATS, STEPS, faults, make, states
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_start_gives_all_of_the_model_and_the_end_makes_one_of_all(name, size):

@@ -53,6 +53,7 @@ def test_resumed_is_uninterrupted_to_the_bit(run, name):
         assert all(np.array_equal(kept[key], expected[key]) for key in expected)
 
 
+@pytest.mark.long
 def test_preconditioners_are_each_ranks_own(run):
     trainers = run(3, "model_averaging", steps=20, strategy={"period": 5}, **NATURAL)
     assert torch.equal(theta(trainers, 0), theta(trainers, 1))

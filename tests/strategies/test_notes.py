@@ -105,6 +105,7 @@ def said(trainer):
     return list(introduction(trainer.config, *parts))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", NOTED)
 def test_what_does_not_go_together_is_noted(run, case):
     name, sections, words = NOTED[case]

@@ -154,6 +154,7 @@ def test_no_setting_is_left_out():
         assert set(CHANGES[name]) == set(fields_of(config))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_every_optimizer_differs_from_plain_sgd(method, name):

@@ -58,6 +58,7 @@ def test_every_rank_goes_back_to_what_it_had_at_the_best_validation(run, verdict
     assert trainers[0].totals.step == 25
 
 
+@pytest.mark.long
 def test_the_best_model_is_in_the_checkpoint(run):
     whole = train(run, out="whole", checkpoint={"every": EVERY})
     state = whole[1].best.state()

@@ -36,6 +36,7 @@ def assert_close(trainers, others, bound):
             assert (value - expected[name]).abs().max() <= bound, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sections", [{}, MOMENTUM], ids=["plain", "momentum"])
 def test_local_trains_alike_with_rows_and_without(run, sections):
     sparse, dense = (
@@ -49,6 +50,7 @@ def test_local_trains_alike_with_rows_and_without(run, sections):
     assert first < 35  # of 40 words
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sections", [{}, MOMENTUM], ids=["plain", "momentum"])
 def test_a_run_with_rows_goes_on_where_it_stopped(run, tmp_path, sections):
     """A checkpoint brings all rows up to date: both runs write one in the middle."""
@@ -90,6 +92,7 @@ TAKING = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("case", [c for c in TAKING if c != "allreduce"])
 def test_rows_are_exchanged_as_whole_models_are_to_the_bit(
@@ -109,6 +112,7 @@ def test_rows_are_exchanged_as_whole_models_are_to_the_bit(
     assert traffic[0] < traffic[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("case", TAKING)
 def test_rows_train_as_dense_gradients_do_on_several_ranks(run, case, size):
@@ -120,6 +124,7 @@ def test_rows_train_as_dense_gradients_do_on_several_ranks(run, case, size):
     assert_close(sparse, dense, 1e-5)
 
 
+@pytest.mark.long
 def test_allreduce_with_momentum_keeps_ranks_alike_to_the_bit(run):
     """A row is read by one rank and updated by all: each brings it up at its time."""
     sparse, dense = (
@@ -132,6 +137,7 @@ def test_allreduce_with_momentum_keeps_ranks_alike_to_the_bit(run):
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", TAKING)
 def test_the_bytes_of_rows_are_those_that_the_world_counts(run, case):
     model = {**SAMPLED, "sparse": True}
@@ -144,6 +150,7 @@ def test_the_bytes_of_rows_are_those_that_the_world_counts(run, case):
         assert sent > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", TAKING)
 def test_a_run_of_several_ranks_goes_on_with_what_was_touched(run, case):
     """It stops in the middle of a block: rows of before must be exchanged after."""
@@ -158,6 +165,7 @@ def test_a_run_of_several_ranks_goes_on_with_what_was_touched(run, case):
 POOL = {"data": {"source": "pool"}}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("bound", [-1, 0])
 def test_async_sgd_pulls_and_pushes_rows_as_whole_models(run, bound, clip):
@@ -184,6 +192,7 @@ def test_async_sgd_pulls_and_pushes_rows_as_whole_models(run, bound, clip):
         assert more[0] == more[1]  # of the pool
 
 
+@pytest.mark.long
 def test_async_sgd_with_rows_goes_on_from_its_checkpoint(run):
     options = {"model": {**SAMPLED, "sparse": True}, **POOL}
     saves = {"checkpoint": {"every": 10 * 2 * 20}, **options}

@@ -204,6 +204,7 @@ def cut_off(run, monkeypatch):
     return cut_off
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "more"),
     [
@@ -251,6 +252,7 @@ def test_a_run_cut_off_in_any_validation_ends_as_the_uninterrupted_one(
         assert np.allclose(final, best, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["shards", "pool"])
 def test_ranks_out_of_lockstep_cut_off_in_a_validation(run, cut_off, tmp_path, source):
     sections = {
@@ -287,6 +289,7 @@ def assert_same_state(trainer, reference):
         assert np.array_equal(rows[key], expected[key], equal_nan=True), key
 
 
+@pytest.mark.long
 def test_runs_of_neighbouring_seeds_share_no_stream(run):
     """Rank 1 of seed 1 drew what rank 0 of seed 2 drew."""
     streams = []

@@ -156,6 +156,7 @@ def test_without_threads_the_strategy_is_named(run, monkeypatch, source):
     assert str(error.value).startswith("strategy adpsgd needs MPI_THREAD_MULTIPLE")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["pool", "shards"])
 def test_counting_ends_when_all_ranks_fail(run, monkeypatch, source):
     """Else rank 0's activity would keep a real run from ending in order."""

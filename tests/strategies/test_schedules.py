@@ -28,7 +28,7 @@ def test_random_schedules(name):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_schedule(name, seed):
     sweep(name, [seed])
@@ -52,6 +52,7 @@ def test_seeds_reach_what_they_should(name):
         assert any(len(set(chosen.plan["steps"])) > 3 for chosen in found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

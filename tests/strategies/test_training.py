@@ -19,6 +19,7 @@ def theta(trainers, rank=0):
     return trainers[rank].learner.theta.clone()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_allreduce_on_n_ranks_is_local_with_n_times_the_batch(run, size):
     one = run(1, "local", batch=4 * size)

@@ -181,6 +181,7 @@ def add_bad_utterance(tones: Path, out: Path) -> None:
         writer.finish(out, {}, hmm=corpus.hmm)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 2])
 def test_utterances_that_cannot_be_aligned(tones, model, tmp_path, size):
     bad, out = tmp_path / "bad.h5", tmp_path / "out.h5"
@@ -204,6 +205,7 @@ def test_utterances_that_cannot_be_aligned(tones, model, tmp_path, size):
         assert "too-short" not in corpus.split("test").names
 
 
+@pytest.mark.long
 def test_a_model_of_other_frames_or_classes_is_refused(tones, model, tmp_path):
     for features, classes, words in (
         (7, 2, "frames have 7 features, not the 40"),

@@ -197,6 +197,7 @@ def test_killed_at_any_moment_the_newest_complete_one_loads(tmp_path):
     assert num_leftovers > 0, "never killed in the middle of saving"
 
 
+@pytest.mark.long
 def test_large_arrays_are_not_copied(tmp_path):
     def work():
         own = state(1, 80_000_000)

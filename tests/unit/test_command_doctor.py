@@ -147,6 +147,7 @@ def test_a_child_is_no_rank(monkeypatch):
     assert environment["OMPI_MCA_btl"] == "self,sm"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "said"),
     [

@@ -57,6 +57,7 @@ def test_the_module_takes_the_tensors_as_they_are(trained, tmp_path, capsys):
     )
 
 
+@pytest.mark.long
 def test_generate_leaves_unk_out_unless_asked(trained, capsys):
     options = ["--tokens", "60", "--temperature", "2"]
     assert main(["generate", str(trained), *options]) == 0

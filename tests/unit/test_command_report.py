@@ -295,6 +295,7 @@ def test_a_simulation_is_compared_with_ranks_that_never_wait(tmp_path):
     assert series.efficiency() == ([2, 4], pytest.approx([0.2, 0.2]))
 
 
+@pytest.mark.long
 def test_many_runs_look_different_and_are_all_in_the_table(tmp_path):
     for number in range(18):
         strategy = ("allreduce", "dpsgd", "adpsgd")[number % 3]
@@ -408,6 +409,7 @@ def test_tables_for_other_programs(tmp_path, capsys):
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here")
 @pytest.mark.parametrize("width", [1280, 500])
 def test_a_browser_finds_nothing_too_wide_and_the_table_sorts(tmp_path, width):

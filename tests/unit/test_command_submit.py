@@ -93,6 +93,7 @@ def test_the_scripts_are_part_of_the_package():
         assert Path(submit.__file__).parents[1] in script.parents
 
 
+@pytest.mark.long
 def test_the_number_of_the_job_is_printed_and_the_script_gets_its_variables(folder):
     stand_in = folder / "bin" / "sbatch"
     stand_in.parent.mkdir()
@@ -139,6 +140,7 @@ def test_what_cannot_work_is_one_line_and_nothing_is_submitted(
     assert said.err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_scheduler_that_is_not_here(folder):
     done = run(folder, "train.toml", "--time", "1:00:00", path="/nowhere")
     assert done.returncode == 2

@@ -171,6 +171,7 @@ def test_bad_input_is_one_line(folder, capsys, change, message):
     assert said.count("\n") == 1
 
 
+@pytest.mark.long
 def test_what_was_done_is_not_mixed_with_other_settings(folder, capsys):
     text = SIMULATED.replace("[2, 4]", "[4]").replace(', "gossip_bmuf"', "")
     spec, out = write(folder, text), folder / "out"

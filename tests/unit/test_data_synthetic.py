@@ -49,6 +49,7 @@ def test_the_floor_is_the_entropy_rate_of_the_chain(
     assert language.floor == pytest.approx(exp(rate), rel=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("vocab", "order"), [(50, 1), (1000, 1), (20, 2)])
 def test_an_ideal_predictor_reaches_the_floor_on_the_text(
     tmp_path: Path, vocab: int, order: int

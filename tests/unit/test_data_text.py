@@ -146,6 +146,7 @@ def test_all_words_are_kept_without_a_limit(tmp_path: Path) -> None:
     assert summary.unknown["train"] == 0.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoder", [Words, Characters])
 @settings(max_examples=50, deadline=None)
 @given(

@@ -84,6 +84,7 @@ def named(learner):
     return {s.name: theta[s.slice] for s in learner.layout}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optim", [o for o in OPTIMIZERS if o != "adamw"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("history", [1024, 5])

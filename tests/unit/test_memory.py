@@ -38,6 +38,7 @@ def faults(mode: str) -> int:
     return int(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
+@pytest.mark.long
 def test_freed_blocks_are_used_again_without_page_faults():
     if not keep_freed_memory():
         pytest.skip("this C library has no mallopt")

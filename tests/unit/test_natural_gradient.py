@@ -98,6 +98,7 @@ def test_all_cases_are_tested():
         assert set(golden["precondition"]) == set(CASES)
 
 
+@pytest.mark.long
 @needs_golden
 @pytest.mark.parametrize("case", CASES)
 def test_float64_equals_kaldi_in_double_precision(case):
@@ -112,6 +113,7 @@ def assert_single(case, device):
         assert scale_error <= max(LIMIT_SINGLE, 5 * spread_scale[t]), f"minibatch {t}"
 
 
+@pytest.mark.long
 @needs_golden
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_kaldi_in_single_precision(case):
@@ -125,6 +127,7 @@ def test_float32_on_a_gpu_equals_kaldi(case):
     assert_single(case, "cuda")
 
 
+@pytest.mark.long
 @needs_golden
 @pytest.mark.parametrize("case", [case for case in CASES if case != "dim_one"])
 def test_state_and_calls_that_update_equal_kaldi(case):

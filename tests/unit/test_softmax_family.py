@@ -64,6 +64,7 @@ def test_the_whole_vocabulary_as_sample_is_the_full_softmax(frequent, random, sp
         assert (got - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("frequent", "random"), [(0, 30), (5, 12), (5, 40), (50, 3)])
 def test_words_are_drawn_as_often_as_is_said(frequent, random):
     sampler = LogUniform(V, num_frequent=frequent, num_random=random)
@@ -112,6 +113,7 @@ def test_the_estimate_of_the_sum_over_all_words_has_its_mean():
     assert (error <= 5 * found.std(0) / math.sqrt(len(found)) + 1e-9).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("random", "bound"), [(50, 0.08), (400, 0.03)])
 def test_the_mean_gradient_approaches_the_full_one(random, bound):
     """What is left is the bias of a ratio, which falls with the sample's size.
@@ -239,6 +241,7 @@ def test_resumed_to_the_bit_and_learns(settings):
     assert train(other, 7)[3:] != expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [SAMPLED, ADAPTIVE], ids=["sampled", "adaptive"])
 def test_it_learns_and_generates(settings):
     model = lm(dropout=0.0, **settings)

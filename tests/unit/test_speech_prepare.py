@@ -191,6 +191,7 @@ BAD = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_recording_is_named_and_can_be_skipped(tmp_path, kind):
     folder, out = write_words(tmp_path / "wav", 4), tmp_path / "c.h5"
