@@ -66,6 +66,8 @@ class TrainConfig:
     """sequences in a minibatch of one rank; of `dnn`: frames"""
     unroll: Positive = 35
     """time steps in a minibatch: truncated back-propagation through time"""
+    accumulate: Positive = 1
+    """minibatches in a step: an update with the gradient of their mean loss"""
     seed: Natural = 1
     """of the initial model, dropout and the order of the data"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -84,11 +86,11 @@ class TrainConfig:
     eval_streams: Positive = 16
     """sequences evaluated side by side, whatever the number of ranks"""
     max_bad_steps: Positive = 10
-    """minibatches in a row, skipped as the gradient was not finite, that end a run"""
+    """steps in a row, skipped as the gradient was not finite, that end a run"""
     log_every: Positive = 10
-    """minibatches between two rows of the log"""
+    """steps between two rows of the log"""
     trace_steps: Natural = 50
-    """first minibatches whose events are logged: the timeline of `report`"""
+    """first steps whose events are logged: the timeline of `report`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class CheckpointConfig:
     keep: Positive = 2
     """checkpoints kept"""
     agree_every: Positive = 5
-    """minibatches between two agreements on stopping early (signals)"""
+    """steps between two agreements on stopping early (signals)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +196,7 @@ class StrategyConfigs(dict[str, type]):
 OWN = "own"  # model and optimiser of somebody who called `mpilm.fit`
 # what such a run has no use for: sections, and settings of [train]
 NOT_OWN = ("data", "pretrain", "machine")
-NOT_OWN_TRAIN = ("batch", "unroll", "eval_streams")
+NOT_OWN_TRAIN = ("batch", "unroll", "accumulate", "eval_streams")
 
 # section -> its dataclass, or the choices by name and the default one
 SECTIONS: dict[str, Any] = {

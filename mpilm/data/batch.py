@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mpilm.data.counts import Counts
 from mpilm.errors import DataError, MpilmError
+from mpilm.learner.parts import Parts
 from mpilm.world.base import Traffic
 
 
@@ -36,6 +37,8 @@ class Batches(ABC):
     num_dropped  targets that are never visited (the tail that fills no minibatch)
     counts       how that is known, see counts.py
 
+    accumulate   minibatches that make one step of the learner
+
     Call `start` before the first minibatch, `close` after the last.
 
     Args:
@@ -44,6 +47,7 @@ class Batches(ABC):
     """
 
     num_dropped: int
+    accumulate: int = 1
 
     def __init__(self, counts: Counts, geometry: dict[str, int]) -> None:
         self.counts, self._geometry = counts, geometry
@@ -96,15 +100,21 @@ class Batches(ABC):
             raise
         self.close()
 
-    def next(self) -> Batch:
-        """Return the next minibatch; after the last one the next epoch begins.
+    def next(self) -> Batch | Parts:
+        """Return the minibatch of the next step, or several that make one.
+
+        After the last one the next epoch begins.
 
         Communicates: out of lockstep at most one message of 16 bytes, non-blocking;
             from the pool also the next lease, see `LeasedBatches.draw`.
         """
-        batch = self.draw()
-        self.counts.drawn(batch.num_samples)
-        return batch
+        if self.accumulate == 1:
+            batch = self.draw()
+            self.counts.drawn(batch.num_samples)
+            return batch
+        parts = Parts(self.draw() for _ in range(self.accumulate))
+        self.counts.drawn(sum(part.num_samples for part in parts))
+        return parts
 
     def done(self, own: int) -> int:
         """Return the samples of all ranks so far, as known here.

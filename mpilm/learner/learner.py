@@ -21,10 +21,11 @@ from mpilm.errors import CheckpointError, ModelError
 from mpilm.learner.evaluation import Sums, carried_by, carry, evaluating, sum_up
 from mpilm.learner.flat import Segment
 from mpilm.learner.malloc import keep_freed_memory
-from mpilm.learner.minibatch import Parts, moved
+from mpilm.learner.minibatch import moved
 from mpilm.learner.objective import Objective
 from mpilm.learner.optimizer import THETA, LearnerOptimizer
 from mpilm.learner.parameters import FlatParameters
+from mpilm.learner.parts import Parts
 from mpilm.learner.places import require_ready
 from mpilm.learner.random_state import RandomState
 from mpilm.learner.rest import ModuleRest, restored_parts, stored, stored_parts

@@ -21,10 +21,6 @@ Move = Callable[[Any], Tensor]
 NOT_NUMBERS = "OSUMmV"  # kinds of numpy arrays that no tensor can hold
 
 
-class Parts(list[Any]):
-    """Minibatches that make one step: the gradient is that of their mean loss."""
-
-
 def samples_of(batch: Any) -> int:
     """Return the samples of a minibatch: `num_samples`, or else rows of a tensor.
 

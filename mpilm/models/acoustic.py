@@ -19,7 +19,7 @@ Departs     nowhere.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -28,13 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from mpilm.models.base import SoftmaxModel, open_forget_gates_
 from mpilm.models.softmax import PADDING, Softmax, chunks, times_transposed
 
 Activation = Literal["sigmoid", "relu"]
 
 
-class AcousticModel(nn.Module, ABC):
-    """Base: `hidden_features` makes of frames what goes into the softmax."""
+class AcousticModel(SoftmaxModel):
+    """Base: `hidden_features` makes of frames what goes into the softmax.
+
+    Its loss is (5).
+    """
 
     softmax: Softmax
 
@@ -45,15 +49,6 @@ class AcousticModel(nn.Module, ABC):
     def forward(self, batch: Any) -> Tensor:
         """Return the softmax layer's inputs, (T*B, H), contiguous."""
         return self.hidden_features(batch).flatten(0, 1)
-
-    def loss(self, batch: Any) -> Tensor:
-        """Return the mean cross-entropy of a minibatch, 0-d, in nats (5).
-
-        Args:
-            batch: a `mpilm.data.batch.Batch` of tensors on the model's device.
-        """
-        loss: Tensor = self.softmax(self(batch), batch.targets.flatten())
-        return loss
 
     @torch.no_grad()
     def nll(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -173,10 +168,7 @@ class LstmAm(AcousticModel):
     def reset_parameters(self) -> None:
         """Draw the first model."""
         self.lstm.reset_parameters()
-        for name, parameter in self.lstm.named_parameters():
-            if name.startswith("bias"):
-                _, forget, _, _ = parameter.chunk(4)
-                forget.fill_(1.0 if name.startswith("bias_ih") else 0.0)
+        open_forget_gates_(self.lstm)
         if self.bottleneck is not None:
             nn.init.xavier_uniform_(self.bottleneck.weight)
             nn.init.zeros_(self.bottleneck.bias)

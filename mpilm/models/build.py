@@ -48,6 +48,14 @@ def build_model(
                 tied=config.tied,
                 softmax=softmax_of(config, num_outputs),
                 sparse=config.sparse,
+                input_dropout=config.own_dropout(config.input_dropout),
+                output_dropout=config.own_dropout(config.output_dropout),
+                embed_dropout=config.embed_dropout,
+                locked=config.locked,
+                weight_dropout=config.weight_dropout,
+                layer_norm=config.layer_norm,
+                projected=config.projected,
+                compute=config.compute,
             )
         if isinstance(config, DnnConfig):
             dnn = Dnn(

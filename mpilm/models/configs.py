@@ -11,6 +11,7 @@ from msgspec import Meta
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
+ShareOrSame = Annotated[float, Meta(ge=-1.0, lt=1.0)]
 Context = Annotated[int, Meta(ge=-1)]
 
 
@@ -27,6 +28,22 @@ class LstmLmConfig:
     """LSTM layers"""
     dropout: Share = 0.0
     """share of units dropped after the embedding and after every layer"""
+    input_dropout: ShareOrSame = -1.0
+    """after the embedding; -1: as dropout"""
+    output_dropout: ShareOrSame = -1.0
+    """after the last layer; -1: as dropout"""
+    locked: bool = False
+    """whether the same units are dropped in all time steps (variational dropout)"""
+    embed_dropout: Share = 0.0
+    """share of words whose embedding is dropped in a minibatch, wherever they stand"""
+    weight_dropout: Share = 0.0
+    """share of recurrent weights dropped in a minibatch (AWD-LSTM)"""
+    layer_norm: bool = False
+    """whether the outputs of every layer are normalised"""
+    projected: Natural = 0
+    """LSTMP: size that every layer's output is projected to, below hidden; 0: none"""
+    compute: Literal["float32", "bfloat16", "auto"] = "float32"
+    """LSTM while training; auto: bfloat16 where it pays (docs/language_models.md)"""
     tied: bool = False
     """whether the softmax uses the embedding matrix as its weights"""
     sparse: bool = False
@@ -43,11 +60,24 @@ class LstmLmConfig:
     """adaptive: how many times smaller the inner size of the next cluster is"""
 
     def __post_init__(self) -> None:
+        for key in ("input_dropout", "output_dropout"):
+            if -1.0 < getattr(self, key) < 0.0:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)} is neither a share nor -1"
+                )
+        if self.projected >= self.hidden:
+            raise ValueError(
+                f"projected: {self.projected} is not below hidden = {self.hidden}"
+            )
         cutoffs = self.adaptive_cutoffs
         if not cutoffs or any(b <= a for a, b in pairwise(cutoffs)):
             raise ValueError(
                 f"adaptive_cutoffs: {list(cutoffs)}: at least one, each above the last"
             )
+
+    def own_dropout(self, share: float) -> float:
+        """Return the share of input_dropout or output_dropout that is meant."""
+        return self.dropout if share < 0.0 else share
 
 
 @dataclass(frozen=True, kw_only=True)

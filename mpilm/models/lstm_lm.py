@@ -3,24 +3,26 @@
 Source      W. Zaremba, I. Sutskever and O. Vinyals, "Recurrent Neural Network
             Regularization", arXiv 1409.2329, 2014: where dropout stands, carried state.
             O. Press and L. Wolf, "Using the Output Embedding to Improve Language
-            Models", EACL 2017: tied weights.
+            Models", EACL 2017: tied weights. Locked and weight dropout, layer norm,
+            LSTMP: see lstm_layers.py, with which (2) and (3) are computed then.
 Notation    w_TB -> inputs, token ids; T time steps, B sequences
             E -> embed, H -> hidden, L -> layers, V -> vocabulary
-Model       x = D(embedding[w])                                                (1)
+Model       x = D(embedding[w]); with embed_dropout first without some words  (1)
             layer l = 1..L, with D between the layers:
             i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of
                          W_ih x_t + b_ih + W_hh h_(t-1) + b_hh  (4 blocks of H) (2)
             c_t = f c_(t-1) + i g,   h_t = o tanh(c_t)                         (3)
             loss = mean cross-entropy of softmax(softmax.weight D(h) + softmax.bias) (4)
-            D drops each unit with probability `dropout` while training.
+            D drops each unit with probability `dropout` while training; in (1) and (4)
+            that may be another one.
 Carried     h and c after the last step are where the next minibatch begins, without
             gradient (truncated back-propagation through time).
 First model embedding and softmax weights uniform in +-0.1, softmax bias 0 (PyTorch's
             word_language_model example); LSTM uniform in +-1/sqrt(H) (torch's own);
             forget-gate bias 1 (R. Jozefowicz et al., ICML 2015).
-Departs     tied weights with embed != hidden go through one more matrix, `projection`
-            (E, H), between (3) and (4). A sampled softmax is trained on another loss
-            than (4), an adaptive one has another softmax: see their files.
+Departs     tied weights with embed != hidden (or projected) go through one more matrix,
+            `projection` (E, H), between (3) and (4). A sampled softmax is trained on
+            another loss than (4), an adaptive one has another softmax: see their files.
 """
 
 from __future__ import annotations
@@ -33,13 +35,15 @@ from torch import Tensor, nn
 
 from mpilm.errors import ConfigError
 from mpilm.models.adaptive_softmax import AdaptiveSoftmax
+from mpilm.models.base import Compute, SoftmaxModel, computing, open_forget_gates_
+from mpilm.models.lstm_layers import Dropout, LstmLayers, drop_words
 from mpilm.models.sampled_softmax import SampledSoftmax
 from mpilm.models.softmax import Softmax
 
 State = tuple[Tensor, ...]  # (h_LBH, c_LBH), or () for zeros
 
 
-class LstmLm(nn.Module):
+class LstmLm(SoftmaxModel):
     """An LSTM language model that carries its state from minibatch to minibatch.
 
     The first model is drawn from torch's global random state: the same after the same
@@ -55,10 +59,17 @@ class LstmLm(nn.Module):
         softmax: from (inputs, words) to the softmax layer; the full one if not given.
         sparse: whether the embedding's gradient is a sparse tensor, of the rows that a
             minibatch has read.
+        input_dropout, output_dropout: in the place of `dropout` after the embedding,
+            and before the softmax.
+        embed_dropout: share of words whose embedding is dropped in a minibatch.
+        locked, weight_dropout, layer_norm, projected: see lstm_layers.py.
+        compute: of the LSTM while training; parameters and softmax are float32.
 
     Raises:
         ConfigError: tied weights with a softmax that has no row for each word.
     """
+
+    softmax: Softmax | AdaptiveSoftmax
 
     def __init__(
         self,
@@ -71,18 +82,48 @@ class LstmLm(nn.Module):
         tied: bool = False,
         softmax: Callable[[int, int], Softmax | AdaptiveSoftmax] = Softmax,
         sparse: bool = False,
+        input_dropout: float | None = None,
+        output_dropout: float | None = None,
+        embed_dropout: float = 0.0,
+        locked: bool = False,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        projected: int = 0,
+        compute: Compute = "float32",
     ) -> None:
         super().__init__()
         between = dropout if layers > 1 else 0.0  # torch warns where it has no effect
         self.embedding = nn.Embedding(vocab, embed, sparse=sparse)
-        self.lstm = nn.LSTM(embed, hidden, layers, dropout=between)
-        projected = tied and embed != hidden
-        self.projection = nn.Linear(hidden, embed, bias=False) if projected else None
-        self.softmax = softmax(embed if tied else hidden, vocab)
+        self.lstm: nn.LSTM | LstmLayers
+        if locked or weight_dropout or layer_norm or projected:
+            self.lstm = LstmLayers(
+                embed,
+                hidden,
+                layers,
+                projected=projected,
+                dropout=between,
+                locked=locked,
+                weight_dropout=weight_dropout,
+                layer_norm=layer_norm,
+            )
+        else:
+            self.lstm = nn.LSTM(embed, hidden, layers, dropout=between)
+        outputs = projected or hidden
+        has_one_more = tied and embed != outputs
+        self.projection = (
+            nn.Linear(outputs, embed, bias=False) if has_one_more else None
+        )
+        self.softmax = softmax(embed if tied else outputs, vocab)
         if tied:
             require_tieable(self.softmax, sparse=sparse)
             self.softmax.weight = self.embedding.weight
-        self.dropout = nn.Dropout(dropout)
+
+        def rate(own: float | None) -> float:
+            return dropout if own is None else own
+
+        self.input_dropout = Dropout(rate(input_dropout), locked=locked)
+        self.dropout = Dropout(rate(output_dropout), locked=locked)
+        self.embed_dropout, self.compute, self.hidden = embed_dropout, compute, hidden
         self._carried: State = ()
         self.reset_parameters()
 
@@ -91,18 +132,23 @@ class LstmLm(nn.Module):
         """Draw the first model."""
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         self.lstm.reset_parameters()
-        for name, parameter in self.lstm.named_parameters():
-            if name.startswith("bias"):
-                _, forget, _, _ = parameter.chunk(4)
-                forget.fill_(1.0 if name.startswith("bias_ih") else 0.0)
+        open_forget_gates_(self.lstm)
         if self.projection is not None:
             self.projection.reset_parameters()
         self.softmax.reset_parameters()
 
     def features(self, inputs_TB: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the softmax layer's inputs, (T*B, H or E), and the last state."""
-        x_TBE = self.dropout(self.embedding(inputs_TB))
-        h_TBH, last = self.lstm(x_TBE, state or None)
+        x_TBE = self.embedding(inputs_TB)
+        if self.embed_dropout and self.training:
+            x_TBE = drop_words(x_TBE, inputs_TB, self.embed_dropout)
+        x_TBE = self.input_dropout(x_TBE)
+        if self.training and self.compute != "float32":
+            with computing(self.compute, self.hidden, x_TBE.device):
+                h_TBH, last = self.lstm(x_TBE, state or None)
+            h_TBH, last = h_TBH.float(), tuple(part.float() for part in last)
+        else:
+            h_TBH, last = self.lstm(x_TBE, state or None)
         h_TBH = self.dropout(h_TBH)
         if self.projection is not None:
             h_TBH = self.projection(h_TBH)
@@ -116,16 +162,11 @@ class LstmLm(nn.Module):
         return x_NH
 
     def loss(self, batch: Any) -> Tensor:
-        """Return the mean cross-entropy of a minibatch, 0-d, in nats (4).
-
-        Args:
-            batch: a `mpilm.data.batch.Batch` of tensors on the model's device.
-        """
-        targets_N = batch.targets.flatten()
+        """Return the mean cross-entropy of a minibatch (4); see `SoftmaxModel`."""
         if isinstance(self.softmax, SampledSoftmax) and self.training:
-            self.softmax.draw(targets_N)  # before dropout, as where `rows_read` does
-        loss: Tensor = self.softmax(self(batch), targets_N)
-        return loss
+            # before dropout, as where `rows_read` does
+            self.softmax.draw(batch.targets.flatten())
+        return super().loss(batch)
 
     @torch.no_grad()
     def rows_read(self, batch: Any) -> dict[str, Tensor]:

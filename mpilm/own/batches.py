@@ -21,7 +21,8 @@ import torch
 from mpilm.data.batch import Batches
 from mpilm.data.counts import Counts
 from mpilm.errors import DataError
-from mpilm.learner.minibatch import Parts, arrays
+from mpilm.learner.minibatch import arrays
+from mpilm.learner.parts import Parts
 from mpilm.learner.random_state import RandomState
 from mpilm.own.paced import Dealt, Paced
 from mpilm.own.sources import Endless, MinibatchSource, Own

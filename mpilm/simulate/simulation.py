@@ -72,8 +72,9 @@ class Outcome:
 
 
 def samples_per_step(config: Config) -> int:
-    """Return the samples of one minibatch of one rank."""
-    return config.train.batch * config.train.unroll
+    """Return the samples of one step of one rank."""
+    train = config.train
+    return train.batch * train.unroll * train.accumulate
 
 
 def ideal_samples_per_s(config: Config, num_ranks: int) -> float:

@@ -54,6 +54,7 @@ def make_learner(
         num_targets = config.train.batch * config.train.unroll
         require_sample(config.model, num_outputs, num_targets)
         require_gradient(config)
+        require_rows_known(config)
     model = build_model(config.model, *sizes, seed=config.train.seed)
     return Learner(
         model,
@@ -71,10 +72,16 @@ def require_gradient(config: Config) -> None:
     """Raise unless the optimiser can use this model's gradient.
 
     Raises:
-        ConfigError: natural gradient of a softmax that is not the full one, or what
-            takes whole matrices of rows.
+        ConfigError: natural gradient of a softmax that is not the full one, of weights
+            that are dropped, or in bfloat16; or what takes whole matrices of rows.
     """
     settings, name = config.model.settings, config.optim.name
+    for key, plain in (("weight_dropout", 0.0), ("compute", "float32")):
+        if name == "ng_sgd" and getattr(settings, key, plain) != plain:
+            raise ConfigError(
+                f'optim.name = "ng_sgd": has no preconditioner for an LSTM with'
+                f" model.{key} = {getattr(settings, key)}; sgd and adamw train it"
+            )
     if name in ("ng_sgd", "muon") and getattr(settings, "sparse", False):
         raise ConfigError(
             f'optim.name = "{name}": takes whole matrices, model.sparse = true gives it'
@@ -85,6 +92,22 @@ def require_gradient(config: Config) -> None:
         raise ConfigError(
             f'optim.name = "ng_sgd": has no preconditioner for model.softmax ='
             f' "{softmax}"; sgd and adamw train it'
+        )
+
+
+def require_rows_known(config: Config) -> None:
+    """Raise unless the strategy knows the rows of a step before it is taken.
+
+    Raises:
+        ConfigError: they are to be pulled, and several minibatches make a step.
+    """
+    accumulate = config.train.accumulate
+    sparse = getattr(config.model.settings, "sparse", False)
+    if config.strategy.name == "async_sgd" and sparse and accumulate > 1:
+        raise ConfigError(
+            f"train.accumulate = {accumulate}: async_sgd with model.sparse = true pulls"
+            " the rows of one minibatch; it works with accumulate = 1 and a larger"
+            " train.batch"
         )
 
 

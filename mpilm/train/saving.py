@@ -22,7 +22,9 @@ from mpilm.world.base import World
 # corpus and the number of ranks are checked where they are read.
 LASTING = {"optim.name", "data.source", "strategy.name", "strategy.inner"}
 LASTING |= {"train.batch", "train.unroll", "train.seed"}
-FREE = {"model.dropout"}  # of the model; all else of it is lasting
+# of the model; all else of it is lasting
+FREE = {"model.dropout", "model.input_dropout", "model.output_dropout"}
+FREE |= {"model.embed_dropout", "model.compute"}
 
 
 class Saving:

@@ -128,8 +128,9 @@ class LanguageTask(Task):
     def batches(self, config: Config, world: World, *, lockstep: bool) -> Batches:
         train, data = config.train, config.data
         tokens, counted_by = self.corpus.split("train"), None if lockstep else world
+        found: Batches
         if data.source == "shards":
-            return Streams(
+            found = Streams(
                 tokens,
                 train.batch,
                 train.unroll,
@@ -137,16 +138,19 @@ class LanguageTask(Task):
                 world.size,
                 world=counted_by,
             )
-        return PoolBatches(
-            tokens,
-            train.batch,
-            train.unroll,
-            data.chunk_windows,
-            world.rank,
-            world.size,
-            seed=train.seed,
-            world=counted_by,
-        )
+        else:
+            found = PoolBatches(
+                tokens,
+                train.batch,
+                train.unroll,
+                data.chunk_windows,
+                world.rank,
+                world.size,
+                seed=train.seed,
+                world=counted_by,
+            )
+        found.accumulate = train.accumulate
+        return found
 
     def evaluation(
         self, split: str, train: TrainConfig, rank: int, size: int
@@ -193,8 +197,9 @@ class FrameTask(Task):
         split, view = self.corpus.split("train"), self.view(train)
         rank, size = world.rank, world.size
         counted_by = None if lockstep else world
+        found: Batches
         if data.source == "shards":
-            return FrameShards(
+            found = FrameShards(
                 split,
                 view,
                 train.batch,
@@ -204,16 +209,19 @@ class FrameTask(Task):
                 seed=train.seed,
                 world=counted_by,
             )
-        return FramePool(
-            split,
-            view,
-            train.batch,
-            data.chunk_windows,
-            rank,
-            size,
-            seed=train.seed,
-            world=counted_by,
-        )
+        else:
+            found = FramePool(
+                split,
+                view,
+                train.batch,
+                data.chunk_windows,
+                rank,
+                size,
+                seed=train.seed,
+                world=counted_by,
+            )
+        found.accumulate = train.accumulate
+        return found
 
     def evaluation(
         self, split: str, train: TrainConfig, rank: int, size: int

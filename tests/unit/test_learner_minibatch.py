@@ -13,7 +13,8 @@ from torch import nn
 
 from mpilm.errors import DataError, ModelError
 from mpilm.learner.learner import Learner
-from mpilm.learner.minibatch import Parts, samples_of
+from mpilm.learner.minibatch import samples_of
+from mpilm.learner.parts import Parts
 
 X = torch.arange(12.0).view(6, 2) / 10
 Y = X.sum(dim=1)

@@ -12,7 +12,7 @@ from mpilm.data.batch import Batch
 from mpilm.errors import CheckpointError, ConfigError, ModelError
 from mpilm.learner import row_optimizer
 from mpilm.learner.learner import Learner
-from mpilm.learner.minibatch import Parts
+from mpilm.learner.parts import Parts
 from mpilm.models.build import build_model
 from mpilm.models.configs import LstmLmConfig
 from mpilm.optim.build import build_optimizer
