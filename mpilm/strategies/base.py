@@ -219,7 +219,7 @@ class Strategy(ABC):
         """
         if self.comm.size > 1:
             self.comm.Allreduce(IN_PLACE, vector)
-            vector *= 1.0 / self.comm.size
+            vector /= self.comm.size
 
     def allreduced_bytes(self, num_elements: int) -> int:
         """Return what an Allreduce of so many float32 moves on this rank, each way."""

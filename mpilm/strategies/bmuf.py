@@ -124,7 +124,7 @@ class Bmuf(BlockStrategy):
             self.rows.put_back_(wbar, part)
             return
         started.Wait()
-        wbar *= 1.0 / self.comm.size
+        wbar /= self.comm.size
 
     def is_plain(self, step: int) -> bool:
         return step <= self.config.warmup * self.config.period

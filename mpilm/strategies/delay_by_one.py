@@ -70,7 +70,7 @@ class DelayByOne(Strategy):
             average = self.start_average(learner)
             loss = learner.gradient()  # at the local model
             average.Wait()
-            self.sum *= 1.0 / self.comm.size
+            self.sum /= self.comm.size
             self.rows.put_back_(learner.theta, self.sum)
         self.synchronised(slice(0, learner.layout.size), learner.theta)
         learner.update()  # (1)

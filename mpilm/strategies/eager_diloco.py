@@ -106,7 +106,7 @@ class EagerDiloco(Strategy):
         self.receive()
         update = theta - momentum.start_point  # (10)
         goal = update - self.own
-        goal *= 1.0 / self.comm.size
+        goal /= self.comm.size
         goal += self.mean  # (11)
         goal += momentum.start_point
         momentum.filter_(ALL, goal)
@@ -119,7 +119,7 @@ class EagerDiloco(Strategy):
         """Wait for the mean that is under way, if there is one."""
         while self.under_way:
             self.under_way.pop().Wait()
-            self.mean *= 1.0 / self.comm.size
+            self.mean /= self.comm.size
 
     def finish(self, learner: Learner) -> None:
         self.receive()
