@@ -25,6 +25,7 @@ def train(
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")
     ] = (),
     resume: bool = False,
+    profile: bool = False,
 ) -> int:
     """Train a model as a configuration says, on every rank that mpirun starts.
 
@@ -37,6 +38,7 @@ def train(
         out: run folder: configuration, logs, checkpoints, summary.json
         set_: override a setting: section.key=value
         resume: go on from the newest checkpoint in the run folder, if there is one
+        profile: write some steps of all ranks as one timeline, OUT/profile.json
     """
     from mpilm.config import read_config
     from mpilm.train.folder import RunFolder
@@ -50,7 +52,7 @@ def train(
         RunFolder(out).require_apart(settings, config)
         return settings
 
-    return run(read, out, resume=resume)
+    return run(read, out, resume=resume, profile=profile)
 
 
 def resume(
@@ -60,6 +62,7 @@ def resume(
     set_: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")
     ] = (),
+    profile: bool = False,
 ) -> int:
     """Go on with a run, on as many ranks as before.
 
@@ -70,19 +73,26 @@ def resume(
         run_: run folder
         set_: change a setting from here on: section.key=value; it is noted in the
             folder
+        profile: write some steps of all ranks as one timeline, RUN/profile.json
     """
     from mpilm.train.folder import RunFolder
 
-    return run(lambda: RunFolder(run_).read_config(set_), run_, resume=True)
+    def read() -> Config:
+        return RunFolder(run_).read_config(set_)
+
+    return run(read, run_, resume=True, profile=profile)
 
 
-def run(read: Callable[[], Config], out: Path, *, resume: bool) -> int:
+def run(
+    read: Callable[[], Config], out: Path, *, resume: bool, profile: bool = False
+) -> int:
     """Train on every rank; return the exit code.
 
     Args:
         read: returns the configuration, or raises.
         out: the run folder.
         resume: go on from its newest checkpoint.
+        profile: write a timeline of some steps.
     """
     from mpilm.errors import STOPPED_EARLY
     from mpilm.train.gpu_messages import choose_messages
@@ -99,7 +109,8 @@ def run(read: Callable[[], Config], out: Path, *, resume: bool) -> int:
         assert settings is not None
         if note := choose_messages(world, settings):
             Screen(1, speaks=world.rank == 0).line(note)
-        finished = Trainer(settings, world, out, resume=resume).train(stop)
+        trainer = Trainer(settings, world, out, resume=resume, profile=profile)
+        finished = trainer.train(stop)
     return 0 if finished else STOPPED_EARLY
 
 

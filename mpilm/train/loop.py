@@ -25,6 +25,7 @@ from mpilm.train.failure import Failure
 from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import introduction
+from mpilm.train.profile import StepProfile
 from mpilm.train.resume_point import Stateful
 from mpilm.train.run import learner_of, make_schedule, without_init
 from mpilm.train.saving import Saving
@@ -49,6 +50,7 @@ class Trainer:
         world: this rank's world.
         out: the run folder; rank 0 makes it.
         resume: go on from the newest checkpoint in `out`, if there is one.
+        profile: write a timeline of some steps of all ranks, see profile.py.
 
     Raises:
         MpilmError: bad input; one line, the same on every rank.
@@ -59,12 +61,22 @@ class Trainer:
     resumed_by = ""  # how a person goes on with a run; the command line if not said
 
     def __init__(
-        self, config: Config, world: World, out: Path, *, resume: bool = False
+        self,
+        config: Config,
+        world: World,
+        out: Path,
+        *,
+        resume: bool = False,
+        profile: bool = False,
     ) -> None:
         self.config, self.world = config, world
         self.folder = RunFolder(out, resumed_by=self.resumed_by)
+        self.profile: StepProfile | None = None
         try:
             self.set_up(resume=resume)
+            if profile and not self.has_ended:
+                self.profile = StepProfile(world, self.folder.path)
+                self.profile.attach(self.strategy, self.learner)
         except BaseException:
             self.folder.release()
             raise
@@ -174,7 +186,10 @@ class Trainer:
                     f"{self.folder.path}: the run has ended; more train.samples go on"
                 )
                 return True
-            if not self.run(stop or StopRequest()):
+            has_finished = self.run(stop or StopRequest())
+            if self.profile:
+                self.screen.line(f"timeline of the ranks: {self.profile.merge()}")
+            if not has_finished:
                 return False
             self.conclude()
         return True

@@ -259,6 +259,7 @@ class MpiComm(Comm):
             return work()
         for stage in stages:
             stage.begin()
+        end_watch = self.progress.watch(name) if self.progress.watch else None
         self.meter.begin()
         self.meter.block()
         try:
@@ -266,6 +267,8 @@ class MpiComm(Comm):
         finally:
             self.meter.unblock()
             self.meter.end()
+            if end_watch is not None:
+                end_watch()
 
     def _reduction(
         self, name: str, sendbuf: Any, recvbuf: Any

@@ -111,6 +111,7 @@ class Progress:
 
     computing  whether the learner computes, so that others should leave it the core
     enter      what the progress thread calls once, when it is set
+    watch      told of every call that begins; what it returns is called at its end
 
     Args:
         meter: counts the time of waits.
@@ -120,6 +121,7 @@ class Progress:
 
     computing = False
     enter: Callable[[], None] | None = None
+    watch: Callable[[str], Callable[[], None]] | None = None
 
     def __init__(
         self, meter: Meter, inspector: StallInspector, *, background: bool

@@ -34,6 +34,7 @@ class Operation(Request):
         self.done = False
         self.error: BaseException | None = None
         self.is_learners = progress.is_learner()
+        self.end_watch = progress.watch(what) if progress.watch else None
         if self.is_learners:
             progress.meter.begin()
 
@@ -41,6 +42,8 @@ class Operation(Request):
         """Mark it done; wake whoever waits."""
         if self.is_learners:
             self.progress.meter.end()
+        if self.end_watch is not None:
+            self.end_watch()
         self.error = error
         self.done = True
         self.progress.notify()
