@@ -1,84 +1,378 @@
-"""What do the relatives send, and how long would a run take? Protocols, virtual time.
+"""How good is an LSTM that the relatives train, per sample, per byte and per second?
 
     python benchmarks/bench_relatives.py --out benchmarks/results/relatives.json
 
-An LSTM language model of 50 million parameters (E = H = 650, two layers, V = 33,278) on
-4 and 16 ranks with one rank a machine, 0.1 s a step, on two of the machines that ship:
-1 and 25 Gbit/s. All seconds are predicted, none is measured; the gradients are those of
-a quadratic, so nothing is said about perplexity.
+Real gradients in virtual time (the co-simulation of `mpilm simulate`), on a sample of
+WikiText-2; MPILM_DATA says where it is; without it the benchmark is skipped, --smoke
+takes a synthetic corpus. Every run is written to --out as soon as it is over, and is
+not run again: a stopped benchmark goes on where it was. --minutes says when to stop;
+all of it takes an hour of one core.
 
-Fixed beforehand: strategies in blocks have a `period` of 30; all else is the default.
-The protocol's learner has no moments: `des_loc` with AdamW sends 1.5 times what stands
-here (1 + 1/3 + 1/6). Each row is one run of the same --steps, four blocks.
+Fixed before anything was measured, the same in every row:
+
+    model      E = H = 48, one layer, the 1,000 most frequent words: 115,624 parameters
+    data       217,646 tokens to train on, the first 10,000 of test-a to choose rates by
+               (valid), its next 40,000 for what stands in the table (test)
+    minibatch  4 sequences of 10 words a rank and step
+    steps      240 at K = 4 and 16, 60 at K = 64, which is as many samples as at 16
+    optimiser  AdamW with clipping at 1 (muloco: Muon), torch's betas
+    schedule   warm-up over a twentieth of the samples, then exponential to a tenth
+    settings   of each strategy its defaults but for ENTRIES: those of papers where they
+               are known; blocks are of 10 steps, as there are so few; none is tuned
+    rate       the one rule: at K = 4 begin with 0.01, double or halve it while the
+               valid perplexity of seed 1 falls; at K = 16 that rate or twice it,
+               whichever is better there; at K = 64 the rate of K = 16
+    seeds      1, 2, 3, none left out: first model, data's order, dropout (there is
+               none), index sets and pairs of the strategy
+
+Time is predicted for a model of 50 million parameters and 0.1 s a step: bandwidths are
+divided by 50e6 / 115,624, which changes no time (mpilm/simulate/simulation.py), on the
+machine files `ethernet_1g` and `cloud_25g`.
+
+Three comparisons, the last two at K = 16 only; each with as many steps as the budget
+allows, at most those above, and the schedule over these steps, at the rate that equal
+samples came to:
+
+    samples  the steps above, on cloud_25g
+    bytes    a thirtieth of what `allreduce` sends in them
+    time     1.1 times what the steps take without any message, on either machine
+
+Goal, at K = 16: at most 1/170 of the bytes of `allreduce` (synchronous AdamW) and at
+most 1.01 times its perplexity, in the mean of the seeds.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
+import io
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from harness import parser, report
+from harness import environment, parser, report
 
-from mpilm.config import resolve
-from mpilm.learner.flat import Layout
+from mpilm.config import Config, resolve
+from mpilm.data.synthetic import prepare_synthetic
+from mpilm.data.text import prepare_text
+from mpilm.errors import MpilmError
 from mpilm.simulate.machines import find_machine
-from mpilm.simulate.simulation import simulate_protocol
+from mpilm.simulate.simulation import co_simulate
 from mpilm.strategies import find_strategy
+from mpilm.world.machine import Machine
 
-PERIOD, STEP_S = 30, 0.1
-STRATEGIES = (
-    "allreduce",
-    "dpsgd",
-    "gossip_pga",
-    "sgp",
-    "sparta",
-    "model_averaging",
-    "des_loc",
-    "bmuf",
-    "eager_diloco",
-    "noloco",
-    "sparse_loco",
-)
-LAYOUT = Layout.of(
-    [
-        ("embed", (33_278, 650), "words"),
-        ("lstm", (4, 4, 650, 650), "lstm"),
-        ("softmax", (33_278, 651), "softmax"),
-    ]
-)
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("MPILM_DATA", ROOT.parent / "shared/data"))
+SAMPLE = DATA / "wikitext2-sample"
+VALID, TEST = 10_000, 40_000  # tokens of test-a
+VOCAB, UNITS, BATCH, UNROLL = 1000, 48, 4, 10
+PLAYED = 50_000_000  # parameters of the model whose times are predicted
+STEP_S = 0.1
+FAST, SLOW = "cloud_25g", "ethernet_1g"
+SEEDS = (1, 2, 3)
+FIRST_RATE = 0.01
+REFERENCE, TITLE = "allreduce", "Every run"
+LESS, WITHIN = 170, 1.01  # the goal
+Point = dict[str, Any]
 
 
-def row_of(
-    name: str, ranks: int, machines: tuple[str, ...], steps: int
-) -> dict[str, Any]:
-    """Return a row of the table: bytes, and seconds on each machine."""
-    kind = find_strategy(name)
-    blocks = hasattr(kind.Config(), "period") and name != "gossip_pga"
-    settings = {"period": PERIOD} if blocks else {}
-    config = resolve({"strategy": {"name": name, **settings}})
-    row: dict[str, Any] = {"ranks": ranks, "strategy": name}
-    for machine in machines:
-        found = dataclasses.replace(find_machine(machine).machine, step_s=STEP_S)
-        on_it = dataclasses.replace(config, machine=found)
-        outcome = simulate_protocol(on_it, LAYOUT, ranks, steps)
-        models = outcome.bytes_sent / (4 * LAYOUT.size * ranks * steps)
-        row["models sent/step"] = round(models, 4)
-        row[f"s/step, {machine}"] = round(outcome.seconds / steps, 3)
+@dataclass(frozen=True)
+class Entry:
+    """A row of the tables; what it is set to beside its defaults."""
+
+    strategy: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    optim: str = "adamw"
+
+
+OUTER = {"momentum": "nesterov", "eta": 0.9, "zeta": 0.7}  # of DiLoCo's paper
+ENTRIES = {
+    "allreduce": Entry("allreduce"),
+    "model_averaging": Entry("model_averaging"),
+    "bmuf": Entry("bmuf"),
+    "gossip_bmuf": Entry("gossip_bmuf"),
+    "dpsgd": Entry("dpsgd"),
+    "delay_by_one": Entry("delay_by_one"),
+    "adpsgd": Entry("adpsgd"),
+    "async_sgd": Entry("async_sgd"),
+    "diloco": Entry("bmuf", OUTER),
+    "streaming_diloco": Entry("bmuf", {**OUTER, "stagger": True, "delay": 5}),
+    "eager_diloco": Entry("eager_diloco"),
+    "muloco": Entry("bmuf", OUTER, optim="muon"),
+    "noloco": Entry("noloco"),
+    "des_loc": Entry("des_loc"),
+    "sparse_loco": Entry("sparse_loco"),
+    "sparta": Entry("sparta"),
+    "sgp": Entry("sgp"),
+    "gossip_pga": Entry("gossip_pga"),
+    "divshare": Entry("divshare"),
+}
+
+
+def num_steps(ranks: int, smoke: bool) -> int:
+    """Return the steps of a rank where samples are equal."""
+    if smoke:
+        return 4
+    return 60 if ranks == 64 else 240
+
+
+def machine_of(name: str, parameters: int) -> Machine:
+    """Return a machine on which the small model takes the times of the large one."""
+    found, scale = find_machine(name).machine, PLAYED / parameters
+    return replace(
+        found,
+        step_s=STEP_S,
+        bandwidth_Bps=found.bandwidth_Bps / scale,
+        node_bandwidth_Bps=found.node_bandwidth_Bps / scale,
+        eager_bytes=int(found.eager_bytes / scale),
+    )
+
+
+def settings_of(entry: Entry, seed: int) -> dict[str, Any]:
+    """Return section [strategy] of a row."""
+    fields = find_strategy(entry.strategy).Config.__dataclass_fields__
+    own: dict[str, Any] = {"name": entry.strategy}
+    if "period" in fields and entry.strategy != "gossip_pga":
+        own["period"] = 10
+    if "seed" in fields:
+        own["seed"] = seed
+    return {**own, **entry.settings}
+
+
+class Table:
+    """Every run so far, in the file; runs what is not there.
+
+    Args:
+        corpus: HDF5 file.
+        args: the parsed arguments.
+        ends: when the benchmark stops, by time.monotonic().
+    """
+
+    def __init__(self, corpus: Path, args: argparse.Namespace, ends: float) -> None:
+        self.corpus, self.args, self.ends = corpus, args, ends
+        self.parameters = 2 * VOCAB * UNITS + VOCAB + 8 * UNITS * (UNITS + 1)
+        self.points: list[Point] = []
+        self.others: list[Any] = []
+        if args.out is not None and args.out.exists():
+            self.others = json.loads(args.out.read_text())["tables"]
+            for table in self.others:
+                self.points += table["rows"] if table["title"] == TITLE else []
+
+    def point(self, **key: Any) -> Point:
+        """Return a run: name, ranks, steps, lr, seed and machine say which.
+
+        Raises:
+            TimeoutError: it is not there, and there is no more time.
+        """
+        for point in self.points:
+            if all(point[name] == value for name, value in key.items()):
+                return point
+        if time.monotonic() > self.ends:
+            raise TimeoutError
+        began_s = time.process_time()
+        found = {**key, **self.run(**key)}
+        found["CPU s"] = round(time.process_time() - began_s, 1)
+        print(found, flush=True)
+        self.points.append(found)
+        self.save()
+        return found
+
+    def run(
+        self, *, name: str, ranks: int, steps: int, lr: float, seed: int, machine: str
+    ) -> Point:
+        """Train; return what it came to."""
+        entry = ENTRIES[name]
+        samples = steps * ranks * BATCH * UNROLL
+        played = machine_of(machine, self.parameters)
+        config: Config = resolve(
+            {
+                "data": {"corpus": str(self.corpus)},
+                "model": {"name": "lstm_lm", "embed": UNITS, "hidden": UNITS},
+                "optim": {"name": entry.optim, "lr": lr, "clip": 1.0},
+                "schedule": {
+                    "name": "exponential",
+                    "final_ratio": 0.1,
+                    "warmup_samples": samples // 20,
+                },
+                "strategy": settings_of(entry, seed),
+                "train": {
+                    "samples": samples, "batch": BATCH, "unroll": UNROLL, "seed": seed,
+                    "eval_streams": 128, "log_every": 100, "trace_steps": 0,
+                },
+            }
+        )  # fmt: skip
+        config = replace(config, machine=played)
+        with tempfile.TemporaryDirectory() as folder:
+            silent = io.StringIO()
+            try:
+                with redirect_stdout(silent), redirect_stderr(silent):
+                    outcome = co_simulate(config, Path(folder), ranks)
+            except MpilmError as error:  # it has diverged
+                nothing = {"valid": math.inf, "test": math.inf, "error": str(error)}
+                return {**nothing, "models sent": math.nan, "seconds": math.nan}
+            summary = json.loads((Path(folder) / "summary.json").read_text())
+        return {
+            "valid": summary["valid_perplexity"],
+            "test": summary["test_perplexity"],
+            "models sent": outcome.bytes_sent / (4 * self.parameters * ranks),
+            "seconds": outcome.seconds,
+        }
+
+    def save(self) -> None:
+        """Write all runs to the file."""
+        if self.args.out is None:
+            return
+        config = {k: v for k, v in vars(self.args).items() if k != "out"}
+        entry = {
+            "title": TITLE,
+            "environment": environment(),
+            "config": config,
+            "rows": self.points,
+        }
+        self.others = [t for t in self.others if t["title"] != TITLE] + [entry]
+        document = {"benchmark": "relatives", "tables": self.others}
+        scratch = self.args.out.with_suffix(".part")
+        scratch.write_text(json.dumps(document, indent=1, default=str) + "\n")
+        scratch.replace(self.args.out)
+
+
+def best_rate(first: float, quality: Callable[[float], float]) -> float:
+    """Return the rate from which neither half nor double is better.
+
+    >>> best_rate(0.01, lambda lr: abs(lr - 0.03))
+    0.04
+    """
+    best = first
+    for factor in (2.0, 0.5):
+        while quality(best * factor) < quality(best):
+            best *= factor
+        if best != first:
+            break
+    return best
+
+
+def rate_of(table: Table, name: str, ranks: int) -> float:
+    """Return the rate that the rule comes to."""
+    smoke = table.args.smoke
+    if smoke:
+        return FIRST_RATE
+    if ranks == 64:
+        return rate_of(table, name, 16)
+    steps = num_steps(ranks, smoke)
+
+    def quality(lr: float) -> float:
+        key = {"ranks": ranks, "steps": steps, "lr": lr, "seed": 1, "machine": FAST}
+        return float(table.point(name=name, **key)["valid"])
+
+    if ranks == 16:
+        first = rate_of(table, name, 4)
+        return min((first, 2.0 * first), key=quality)
+    return best_rate(FIRST_RATE, quality)
+
+
+def seeds_of(table: Table, name: str, ranks: int, steps: int, machine: str) -> Any:
+    """Return the runs of all seeds at the tuned rate."""
+    lr = rate_of(table, name, ranks)
+    key = {"name": name, "ranks": ranks, "steps": steps, "lr": lr, "machine": machine}
+    return [table.point(**key, seed=seed) for seed in SEEDS[: table.args.loops]]
+
+
+def row_of(table: Table, name: str, ranks: int) -> Point:
+    """Return a row of the table of K ranks: the three comparisons."""
+    steps = num_steps(ranks, table.args.smoke)
+    full = seeds_of(table, name, ranks, steps, FAST)
+    reference = seeds_of(table, REFERENCE, ranks, steps, FAST)
+    sent = full[0]["models sent"] / steps
+    whole = reference[0]["models sent"] / steps
+    row: Point = {
+        "strategy": name,
+        "rate": full[0]["lr"],
+        "bytes": f"1/{whole / sent:.3g}",
+        "samples": mean_of(full),
+        "ratio": round(mean_of(full) / mean_of(reference), 4),
+        "spread": max(p["test"] for p in full) - min(p["test"] for p in full),
+    }
+    if ranks == 16:
+        allowed = min(steps, int(steps * whole / 30 / sent))
+        row["1/30 of bytes"] = budgeted(table, name, ranks, allowed, FAST)
+    lockstep = find_strategy(ENTRIES[name].strategy).lockstep
+    for machine in (SLOW, FAST):
+        timed = full[0]
+        if machine == SLOW:  # a few blocks tell what a step takes
+            some = min(steps, 40)
+            lr, seed = full[0]["lr"], 1
+            key = {"name": name, "ranks": ranks, "lr": lr, "seed": seed}
+            timed = table.point(**key, steps=some, machine=SLOW)
+        step_s = timed["seconds"] / timed["steps"]
+        row[f"s/step, {machine}"] = round(step_s, 3)
+        if ranks == 16:
+            allowed = min(steps, int(1.1 * STEP_S * steps / step_s))
+            where = FAST if lockstep else machine  # else delays change bits
+            row[f"time, {machine}"] = budgeted(table, name, ranks, allowed, where)
     return row
 
 
+def budgeted(table: Table, name: str, ranks: int, steps: int, machine: str) -> float:
+    """Return the perplexity of so many steps."""
+    return mean_of(seeds_of(table, name, ranks, max(1, steps), machine))
+
+
+def mean_of(points: list[Point]) -> float:
+    """Return the mean test perplexity."""
+    return statistics.fmean(point["test"] for point in points)
+
+
+def corpus_of(folder: Path, smoke: bool) -> Path:
+    """Write the corpus; return its file."""
+    out = folder / "corpus.h5"
+    if smoke:
+        prepare_synthetic(out, vocab=VOCAB, tokens=3000)
+        return out
+    splits: list[list[str]] = [[], []]
+    taken = 0
+    with (SAMPLE / "wiki.test-a.tokens").open(encoding="utf-8") as lines:
+        for line in lines:
+            if taken < VALID + TEST:
+                splits[taken >= VALID].append(line)
+                taken += len(line.split()) + 1
+    for name, split in zip(("valid", "test"), splits, strict=True):
+        (folder / name).write_text("".join(split), encoding="utf-8")
+    text = ((SAMPLE / "wiki.valid.tokens",), (folder / "valid",), (folder / "test",))
+    prepare_text(*text, out, vocab=VOCAB)
+    return out
+
+
 def main() -> None:
-    arguments = parser(__doc__, warmup=0, loops=1)
-    arguments.add_argument("--steps", type=int, default=4 * PERIOD, help="of a rank")
+    arguments = parser(__doc__, warmup=0, loops=len(SEEDS))
+    arguments.add_argument("--ranks", type=int, nargs="*", default=[4, 16, 64])
+    arguments.add_argument("--only", nargs="*", default=[], help="rows of the table")
+    arguments.add_argument("--minutes", type=float, default=25, help="then stop")
     args = arguments.parse_args()
+    if not (args.smoke or SAMPLE.exists()):
+        print(f"skipped: no {SAMPLE}; MPILM_DATA says where it is")
+        return
     if args.smoke:
-        args.steps = 6
-    for ranks in (2,) if args.smoke else (4, 16):
-        rows = [
-            row_of(name, ranks, ("ethernet_1g", "cloud_25g"), args.steps)
-            for name in STRATEGIES
-        ]
-        report("relatives", f"Bytes and predicted time, {ranks} ranks", rows, args)
+        args.ranks, args.loops, args.only = [2], 1, args.only or ["allreduce", "sparta"]
+    ends = time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        table = Table(corpus_of(Path(folder), args.smoke), args, ends)
+        for ranks in args.ranks:
+            try:
+                rows = [row_of(table, n, ranks) for n in args.only or ENTRIES]
+            except TimeoutError:
+                print("stopped: the same command goes on")
+                return
+            report("relatives", f"Relatives on {ranks} ranks", rows, args)
+            table.others = (
+                json.loads(args.out.read_text())["tables"] if args.out else []
+            )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mpilm.optim.configs import AdamwConfig, MuonConfig, NgSgdConfig, SgdConfig
-from mpilm.optim.muon import MuonAdamw, hidden_matrices
+from mpilm.optim.muon import MuonAdamw, inner_matrices
 from mpilm.optim.ng_sgd import NgSgd, precondition_
 from mpilm.optim.schedules import Choice
 
@@ -54,7 +54,7 @@ def build_optimizer(
     if isinstance(config, MuonConfig):
         if model is None:
             raise TypeError("muon needs the model")
-        matrices = hidden_matrices(model)
+        matrices = inner_matrices(model)
 
     def make(parameters: list[torch.nn.Parameter]) -> Optimizer:
         if isinstance(config, SgdConfig):

@@ -31,14 +31,14 @@ from mpilm.errors import ConfigError
 from mpilm.optim.configs import MuonConfig
 
 
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that Muon takes: matrices, in the order of the model.
 
     Left out are the embeddings (with what is tied to them) and the layer that the model
     ends with: the last one that has parameters, in the order in which they were made.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 3), nn.Linear(3, 9))
-    >>> [tuple(parameter.shape) for parameter in hidden_matrices(model)]
+    >>> [tuple(parameter.shape) for parameter in inner_matrices(model)]
     [(12, 4), (12, 3)]
 
     Raises:
@@ -75,7 +75,7 @@ def _own(module: nn.Module) -> Any:
 class MuonAdamw(Optimizer):
     """torch.optim.Muon for some parameters beside torch.optim.AdamW for the others.
 
-        matrices = hidden_matrices(model)
+        matrices = inner_matrices(model)
         Learner(model, batches, partial(MuonAdamw, matrices=matrices, config=config))
 
     Args:

@@ -18,6 +18,7 @@ from mpilm.strategies.base import Strategy
 from mpilm.strategies.bmuf import Bmuf
 from mpilm.strategies.delay_by_one import DelayByOne
 from mpilm.strategies.des_loc import DesLoc
+from mpilm.strategies.divshare import Divshare
 from mpilm.strategies.dpsgd import Dpsgd
 from mpilm.strategies.eager_diloco import EagerDiloco
 from mpilm.strategies.gossip_bmuf import GossipBmuf
@@ -48,6 +49,7 @@ INNER: dict[str, Kind] = {
         DesLoc,
         SparseLoco,
         EagerDiloco,
+        Divshare,
     )
 }
 

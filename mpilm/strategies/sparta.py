@@ -21,6 +21,7 @@ Cost        the m indices and m values.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -89,6 +90,7 @@ class Sparta(Strategy):
         return self.moved, self.moved
 
 
+@lru_cache(maxsize=2)  # the virtual ranks of a process draw the same
 def index_set(size: int, share: float, seed: int, step: int) -> Any:
     """Return S of a step, ascending, (m,) int64.
 

@@ -26,6 +26,7 @@ SETTINGS = {
     "des_loc": {"period": 5},
     "sparse_loco": {"period": 5, "share": 0.25},
     "eager_diloco": {"period": 5, "eta": 0.5},
+    "divshare": {"period": 2},
     "hierarchical": {"inner": "bmuf", "settings": {"period": 5}},
 }
 

@@ -5,6 +5,8 @@ them moved must be found in the models again, all of it and nothing else:
 
     linear    mean theta = mean first + mean moved                             (1)
     declared  what the strategy says that it conserves (`Strategy.conserved`)
+    within    with no steps of learners, every number stays in the range that it had
+              over the ranks: all mixing is by means, whatever it does to the sum
     served    x(T) = x(0) + (D + m v(T)) / (1 - m), D: the sum of all pushes   (2)
               The sum of (3) of `async_sgd` over all pushes, in any order.
 
@@ -37,6 +39,15 @@ def declared(ranks):
     assert lost_mass(ranks) == 0.0, "mass is not conserved: (9) of blocks.py"
 
 
+def within(ranks):
+    if any(rank.learner.moved.any() for rank in ranks):
+        return
+    first = np.stack([rank.first for rank in ranks])
+    found = np.stack([rank.learner.theta for rank in ranks])
+    over = np.maximum(found - first.max(axis=0), first.min(axis=0) - found).max()
+    assert over <= STILL, f"a number leaves the range of the ranks' by {over:.2e}"
+
+
 def served(ranks):
     momentum = ranks[0].strategy.config.momentum
     found = np.array(ranks[0].learner.theta, np.float64)
@@ -66,6 +77,7 @@ def nodes(ranks):
     check_mass(inner[0].strategy.name, inner)
 
 
+SCATTERED = ("divshare",)  # may begin at models that differ, beside all linear ones
 LAWS = {
     "bmuf": declared,
     "gossip_bmuf": declared,
@@ -74,6 +86,7 @@ LAWS = {
     "noloco": declared,
     "eager_diloco": declared,
     "sparse_loco": declared,
+    "divshare": within,
     "hierarchical": nodes,
 }
 

@@ -28,7 +28,7 @@ from mpilm.strategies.registry import INNER
 from mpilm.strategies.topology import TOPOLOGIES
 from mpilm.testing.schedules import draw_plan, draw_size
 from tests.strategies.fleets import fleet, thetas
-from tests.strategies.laws import LAWS, check_mass
+from tests.strategies.laws import LAWS, SCATTERED, check_mass
 
 MODULE = "tests.strategies.schedules"
 TWICE = 10  # every so many seeds are run twice
@@ -119,6 +119,12 @@ SETTINGS = {
         "zeta": draw.choice([0.5, 0.8]),
         "momentum": draw.choice(["classical", "nesterov"]),
     },
+    "divshare": lambda draw, size: {
+        "period": draw.randint(1, 4),
+        "fragments": draw.randint(1, 12),
+        "copies": draw.randint(1, 3),
+        "seed": draw.randrange(1000),
+    },
     "hierarchical": lambda draw, size: {
         "node_size": (
             members := draw.choice([n for n in range(1, size + 1) if size % n == 0])
@@ -186,7 +192,8 @@ def schedule(kind, seed):
     if not lockstep:
         members = settings.get("node_size", 1)  # in lockstep with each other
         plan["steps"] = np.repeat(plan["steps"][::members], members).tolist()
-    plan["scatter"] = name not in LAWS and draw.random() < 0.7
+    may_differ = name not in LAWS or name in SCATTERED
+    plan["scatter"] = may_differ and draw.random() < 0.7
     plan["world_seed"] = seed
     return Schedule(kind, name, size, settings, plan)
 

@@ -32,11 +32,13 @@ SETTINGS = {
     "dpsgd-late": {"overlap": False},
     "noloco": {"period": 3},
     "eager_diloco": {"period": 3, "eta": 0.3},
+    "divshare": {"period": 2},
     "sparse_loco": {"period": 3, "share": 1.0},
     "sparta": {"share": 0.2},
     "des_loc": {"period": 4, "period_first": 2, "period_second": 3},
 }
 NEAR = {"async_sgd": (0.05, 150, 0.1), "sparse_loco": (0.03, 480, 0.1)}
+NEAR["divshare"] = (0.03, 480, 0.1)
 CASES = [*INNER, "dpsgd-late"]
 
 

@@ -18,6 +18,7 @@ SETTINGS = {
     "hierarchical": {"node_size": 2},
     "sparse_loco": {"period": 5, "share": 0.25},
     "eager_diloco": {"period": 2, "eta": 0.5},
+    "divshare": {"period": 2},
 }
 
 

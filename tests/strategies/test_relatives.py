@@ -177,6 +177,40 @@ def test_eager_updates_hide_a_reduction_behind_a_whole_block():
     assert hidden[0].bytes_sent == blocking[0].bytes_sent
 
 
+def test_a_mix_of_divshare_is_the_mean_of_what_is_there():
+    still = {"learner": {"lr": 0.0}, "machine": Machine(step_s=1.0)}
+    first, second = fleet("divshare", 2, steps=2, scatter=True, fragments=1, **still)
+    mean = (first.first.astype(np.float64) + second.first) / 2
+    for rank in (first, second):
+        np.testing.assert_allclose(rank.learner.theta, mean, atol=1e-6)
+        assert rank.strategy.metrics()["weights"].sum() >= 0.5
+    assert np.abs(first.first - mean).max() > 0.1
+
+
+def test_fragments_of_divshare_go_their_own_ways():
+    """All ranks of 5 get parts of all others', and hold no two models more."""
+    still = {"learner": {"lr": 0.0}, "machine": Machine(step_s=1.0)}
+    ranks = fleet("divshare", 5, steps=12, scatter=True, fragments=8, **still)
+    for number, rank in enumerate(ranks):
+        partners = rank.strategy.metrics()["partners"]
+        assert partners[number] == 0
+        assert (np.delete(partners, number) > 0).all()
+    spread = thetas(ranks).std(axis=0).max()
+    assert spread < 0.05 * np.stack([rank.first for rank in ranks]).std(axis=0).max()
+
+
+def test_a_slow_network_drops_fragments_and_slows_nobody():
+    """A fragment of 20 bytes takes 0.4 s of a step of 1 s: 2 or 3 of 8 get through."""
+    settings = {"fragments": 8, "steps": 40}
+    slow = Machine(step_s=1.0, bandwidth_Bps=50.0)
+    ranks = fleet("divshare", 4, machine=slow, **settings)
+    quick = fleet("divshare", 4, machine=Machine(step_s=1.0), **settings)
+    for rank, other in zip(ranks, quick, strict=True):
+        assert rank.seconds == pytest.approx(40.0)
+        assert 1.0 / 8 < rank.bytes_sent / other.bytes_sent < 3.5 / 8
+        assert len(rank.strategy.service.queue) <= 8
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "settings"),

@@ -16,7 +16,7 @@ from mpilm.learner.learner import Learner
 from mpilm.models.build import build_model
 from mpilm.optim.build import build_optimizer
 from mpilm.optim.configs import MuonConfig
-from mpilm.optim.muon import MuonAdamw, hidden_matrices
+from mpilm.optim.muon import MuonAdamw, inner_matrices
 from mpilm.train.run import require_gradient
 
 CONFIG = MuonConfig(lr=0.02, weight_decay=0.1, clip=0.0)
@@ -37,7 +37,7 @@ def gradients_of(model: nn.Module, step: int) -> None:
 def test_it_is_muon_for_the_inner_matrices_and_adamw_for_the_rest() -> None:
     model, other = small_model(), small_model()
     parameters = list(model.parameters())
-    both = MuonAdamw(parameters, matrices=hidden_matrices(model), config=CONFIG)
+    both = MuonAdamw(parameters, matrices=inner_matrices(model), config=CONFIG)
     matrices = [other[0].weight, other[2].weight]
     rest = [other[0].bias, other[2].bias, *other[3].parameters()]
     muon = torch.optim.Muon(
@@ -64,7 +64,7 @@ def test_a_step_of_a_matrix_is_nearly_orthogonal() -> None:
     before = model[0].weight.detach().clone()
     config = MuonConfig(lr=0.02, weight_decay=0.0)
     both = MuonAdamw(
-        list(model.parameters()), matrices=hidden_matrices(model), config=config
+        list(model.parameters()), matrices=inner_matrices(model), config=config
     )
     gradients_of(model, 0)
     both.step()
@@ -79,17 +79,17 @@ def test_a_step_of_a_matrix_is_nearly_orthogonal() -> None:
 def test_of_our_models_it_takes_what_lies_between(tied: bool) -> None:
     settings = {"name": "lstm_lm", "embed": 6, "hidden": 5, "layers": 2, "tied": tied}
     model = build_model(resolve({"model": settings}).model, 11, 11, seed=1)
-    shapes = [tuple(parameter.shape) for parameter in hidden_matrices(model)]
+    shapes = [tuple(parameter.shape) for parameter in inner_matrices(model)]
     inner = [(20, 6), (20, 5), (20, 5), (20, 5)]
     assert shapes == inner + ([(6, 5)] if tied else [])
     dnn = {"name": "dnn", "hidden": 5, "layers": 2}
     model = build_model(resolve({"model": dnn}).model, 7, 3, seed=1)
-    assert [tuple(p.shape) for p in hidden_matrices(model)] == [(5, 7), (5, 5)]
+    assert [tuple(p.shape) for p in inner_matrices(model)] == [(5, 7), (5, 5)]
 
 
 def test_a_wrapper_has_the_last_layer_of_what_it_wraps() -> None:
     wrapped = nn.Sequential(small_model())
-    shapes = [tuple(parameter.shape) for parameter in hidden_matrices(wrapped)]
+    shapes = [tuple(parameter.shape) for parameter in inner_matrices(wrapped)]
     assert shapes == [(9, 6), (7, 9)]
 
 
