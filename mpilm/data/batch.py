@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -69,6 +69,21 @@ class Batches(ABC):
     @abstractmethod
     def go_to(self, place: dict[str, Any]) -> None:
         """Go on from what `place` returned."""
+
+    def resize(self, places: Sequence[Mapping[str, Any]], rank: int, size: int) -> None:
+        """Go on where ranks of another number have stood; no communication.
+
+        Args:
+            places: where each of them was (`state`).
+            rank, size: of this world.
+
+        Raises:
+            DataError: this source cannot do it.
+        """
+        raise DataError(
+            f"resume: the place in the data is that of {len(places)} ranks, here are"
+            f" {size}: data of your own cannot be split anew; resume with {len(places)}"
+        )
 
     # for whoever trains with it
     def start(self, goal: int = 0) -> None:
@@ -149,7 +164,8 @@ class Batches(ABC):
 
         Communicates: from the pool out of lockstep collective, two small allgathers.
         """
-        return {**self.place(), **self._geometry}
+        rest = {"rest": self.counts.rest} if self.counts.rest else {}
+        return {**self.place(), **rest, **self._geometry}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from where `state` was taken; `synchronise` comes next, on all ranks.
@@ -159,9 +175,30 @@ class Batches(ABC):
         """
         require_geometry(self._geometry, state)
         self.go_to(state)
+        self.counts.rest = int(state.get("rest", 0))
+
+    def take_over(
+        self, places: Sequence[Mapping[str, Any]], rank: int, size: int, samples: int
+    ) -> None:
+        """Go on from the places of ranks of another number: `synchronise` comes next.
+
+        Every rank is taken to have done an equal share of the samples.
+
+        Args:
+            places: `state` of each of those ranks.
+            rank, size: of this world.
+            samples: of all of them.
+
+        Raises:
+            DataError: they are of other data or another geometry.
+        """
+        mine = {n: v for n, v in self._geometry.items() if n not in {"ranks", "rows"}}
+        require_geometry(mine, places[0])
+        self.resize(places, rank, size)
+        self.counts.rest = samples % size
 
 
-def require_geometry(mine: dict[str, int], state: dict[str, Any]) -> None:
+def require_geometry(mine: dict[str, int], state: Mapping[str, Any]) -> None:
     """Raise unless a saved data cursor means the same here.
 
     Raises:

@@ -4,7 +4,8 @@ Why         Learning rate, validations, checkpoints and the end of a run go by s
             of all ranks. Out of lockstep no rank knows them by itself: beside a rank
             100 times slow the others are far further than it is.
 Notation    b_j  samples that rank j has drawn: those of the minibatch in work count
-            s    sum over ranks of b_j;  goal: the run ends at s >= goal
+            s    sum over ranks of b_j, and rest: samples of ranks that are no more
+            goal: the run ends at s >= goal
 Lockstep    (`Turns`) s is the own count times the ranks, and rank r of K takes the
             leases r, r + K, r + 2K, ... of the pool. No messages.
 Otherwise   (`Counter`) rank 0 keeps all b_j and the next lease, and a `Service` on it
@@ -58,10 +59,12 @@ class Turns:
     """Ranks in lockstep: nobody needs to be asked.
 
     traffic  what counting has taken of the world's bytes and messages: nothing
+    rest     samples beside those of the ranks, less than one for each
     """
 
     def __init__(self, rank: int, size: int) -> None:
-        self._next, self._size = rank, size
+        self._next, self._rank, self._size = rank, rank, size
+        self.rest = 0
         self.traffic = Traffic()
 
     def start(self, goal: int = 0) -> None:
@@ -75,7 +78,7 @@ class Turns:
 
     def done(self, own: int) -> int:
         """Return the samples of all ranks, where this one has done `own`."""
-        return own * self._size
+        return own * self._size + self.rest
 
     def synchronise(self, own: int) -> int:
         """Return the same."""
@@ -97,6 +100,10 @@ class Turns:
         """Take up what `state` returned."""
         self._next = int(state["next_lease"])
 
+    def go_on(self, lease: int) -> None:
+        """Deal out from this lease on, on all ranks."""
+        self._next = lease + self._rank
+
 
 class Counter(Service):
     """Ranks out of lockstep: rank 0 counts the samples, and the leases of the pool.
@@ -105,6 +112,7 @@ class Counter(Service):
     all ranks pause, `close` after the last minibatch.
 
     traffic  what counting has taken of the world's bytes and messages; without leases
+    rest     samples beside those of the ranks, less than one for each
 
     Args:
         world: of at least two ranks.
@@ -116,6 +124,7 @@ class Counter(Service):
     def __init__(self, world: World) -> None:
         super().__init__(world, world.comm, "counter")  # `start` makes its own comm
         self.traffic = Traffic()
+        self.rest = 0
         self._goal = 0
         self._is_started = self._is_closed = False
         # rank r: what it knows, and what it has sent
@@ -194,7 +203,7 @@ class Counter(Service):
         drawn_K = np.zeros(self.comm.size, np.int64)
         drawn_K[self.comm.rank] = own
         self.comm.Allreduce(IN_PLACE, drawn_K)
-        total = int(drawn_K.sum())
+        total = int(drawn_K.sum()) + self.rest
         with self.lock:
             self._own, self._others = own, total - own
             self._drawn_K[:], self._sum = drawn_K, total
@@ -299,6 +308,10 @@ class Counter(Service):
         """Take up what `state` returned. Before a minibatch all ranks `synchronise`."""
         self._next = int(state["next_lease"])
         self._returned = [int(lease) for lease in state["returned"]]
+
+    def go_on(self, lease: int) -> None:
+        """Give this lease and those after it. Before a minibatch `synchronise`."""
+        self._next, self._returned = lease, []
 
     # the end
     def close(self) -> None:

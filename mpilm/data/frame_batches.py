@@ -25,6 +25,7 @@ Departs     from Su and Chen: the order of utterances is new in every epoch, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,9 @@ class FrameShards(Batches):
                 f" split of {split.path} has {len(useful)}",
                 everywhere=True,
             )
-        ranks = partition(items_U[useful], size)
-        loads = np.bincount(ranks, items_U[useful], size).astype(np.int64)
+        self._items_U = items_U[useful]
+        ranks = partition(self._items_U, size)
+        loads = np.bincount(ranks, self._items_U, size).astype(np.int64)
         self.num_batches = int(loads.min()) // batch
         if self.num_batches < 1:
             raise DataError(
@@ -129,6 +131,14 @@ class FrameShards(Batches):
 
     def go_to(self, place: dict[str, Any]) -> None:
         self._passes, self._index = int(place["passes"]), int(place["index"])
+
+    def resize(self, places: Sequence[Mapping[str, Any]], rank: int, size: int) -> None:
+        """Go on at the same share of the epoch, in shares of another length."""
+        place = places[rank % len(places)]
+        loads = np.bincount(partition(self._items_U, len(places)), self._items_U)
+        num_batches = max(1, int(loads.min()) // self._batch)
+        index = int(place["index"]) * self.num_batches // num_batches
+        self._passes, self._index = int(place["passes"]), index
 
 
 class FramePool(LeasedBatches):

@@ -17,6 +17,7 @@ Invariants  Every lease is given once. In C leases in a row every chunk is visit
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class LeasedBatches(Batches):
         self.lease = -1
         self._windows = self._window = windows
         self._is_open = False
+        self._left: list[tuple[int, int]] = []  # leases that others had begun
 
     @abstractmethod
     def open(self, lease: int) -> None:
@@ -76,24 +78,54 @@ class LeasedBatches(Batches):
             takes the answer, and blocks if it is still under way.
         """
         if self._window == self._windows:
-            self.lease, self._window, self._is_open = self.counts.take(), 0, False
+            if self._left:
+                self.lease, self._window = self._left.pop(0)
+            else:
+                self.lease, self._window = self.counts.take(), 0
+            self._is_open = False
         if not self._is_open:
             self.open(self.lease)
             self._is_open = True
         found = self.window(self._window)
         self._window += 1
-        if self._window > self._windows - AHEAD:
+        if self._window > self._windows - AHEAD and not self._left:
             self.counts.ask()
         return found
 
     def place(self) -> dict[str, Any]:
         held = {"lease": self.lease, "window": self._window}
-        return {**held, **self.counts.state()}
+        left = {"left": np.array(self._left, np.int64)} if self._left else {}
+        return {**held, **left, **self.counts.state()}
 
     def go_to(self, place: dict[str, Any]) -> None:
         self.lease, self._window = int(place["lease"]), int(place["window"])
         self._is_open = False
+        self._left = left_in(place)
         self.counts.load_state(place)
+
+    def resize(self, places: Sequence[Mapping[str, Any]], rank: int, size: int) -> None:
+        """Deal out what those ranks had in hand; then come the leases nobody has had.
+
+        Nothing is left out, nothing seen twice.
+        """
+        held = [(int(p["lease"]), int(p["window"])) for p in places]
+        begun = [h for h in held if h[0] >= 0 and h[1] < self._windows]
+        begun += [lease for place in places for lease in left_in(place)]
+        next_K = [int(place["next_lease"]) for place in places]
+        unbegun = {int(n) for place in places for n in place.get("returned", ())}
+        for next_ in next_K:  # in lockstep each has leases of its own
+            unbegun |= set(range(next_, max(next_K), len(places)))
+        begun += [(lease, 0) for lease in sorted(unbegun)]
+        self.lease, self._window = max(lease for lease, _ in held), self._windows
+        self._is_open = False
+        self._left = begun[rank::size]
+        self.counts.go_on(max(next_K))
+
+
+def left_in(place: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the leases, each with its next minibatch, that wait for a rank."""
+    left = np.asarray(place.get("left", ())).reshape(-1, 2)
+    return [(int(lease), int(window)) for lease, window in left]
 
 
 class PoolBatches(LeasedBatches):

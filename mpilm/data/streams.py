@@ -14,7 +14,7 @@ row's last target is the first input of the next row: only the tail is never pre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,7 @@ class Streams(Batches):
         self.num_dropped = num_targets - num_rows * row_targets
         geometry = {"rows": num_rows, "steps": steps, "tokens": len(tokens)}
         super().__init__(counts_of(rank, size, world), geometry)
+        self._num_tokens, self._steps = len(tokens), steps
         self._passes = 0
         self._window = 0
         rows = np.arange(rank * batch, (rank + 1) * batch, dtype=np.int64)
@@ -147,6 +148,13 @@ class Streams(Batches):
 
     def go_to(self, place: dict[str, Any]) -> None:
         self._passes, self._window = int(place["passes"]), int(place["window"])
+
+    def resize(self, places: Sequence[Mapping[str, Any]], rank: int, size: int) -> None:
+        """Go on at the same share of the epoch, in rows of another length."""
+        place = places[rank % len(places)]
+        num_windows = (self._num_tokens - 1) // (int(place["rows"]) * self._steps)
+        window = int(place["window"]) * self.num_windows // num_windows
+        self._passes, self._window = int(place["passes"]), window
 
 
 class EvaluationStreams:

@@ -30,6 +30,7 @@ from mpilm.learner.places import require_ready
 from mpilm.learner.random_state import RandomState
 from mpilm.learner.rest import ModuleRest, restored_parts, stored, stored_parts
 from mpilm.learner.row_optimizer import RowOptimizer, Rows, make_row_optimizer
+from mpilm.storage.merged import Merged
 from mpilm.storage.saved import nested, under
 from mpilm.vectors import is_finite
 
@@ -410,6 +411,23 @@ class Learner:
         if place and load_place is not None:
             load_place(place)
         self._random.load_state(state)
+
+    def take_over(self, merged: Merged, rank: int, size: int) -> None:
+        """Go on from what ranks of another number have left, as rank `rank` of `size`.
+
+        Its theta is their mean, its optimiser that of one of them, its samples an equal
+        share. The data is split anew: carried state begins anew. A rank that has not
+        been there keeps its random numbers.
+
+        Raises:
+            CheckpointError, DataError: as `load_state`.
+        """
+        gone = ("carried/", "batches/", *(("random/",) if rank >= merged.size else ()))
+        state = {n: v for n, v in merged.state.items() if not n.startswith(gone)}
+        state["samples"] = merged.samples // size
+        self.load_state(state, settings=False)
+        if self.batches is not None:
+            self.batches.take_over(merged.places, rank, size, merged.samples)
 
     def _to_device(self, batch: Any) -> Any:
         """Return a minibatch with its arrays as tensors on the device."""

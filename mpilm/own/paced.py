@@ -39,6 +39,8 @@ class Dealt:
     traffic  nothing
     """
 
+    rest = 0  # another number of ranks does not go on, see `Batches.resize`
+
     def __init__(self, size: int, after: Callable[[int], int], accumulate: int) -> None:
         self.size, self.after, self.accumulate = size, after, accumulate
         self.traffic = Traffic()
@@ -88,6 +90,8 @@ class Paced:
 
     traffic  what counting has taken of the world's bytes and messages
     """
+
+    rest = 0  # another number of ranks does not go on, see `Batches.resize`
 
     def __init__(self, world: World, every: int) -> None:
         self.world, self.every = world, max(1, every)

@@ -31,6 +31,7 @@ from typing import Any
 
 from mpilm.errors import CheckpointError, MpilmError
 from mpilm.storage.files import reason, sync_folder
+from mpilm.storage.merged import Gathered, Merged
 from mpilm.storage.state_file import (
     State,
     check_state,
@@ -81,6 +82,15 @@ class Checkpoint:
     def own(self, rank: int) -> Path:
         """Return the path of a rank's own state."""
         return self.path / f"rank-{rank:04d}.h5"
+
+    def shares(self, rank: int, size: int) -> range:
+        """Return whose own states the rank of a world of `size` looks after.
+
+        >>> checkpoint = Checkpoint(Path("step-000000001"), 1, size=5)
+        >>> [list(checkpoint.shares(rank, 2)) for rank in range(2)]
+        [[0, 2, 4], [1, 3]]
+        """
+        return range(rank, self.size, size)
 
     def require(self, rank: int) -> None:
         """Raise unless the rank's own file was written by that rank for this step.
@@ -169,9 +179,9 @@ class Checkpoints:
                     checkpoint = Checkpoint.at(path)
                     if rank == 0:
                         check_state(checkpoint.shared)
-                    if checkpoint.size == self.world.size:
-                        checkpoint.require(rank)
-                        check_state(checkpoint.own(rank))
+                    for number in checkpoint.shares(rank, self.world.size):
+                        checkpoint.require(number)
+                        check_state(checkpoint.own(number))
             except CheckpointError as error:
                 first = first or error
                 if rank == 0:
@@ -187,22 +197,36 @@ class Checkpoints:
 
         Raises:
             CheckpointError: on every rank the same line: a file is missing, corrupt or
-                foreign, or the checkpoint is of another number of ranks.
+                foreign. The checkpoint must be of as many ranks: else `merge`.
 
         Communicates: collective, one small allgather, blocking.
         """
-        if checkpoint.size != self.world.size:
-            raise CheckpointError(
-                f"{checkpoint.path}: was written by {checkpoint.size} ranks, here are"
-                f" {self.world.size}: resume with {checkpoint.size} ranks, or start a"
-                " new run",
-                everywhere=True,
-            )
         with self._all_or_none():
             shared = read_state(checkpoint.shared)
             checkpoint.require(self.world.rank)
             own = read_state(checkpoint.own(self.world.rank))
         return shared, own
+
+    def merge(self, checkpoint: Checkpoint) -> tuple[State, Merged]:
+        """Return what all ranks share, and what those of another number have left.
+
+        Raises:
+            CheckpointError: as `load`.
+
+        Communicates: collective, small allgathers, and for each vector of (P,) that the
+        ranks have of their own an Allreduce of 4P bytes; blocking.
+        """
+        rank, size = self.world.rank, self.world.size
+        states, nearest = Gathered(), State()
+        with self._all_or_none():
+            shared = read_state(checkpoint.shared)
+            for number in checkpoint.shares(rank, size):
+                states.add(number, state := read_state(checkpoint.own(number)))
+                nearest = nearest or state
+            if not nearest:
+                nearest = read_state(checkpoint.own(rank % checkpoint.size))
+        merged = states.merged(self.world.comm, checkpoint.size, nearest, shared)
+        return shared, merged
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:

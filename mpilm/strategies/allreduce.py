@@ -47,6 +47,7 @@ class Allreduce(Strategy):
     synchronises = True
     takes_rows = True
     saves = ("rounds", "rows.moved")
+    lasting = ("rounds",)
 
     def __init__(self, world: World, config: AllreduceConfig) -> None:
         super().__init__(world, config)

@@ -36,14 +36,15 @@ from msgspec import Meta
 
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
+from mpilm.storage.merged import Merged
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.strategies.row_server import RowServer
-from mpilm.strategies.rows import rows_in
+from mpilm.strategies.rows import rows_in, shards
 from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.strategies.units import Units, hidden_matrices
-from mpilm.vectors import copy_of, rows_at, to_array
-from mpilm.world.base import World
+from mpilm.vectors import copy_of, fill_, rows_at, to_array
+from mpilm.world.base import IN_PLACE, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +226,27 @@ class AsyncSgd(Strategy):
         finished = self.service.num_ends  # as often `finish` has assembled the model
         others = ITEM_BYTES * layout.size - own
         return sent + finished * own, received + finished * others
+
+    def take_over(self, learner: Learner, merged: Merged) -> None:
+        """Cut the model, and the velocity of its shards, into as many as are here.
+
+        Communicates: with `momentum` collective, an Allreduce of 4P bytes, blocking.
+        """
+        if self.is_local:
+            return
+        service, layout = self.service, learner.layout
+        service.load(learner.theta)
+        if not self.config.momentum:
+            return
+        name, whole_P = "service/velocity", np.zeros(layout.size, np.float32)
+        before = shards(layout, merged.size)
+        for rank, state in merged.held.items():
+            if name in state:
+                whole_P[before[rank]] = state[name]
+        if self.comm.size > 1:
+            self.comm.Allreduce(IN_PLACE, whole_P)
+        whole_P = merged.means.get(name, whole_P)  # one rank had all of it
+        fill_(service.velocity, whole_P[service.own])
 
     def conserved(self, learner: Learner) -> Any:
         """Return the own shard's (1 - m) x - m v, to which (3) adds -u."""

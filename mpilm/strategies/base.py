@@ -28,6 +28,7 @@ import numpy as np
 
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
+from mpilm.storage.merged import Merged
 from mpilm.storage.saved import State, restore_state_, saved_state
 from mpilm.strategies.rest import bcast_rest, with_rest
 from mpilm.vectors import to_array
@@ -128,6 +129,7 @@ class Strategy(ABC):
     synchronises  it calls `synchronised`; `ema` needs that
     takes_rows    it trains models with row tables (`learner.rows`)
     saves         names of the attributes that a checkpoint holds, see storage/saved.py
+    lasting       those of `saves` that go on at another number of ranks
     service       its background activity, if it has one
     pace          see `Pace`
 
@@ -142,6 +144,7 @@ class Strategy(ABC):
     synchronises: bool = False
     takes_rows: bool = False
     saves: tuple[str, ...] = ()
+    lasting: tuple[str, ...] = ()
     service: Service | None = None
     on_synchronised: Observer | None = None
 
@@ -302,6 +305,23 @@ class Strategy(ABC):
             CheckpointError: it was made with other settings.
         """
         restore_state_(self, self.saves, state, f"strategy {self.name}")
+
+    def take_over(self, learner: Learner, merged: Merged) -> None:
+        """Go on from what ranks of another number have left: `lasting`, if they had it.
+
+        Called after `start`, where theta is the mean of their models. What counts
+        exchanges with single ranks (`metrics`) begins anew.
+
+        Raises:
+            CheckpointError: it was made with other settings.
+
+        Communicates: collective, if at all.
+        """
+        entries = {name: name.replace(".", "/") for name in self.lasting}
+        here = saved_state(self, self.lasting)
+        found = {e: merged.state[e] for e in here if e in merged.state}
+        names = [name for name, entry in entries.items() if entry in found]
+        restore_state_(self, names, found, f"strategy {self.name}")
 
 
 def allreduced_bytes(num_elements: int, size: int) -> int:

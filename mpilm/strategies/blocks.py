@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.learner.flat import Layout
+from mpilm.storage.merged import Merged
 from mpilm.storage.saved import State
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.strategies.block_momentum import BlockMomentum
@@ -37,7 +38,6 @@ class BlockStrategy(Strategy):
     """Local steps in blocks; each ends with a mean, of whom the subclass says.
 
     Args:
-        eta: block momentum, if the config says: automatic.
         parts: what has blocks of its own, see `cut`.
         filtered: whether there is a filter.
 
@@ -54,10 +54,10 @@ class BlockStrategy(Strategy):
     synchronises = True
 
     def __init__(
-        self, world: World, config: Any, *, eta: float, parts: str | int, filtered: bool
+        self, world: World, config: Any, *, parts: str | int, filtered: bool
     ) -> None:
         super().__init__(world, config)
-        self.eta = eta if config.eta == AUTOMATIC else config.eta
+        self.eta = self.eta_on(world.size)
         self.parts, self.filtered = parts, filtered
         self.delay = config.delay if world.size > 1 else 0
         self.steps = self.moved = 0
@@ -69,8 +69,19 @@ class BlockStrategy(Strategy):
         self.saves = ("moved", "steps")
         if filtered:
             self.saves += ("momentum.delta", "momentum.start_point")
+        self.lasting = ("momentum.delta", "momentum.start_point")
         if self.delay:  # received and filtered, perhaps not yet applied
+            self.lasting += ("applies_at", "snapshot", "wbar")
             self.saves += ("applies_at", "snapshot", *(() if filtered else ("wbar",)))
+
+    @abstractmethod
+    def automatic_eta(self, size: int) -> float:
+        """Return the block momentum that makes up for the mean on `size` ranks."""
+
+    def eta_on(self, size: int) -> float:
+        """Return the block momentum on `size` ranks."""
+        eta = float(self.config.eta)
+        return self.automatic_eta(size) if eta == AUTOMATIC else eta
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
@@ -177,6 +188,17 @@ class BlockStrategy(Strategy):
         """Return the state; it waits for what is under way, on all ranks alike."""
         self.receive_all()
         return super().state()
+
+    def take_over(self, learner: Learner, merged: Merged) -> None:
+        """Go on from the means of g and Delta, so that W stays, whatever eta is now."""
+        super().take_over(learner, merged)
+        for number in np.flatnonzero(self.applies_at >= 0).tolist():
+            self.apply(learner, number)
+        momentum = self.momentum
+        if momentum is not None and momentum.is_nesterov:
+            more = momentum.delta * (self.eta - self.eta_on(merged.size))
+            momentum.start_point += more  # (7)
+            learner.theta += more
 
     def filtered_model_(self, learner: Learner, out: Any) -> None:
         """Write W into `out`, what the last whole block came to; unfiltered theta."""

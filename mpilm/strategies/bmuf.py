@@ -85,9 +85,12 @@ class Bmuf(BlockStrategy):
 
     def __init__(self, world: World, config: BmufConfig) -> None:
         parts = "layers" if config.stagger else "whole"
-        eta = 1.0 - 1.0 / world.size
-        super().__init__(world, config, eta=eta, parts=parts, filtered=True)
+        super().__init__(world, config, parts=parts, filtered=True)
         self.saves += ("rows.moved", "rows.touched")
+        self.lasting += ("steps",)
+
+    def automatic_eta(self, size: int) -> float:
+        return 1.0 - 1.0 / size
 
     def require(self, learner: Learner) -> None:
         super().require(learner)

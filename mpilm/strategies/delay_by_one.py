@@ -49,6 +49,7 @@ class DelayByOne(Strategy):
     synchronises = True
     takes_rows = True
     saves = ("moved", "rounds", "rows.moved", "rows.touched")
+    lasting = ("rounds",)
 
     def __init__(self, world: World, config: DelayByOneConfig) -> None:
         super().__init__(world, config)

@@ -55,6 +55,7 @@ class DesLoc(Strategy):
     Config = DesLocConfig
     synchronises = True
     saves = ("moved", "steps")
+    lasting = ("steps",)
 
     def __init__(self, world: World, config: DesLocConfig) -> None:
         super().__init__(world, config)

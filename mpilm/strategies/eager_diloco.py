@@ -67,6 +67,7 @@ class EagerDiloco(Strategy):
 
     name = "eager_diloco"
     Config = EagerDilocoConfig
+    lasting = ("mean", "momentum.delta", "momentum.start_point", "own", "steps")
 
     def __init__(self, world: World, config: EagerDilocoConfig) -> None:
         super().__init__(world, config)

@@ -104,18 +104,16 @@ class GossipBmuf(BlockStrategy):
         size = world.size
         self.group_size = min(config.group_size, size)
         self.num_groups = num_groups(size, self.group_size)
-        super().__init__(
-            world,
-            config,
-            eta=1.0 - self.num_groups / size,
-            parts=config.components,
-            filtered=config.filter,
-        )
+        super().__init__(world, config, parts=config.components, filtered=config.filter)
         self.saves += ("partners", "weights")
         self.num_vectors = VECTORS[config.mix] if config.filter else 1
         self.partners = np.zeros(size, np.int64)
         self.weights = np.zeros(size)
         self.inboxes: list[list[Any]] = []
+
+    def automatic_eta(self, size: int) -> float:
+        groups = num_groups(size, min(self.config.group_size, size))
+        return 1.0 - groups / size
 
     def require(self, learner: Learner) -> None:
         super().require(learner)

@@ -36,6 +36,7 @@ from msgspec import Meta
 from mpilm.convert import convert
 from mpilm.errors import MpilmError
 from mpilm.learner.flat import Layout
+from mpilm.storage.merged import Merged
 from mpilm.storage.saved import State, nested, under
 from mpilm.strategies.allreduce import summed_bytes
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
@@ -226,3 +227,13 @@ class Hierarchical(Strategy):
         super().load_state({k: v for k, v in state.items() if "inner/" not in k})
         if self.inner is not None:
             self.inner.load_state(inner)
+
+    def take_over(self, learner: Learner, merged: Merged) -> None:
+        """Let the inner strategy go on from what the leaders of the nodes have left."""
+        try:
+            if self.inner is not None:
+                nodes = int(np.max(merged.nearest["nodes/node_of"])) + 1
+                inner = replace(merged.under("inner"), size=nodes, held={})
+                self.inner.take_over(self.super_learner(learner), inner)
+        finally:
+            self.bcast_(learner.theta)

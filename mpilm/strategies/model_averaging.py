@@ -77,6 +77,7 @@ class ModelAveraging(Strategy):
         *("moved", "rounds", "steps"),
         *("rows.moved", "rows.touched"),
     )
+    lasting = ("rounds", "steps")
 
     def __init__(self, world: Any, config: ModelAveragingConfig) -> None:
         super().__init__(world, config)

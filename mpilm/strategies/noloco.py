@@ -71,6 +71,7 @@ class Noloco(Strategy):
     name = "noloco"
     Config = NolocoConfig
     saves = ("delta", "partners", "phi", "steps")
+    lasting = ("delta", "phi")
 
     def __init__(self, world: World, config: NolocoConfig) -> None:
         super().__init__(world, config)

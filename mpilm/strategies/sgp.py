@@ -34,9 +34,10 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
+from mpilm.storage.merged import Merged
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
 from mpilm.strategies.topology import destinations
-from mpilm.vectors import copy_of
+from mpilm.vectors import copy_of, fill_
 from mpilm.world.base import World
 
 WEIGHT_BYTES = 8  # of float64
@@ -135,6 +136,10 @@ class Sgp(Strategy):
         out[:] = learner.theta
         out *= self.weight
         self.mean_(out)
+
+    def take_over(self, learner: Learner, merged: Merged) -> None:
+        """Go on from the mean of all x, not of all z = x / w."""
+        fill_(learner.theta, merged.final)
 
     def metrics(self) -> dict[str, Any]:
         return {

@@ -71,6 +71,7 @@ class SparseLoco(Strategy):
     Config = SparseLocoConfig
     synchronises = True
     saves = ("error", "moved", "start_point", "steps")
+    lasting = ("error", "start_point", "steps")
 
     def __init__(self, world: World, config: SparseLocoConfig) -> None:
         super().__init__(world, config)

@@ -53,6 +53,7 @@ class Sparta(Strategy):
     name = "sparta"
     Config = SpartaConfig
     saves = ("mixed", "moved", "steps")
+    lasting = ("steps",)
 
     def __init__(self, world: World, config: SpartaConfig) -> None:
         super().__init__(world, config)

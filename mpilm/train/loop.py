@@ -104,7 +104,13 @@ class Trainer:
             self.strategy.require(self.learner)
         self.totals = Totals()
         self.batches.start(config.train.samples)
+        if place:
+            place.begin_(self.learner, world)
         self.strategy.start(self.learner)
+        if place and place.merged:
+            with world.all_or_none():
+                merged = place.merged.under("strategy")
+                self.strategy.take_over(self.learner, merged)
         with world.all_or_none():
             self.ema: Ema | None = None
             if config.ema.on:
@@ -266,6 +272,7 @@ class Trainer:
             self.recorder,
             self.strategy.metrics(),
             num_dropped=self.batches.num_dropped,
+            rest=self.batches.counts.rest,
             quality=partial(self.quality, source=self.strategy),
             ema_quality=partial(self.quality, source=self.ema) if self.ema else None,
             watch=self.screen.watch,

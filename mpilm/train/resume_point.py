@@ -6,12 +6,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
+from mpilm.storage.merged import Merged
 from mpilm.storage.saved import State, under
+from mpilm.strategies.rest import merge_rest
 from mpilm.train.changes import Change
 from mpilm.train.metrics import Totals
+from mpilm.world.base import World
 
 if TYPE_CHECKING:
     from mpilm.learner.learner import Learner
+
+
+BEGUN = ("learner", "strategy")  # parts that take over what was merged
+
+# of a rank's totals, what is a sum over ranks
+ADDED = ["bytes_sent", "bytes_received", "messages"]
+ADDED += ["loss_sum", "loss_count", "skipped"]
 
 
 class Stateful(Protocol):
@@ -33,6 +43,7 @@ class ResumePoint:
     samples  of all ranks when it was written
     changes  settings that the run had before, and has not now
     is_end   the run had come to its end, and nothing is changed
+    merged   what the ranks have left, if they were not as many; `own` is made of it
     """
 
     own: State
@@ -40,6 +51,21 @@ class ResumePoint:
     samples: int
     changes: list[Change]
     is_end: bool
+    merged: Merged | None = None
+
+    def begin_(self, learner: Learner, world: World) -> None:
+        """Give a learner the mean model, before `Strategy.start`, if there is one.
+
+        Raises:
+            CheckpointError, DataError: it does not fit; on all ranks.
+
+        Communicates: collective, a small allgather and what `merge_rest` does.
+        """
+        if self.merged is None:
+            return
+        with world.all_or_none():
+            learner.take_over(self.merged.under("learner"), world.rank, world.size)
+        merge_rest(world.comm, learner, learner.theta)
 
     def restore_(self, parts: Mapping[str, Stateful]) -> Totals:
         """Let the parts take up their states; return the totals.
@@ -48,15 +74,26 @@ class ResumePoint:
             CheckpointError: one does not fit.
         """
         for name, part in parts.items():
+            if self.merged is not None and name in BEGUN:
+                continue
             state = under(name, self.own)
             if name == "learner":  # its optimiser's settings are the configuration's
                 cast("Learner", part).load_state(state, settings=False)
             else:
                 part.load_state(state)
-        return Totals(**under("totals", self.own))
+        totals = under("totals", self.own)
+        if self.merged is not None:
+            of = [under("totals", state) for state in self.merged.held.values()]
+            totals |= {name: sum(each[name] for each in of) for name in ADDED}
+        return Totals(**totals)
 
     def lines(self) -> Iterator[str]:
         """Yield what a person wants to know of it."""
         yield f"resumed at step {self.step:,}, {self.samples:,} samples"
+        if self.merged is not None:
+            yield (
+                f"ranks: {self.merged.size} until now; all go on from the mean of their"
+                " models, and the data is split anew"
+            )
         for change in self.changes:
             yield f"changed: {change}"

@@ -10,6 +10,7 @@ from typing import Any
 from mpilm.config import Config, resolve, tomllib
 from mpilm.errors import CheckpointError, ConfigError
 from mpilm.storage.checkpoint import Checkpoints
+from mpilm.storage.merged import Merged
 from mpilm.storage.saved import nested
 from mpilm.train.changes import Change, differences
 from mpilm.train.folder import RunFolder
@@ -78,9 +79,8 @@ class Saving:
         """Return where to go on from; None: there is no checkpoint.
 
         Raises:
-            CheckpointError: the newest one is of another corpus, configuration or
-                number of ranks; or the run has ended, and the changes would change
-                nothing.
+            CheckpointError: the newest one is of another corpus or configuration; or
+                the run has ended, and the changes would change nothing.
 
         Communicates: collective.
         """
@@ -88,7 +88,12 @@ class Saving:
         newest = self.checkpoints.latest()
         if newest is None:
             return None
-        shared, own = self.checkpoints.load(newest)
+        merged: Merged | None = None
+        if newest.size == self.world.size:
+            shared, own = self.checkpoints.load(newest)
+        else:
+            shared, merged = self.checkpoints.merge(newest)
+            own = merged.state
         ended_at = self.world.comm.allgather(folder.read_summary().get("steps"))[0]
         has_ended = newest.step == ended_at  # else its last checkpoint is broken
         with self.world.all_or_none():
@@ -108,7 +113,7 @@ class Saving:
                     " train.samples go on with it, another --out starts anew"
                 )
         return ResumePoint(
-            own, newest.step, samples, changes, has_ended and not changes
+            own, newest.step, samples, changes, has_ended and not changes, merged
         )
 
 

@@ -41,6 +41,7 @@ def summarise(
     metrics: dict[str, Any],
     *,
     num_dropped: int,
+    rest: int,
     quality: Callable[[str], Quality],
     ema_quality: Callable[[str], Quality] | None,
     watch: Callable[..., Iterator[Any]],
@@ -54,6 +55,8 @@ def summarise(
         recorder: what the run has taken, on this rank.
         metrics: of the strategy, on this rank.
         num_dropped: samples of the train split that no rank saw.
+        rest: samples of the run beside those of the ranks: it had another number of
+            ranks before.
         quality: measures the final model on a split; collective.
         ema_quality: the same for its moving average; None: there is none.
         watch: shows how far it is: yields its second argument, named by the first.
@@ -101,7 +104,7 @@ def summarise(
         f"{task.sample}s_left_out": num_dropped,
         "device": learner.device.type,
         "versions": versions(),
-        **over_ranks(reports),
+        **over_ranks(reports, rest),
     }
     if each:
         own_models = [getattr(own, measure) for own in each["valid"]]
@@ -158,14 +161,14 @@ def split_results(split: str, quality: Quality, task: Task) -> dict[str, float]:
     return found
 
 
-def over_ranks(reports: list[RankSummary]) -> dict[str, Any]:
+def over_ranks(reports: list[RankSummary], rest: int) -> dict[str, Any]:
     """Return what all ranks took together, and each of them.
 
     A sum is over ranks; a time is a rank's mean; a distance the root mean square.
     """
     totals = [report.totals for report in reports]
     size = len(totals)
-    samples = sum(report.samples for report in reports)
+    samples = sum(report.samples for report in reports) + rest
     blocked_s = sum(t.blocked_s for t in totals)
     together = Totals(
         blocked_s=blocked_s,

@@ -136,8 +136,6 @@ def contents(folder: Path) -> dict[str, str]:
     ("ranks", "options", "words"),
     [
         (2, "", ["holds a run", "--resume", "--out"]),
-        (1, "--resume", ["written by 2 ranks", "resume with 2 ranks"]),
-        (3, "--resume", ["written by 2 ranks", "resume with 2 ranks"]),
         (2, "--resume --set model.hidden=8", ["model.hidden = 16", "has 8"]),
         (2, "--resume --set optim.name=sgd", ["optim.name = adamw", "has sgd"]),
         (2, "--resume --set data.corpus=OTHER", ["other.h5", "vocabulary", "step-"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from .conftest import (
+    TINY_SAMPLES,
     TINY_STEPS,
     Running,
     first_checkpoint,
@@ -100,16 +102,31 @@ def test_a_run_killed_in_its_last_validation_has_its_last_step(
             assert np.array_equal(state[name], value), name
 
 
+def test_a_run_goes_on_on_another_number_of_ranks(trained, tmp_path: Path) -> None:
+    shutil.copytree(trained[0], tmp_path / "x")
+    more = ("--set", f"train.samples={TINY_SAMPLES + 6000}")
+    resumed = mpirun(3, "resume", tmp_path / "x", *more)
+    assert resumed.code == 0, resumed
+    assert f"resumed at step {TINY_STEPS:,}, {TINY_SAMPLES:,} samples" in resumed.out
+    assert "ranks: 2 until now" in resumed.out
+    found, before = (
+        json.loads((folder / "summary.json").read_text())
+        for folder in (tmp_path / "x", trained[0])
+    )
+    assert (found["ranks"], found["samples"]) == (3, TINY_SAMPLES + 6000)
+    assert found["valid_perplexity"] < 1.2 * before["valid_perplexity"]
+    again = mpirun(0, "resume", tmp_path / "x")
+    assert again.code == 0, again
+    assert "the run has ended" in again.out
+
+
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_run_that_has_ended_ends_at_once(trained, tmp_path: Path, ranks) -> None:
     (tmp_path / "torch.py").write_text(NO_TORCH)
     folder, before = trained[0], contents(trained[0])
     done = mpirun(ranks, "resume", folder, PYTHONPATH=str(tmp_path))
-    if ranks:
-        assert (done.code, done.err) == (0, "")
-        assert done.out == f"{folder}: the run has ended; more train.samples go on\n"
-    else:
-        done.refused("was written by 2 ranks, here are 1")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"{folder}: the run has ended; more train.samples go on\n"
     assert contents(folder) == before
 
 
