@@ -42,7 +42,7 @@ from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.strategies.row_server import RowServer
 from mpilm.strategies.rows import rows_in, shards
 from mpilm.strategies.shared_rows import require_resting_rows
-from mpilm.strategies.units import Units, hidden_matrices
+from mpilm.strategies.units import Units, unit_matrices
 from mpilm.vectors import copy_of, fill_, rows_at, to_array
 from mpilm.world.base import IN_PLACE, World
 
@@ -172,7 +172,7 @@ class AsyncSgd(Strategy):
     def require(self, learner: Learner) -> None:
         super().require(learner)
         require_resting_rows(self.name, learner)
-        if self.config.units < 1.0 and not hidden_matrices(learner.layout):
+        if self.config.units < 1.0 and not unit_matrices(learner.layout):
             raise ConfigError(
                 f"strategy.units = {self.config.units:g}: the model has no hidden"
                 " matrix to push a part of; take 1"

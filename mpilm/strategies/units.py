@@ -27,12 +27,12 @@ from mpilm.vectors import rows_at, set_rows_, to_array, zeros
 OUTER = ("embedding", "softmax")
 
 
-def hidden_matrices(layout: Layout) -> tuple[Segment, ...]:
+def unit_matrices(layout: Layout) -> tuple[Segment, ...]:
     """Return the matrices whose rows are hidden units; row tables are none.
 
     >>> parts = ("embedding.weight", (9, 2)), ("lstm.weight", (8, 2)), ("b", (8,))
     >>> layout = Layout.of([(*part, "") for part in parts])
-    >>> [segment.name for segment in hidden_matrices(layout)]
+    >>> [segment.name for segment in unit_matrices(layout)]
     ['lstm.weight']
     """
     return tuple(
@@ -57,7 +57,7 @@ class Units:
     """
 
     def __init__(self, layout: Layout, config: Any, rank: int, *, like: Any) -> None:
-        self.matrices = hidden_matrices(layout)
+        self.matrices = unit_matrices(layout)
         self.share, self.random, self.rank = config.units, config.units_random, rank
         self.kept: Any = None
         if config.unsent == "kept":

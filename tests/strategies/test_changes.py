@@ -91,6 +91,8 @@ def document(corpora, section: str, choice: str, key: str) -> dict[str, dict[str
         found[section] |= {"period": 4 if key == "delay" else 2}
     if choice == "hierarchical":
         found["strategy"]["node_size"] = 1
+    if key == "units_random":
+        found["strategy"] |= {"units": 0.5}
     if key == "nesterov":
         found["optim"] |= {"momentum": 0.5}
     return found

@@ -13,7 +13,7 @@ from mpilm.errors import ConfigError, MpilmError
 from mpilm.learner.flat import Layout
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies.async_sgd import AsyncSgd, AsyncSgdConfig
-from mpilm.strategies.units import Units, hidden_matrices
+from mpilm.strategies.units import Units, unit_matrices
 from mpilm.world.virtual import run_virtual
 
 LAYOUT = Layout.of(
@@ -119,7 +119,7 @@ def test_only_chosen_units_move(run, model, clip):
         strategy={"units": 0.001}, **POOL,
     )  # fmt: skip
     (first,) = run(1, "local", steps=1, model=model, optim={"lr": 1e-30})
-    for segment in hidden_matrices(first.learner.layout):
+    for segment in unit_matrices(first.learner.layout):
         before = first.learner.theta[segment.slice].view(segment.shape)
         after = trainers[0].learner.theta[segment.slice].view(segment.shape)
         moved = (before != after).any(1)
@@ -143,7 +143,7 @@ def test_runs_learn_and_send_less_and_go_on_from_a_checkpoint(run, unsent):
     kept = strategy.units.kept
     assert (kept is not None) == (unsent == "kept")
     if kept is not None:
-        assert all(kept[s.slice].any() for s in hidden_matrices(learner.layout))
+        assert all(kept[s.slice].any() for s in unit_matrices(learner.layout))
 
 
 def test_the_bytes_are_those_that_the_world_counts(run):
