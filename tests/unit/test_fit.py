@@ -3,75 +3,31 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from mpilm import evaluate_mean, fit, load_model, run_virtual, strategy
+from mpilm import evaluate_mean, load_model, run_virtual, strategy
 from mpilm.commands.report import report
 from mpilm.errors import CheckpointError, MpilmError
 from mpilm.learner.learner import Learner
 from mpilm.storage.runlog import read_run
 from mpilm.train.loop import Trainer
-
-torch.manual_seed(5)
-X = torch.randn(50, 3)
-Y = (X.sum(dim=1) > 0).long()
-DATA = TensorDataset(X, Y)
-SGD = {"optimizer": torch.optim.SGD, "optimizer_settings": {"lr": 0.1}}
-
-
-def make_model(dropout=0.0):
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(dropout), nn.Linear(4, 2)
-    )
-
-
-def loss(model, batch):
-    x, y = batch
-    found = model(x)
-    return nn.functional.cross_entropy(found, y), (found.argmax(1) != y).sum()
-
-
-def loader(batch_size=5, **settings):
-    return DataLoader(DATA, batch_size=batch_size, **settings)
-
-
-def trained(out, batches=None, *, size=2, model=make_model, criterion=loss, **settings):
-    """Return the models, one per rank, and what `fit` returned on rank 0."""
-    models, fitted = [None] * size, []
-
-    def main(world):
-        models[world.rank] = made = model()
-        given = batches if batches is not None else loader(shuffle=True)
-        lasting = {} if "samples" in settings else {"epochs": 2}
-        options = {**SGD, **lasting, **settings}
-        if "optimizer" in settings and "optimizer_settings" not in settings:
-            del options["optimizer_settings"]
-        options = {k: v(made) if k == "of_model" else v for k, v in options.items()}
-        options.update(options.pop("of_model", {}))
-        found = fit(made, given, criterion, out=out, world=world, **options)
-        fitted.append(found)
-
-    run_virtual(main, size)
-    return models, next(f for f in fitted if f.rank == 0)
-
-
-def same(one, other):
-    """Return whether two modules hold the same bits."""
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return all(torch.equal(*pair) for pair in pairs)
-
-
-def vector(module):
-    return nn.utils.parameters_to_vector(module.parameters()).detach()
-
+from tests.unit.fitting import (
+    X,
+    Y,
+    loader,
+    loss,
+    make_model,
+    same,
+    trained,
+    uneven,
+    vector,
+)
 
 NAMES = ["local", "allreduce", "model_averaging", "gossip_bmuf", "adpsgd", "async_sgd"]
 
@@ -188,133 +144,6 @@ def test_accumulated_minibatches_are_larger_ones(tmp_path, drop_last):
     assert first.summary["steps"] == second.summary["steps"] == 8
     assert first.summary["samples"] == second.summary["samples"] == 96
     torch.testing.assert_close(vector(parts[0]), vector(whole[0]), rtol=1e-5, atol=1e-6)
-
-
-class Noisy(Dataset):
-    """Items that are drawn with torch's random numbers each time."""
-
-    def __len__(self):
-        return 50
-
-    def __getitem__(self, index):
-        return X[index] + 0.1 * torch.randn(3), Y[index]
-
-
-class Counting:
-    def __init__(self, world):
-        self.index = world.rank
-
-    def next(self):
-        self.index += 2
-        rows = torch.arange(self.index, self.index + 4) % 50
-        return X[rows], Y[rows]
-
-
-class Placed(Counting):
-    def state(self):
-        return {"index": self.index}
-
-    def load_state(self, state):
-        self.index = int(state["index"])
-
-
-def uneven(world):
-    """Minibatches of 2 to 5 samples, others on each rank."""
-    number = world.rank
-    while True:
-        number += 3
-        rows = slice(number % 40, number % 40 + 2 + number % 4)
-        yield X[rows], Y[rows]
-
-
-SOURCES = {
-    "shuffled loader": lambda: loader(7, shuffle=True),
-    "noise": lambda: DataLoader(Noisy(), batch_size=7, shuffle=True),
-    "a list of one's own": lambda: (
-        lambda world: [
-            (X[n : n + 4], Y[n : n + 4]) for n in range(4 * world.rank, 44, 8)
-        ]
-    ),
-    "an iterator": lambda: uneven,
-    "next": lambda: Counting,
-    "next with a place": lambda: Placed,
-}
-
-
-def cases():
-    """Yield every source under two strategies; all but one are long."""
-    for source in SOURCES:
-        for name in ("allreduce", "model_averaging"):
-            is_short = (source, name) == ("noise", "allreduce")
-            marks = () if is_short else (pytest.mark.long,)
-            yield pytest.param(source, name, marks=marks, id=f"{source}-{name}")
-
-
-@pytest.mark.parametrize(("source", "name"), list(cases()))
-def test_resumed_is_uninterrupted_to_the_bit(tmp_path, source, name):
-    settings = {
-        "strategy": name,
-        "model": partial(make_model, dropout=0.3),
-        "criterion": lambda model, batch: loss(model, batch)[0],
-        "samples": 240,
-        "optimizer": torch.optim.AdamW,
-        "optimizer_settings": {"lr": 0.01},
-        "scheduler": partial(CosineAnnealingLR, T_max=40),
-        "valid": loader(10),
-        "valid_every": 100,
-        "log_every": 1,
-        "checkpoint_every": 90,
-        "keep": 9,
-    }
-    whole, _ = trained(tmp_path / "a", SOURCES[source](), **settings)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    found = sorted((tmp_path / "b/checkpoints").iterdir())
-    assert len(found) >= 2
-    for path in found[1:]:
-        shutil.rmtree(path)
-    (tmp_path / "b/summary.json").unlink()
-    parts, fitted = trained(tmp_path / "b", SOURCES[source](), resume=True, **settings)
-    assert same(parts[0], whole[0])
-    one, other = (read_run(tmp_path / place)[1].rows for place in "ab")
-    assert one["loss"].tolist() == other["loss"].tolist()
-    assert one["lr"].tolist() == other["lr"].tolist()
-    assert fitted.summary["steps"] == one["step"][-1]
-
-
-def test_a_run_that_has_ended_gives_its_model_again(tmp_path):
-    first, _ = trained(tmp_path)
-    again, fitted = trained(tmp_path, resume=True)
-    assert same(first[0], again[1])
-    assert fitted.summary["steps"] == 10
-    with pytest.raises(MpilmError, match=r"holds a run; resume = True goes on"):
-        trained(tmp_path)
-
-
-def test_more_epochs_go_on(tmp_path):
-    trained(tmp_path, epochs=2)
-    _, fitted = trained(tmp_path, epochs=3, resume=True)
-    assert fitted.summary["samples"] == 150
-    assert "train.samples" in (tmp_path / "changes.toml").read_text()
-
-
-def test_ranks_with_uneven_minibatches_end_at_the_same_step(tmp_path):
-    _, fitted = trained(tmp_path, uneven, size=3, samples=400, log_every=1)
-    steps = {len(log.rows["step"]) for log in read_run(tmp_path).values()}
-    assert len(steps) == 1
-    assert abs(fitted.summary["samples"] - 400) <= 3 * 4 * 5
-    assert fitted.summary["samples"] == sum(fitted.summary["per_rank"]["samples"])
-
-
-def test_the_moving_average_can_be_loaded(tmp_path):
-    models, fitted = trained(tmp_path, ema={"samples": 30}, valid=loader(10))
-    average = load_model(make_model(), tmp_path, ema=True)
-    assert not torch.equal(vector(average), vector(models[0]))
-    assert fitted.summary["ema_valid_loss"] != fitted.summary["valid_loss"]
-    trained(tmp_path / "plain")
-    with pytest.raises(CheckpointError, match="no moving average"):
-        load_model(make_model(), tmp_path / "plain", ema=True)
-    with pytest.raises(CheckpointError, match="other parameters"):
-        load_model(nn.Linear(3, 2), tmp_path)
 
 
 def test_shared_frozen_and_unused_parameters(tmp_path):
