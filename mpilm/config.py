@@ -87,6 +87,9 @@ class TrainConfig:
     """sequences evaluated side by side, whatever the number of ranks"""
     max_bad_steps: Positive = 10
     """steps in a row, skipped as the gradient was not finite, that end a run"""
+    max_bad_rounds: Natural = 10
+    """means in a row that a rank is left out of (strategy.leave_out) that end a run; 0:
+    any number may be"""
     log_every: Positive = 10
     """steps between two rows of the log"""
     trace_steps: Natural = 50

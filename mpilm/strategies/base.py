@@ -132,6 +132,7 @@ class Strategy(ABC):
     lasting       those of `saves` that go on at another number of ranks
     service       its background activity, if it has one
     pace          see `Pace`
+    leaving       which models are left out of a mean; None: none
 
     on_synchronised  called with (where, model): the place of a part in the flat vector
                      and its synchronised values, in the order in which it happens. The
@@ -146,6 +147,7 @@ class Strategy(ABC):
     saves: tuple[str, ...] = ()
     lasting: tuple[str, ...] = ()
     service: Service | None = None
+    leaving: Any = None  # a LeaveOut
     on_synchronised: Observer | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -27,6 +27,7 @@ from mpilm.storage.merged import Merged
 from mpilm.storage.saved import State
 from mpilm.strategies.base import Learner, Strategy
 from mpilm.strategies.block_momentum import BlockMomentum
+from mpilm.strategies.leave_out import LEAVING, LeaveOut
 from mpilm.strategies.shared_rows import SharedRows
 from mpilm.vectors import chunked, copy_of, to_array
 from mpilm.world.base import World
@@ -66,7 +67,7 @@ class BlockStrategy(Strategy):
         self.snapshot: Any = None
         self.wbar: Any = None
         self.under_way: dict[int, list[Any]] = {}
-        self.saves = ("moved", "steps")
+        self.saves = ("moved", "steps", *(LEAVING if config.leave_out else ()))
         if filtered:
             self.saves += ("momentum.delta", "momentum.start_point")
         self.lasting = ("momentum.delta", "momentum.start_point")
@@ -88,6 +89,8 @@ class BlockStrategy(Strategy):
         config, theta = self.config, learner.theta
         self.components = cut(learner.layout, self.parts)
         self.applies_at = np.full(len(self.components), -1, np.int64)
+        if self.config.leave_out:
+            self.leaving = LeaveOut(self.config.leave_out, len(self.components))
         if self.filtered:
             self.momentum = BlockMomentum(
                 theta, eta=self.eta, zeta=config.zeta, momentum=config.momentum
@@ -102,6 +105,10 @@ class BlockStrategy(Strategy):
         self.rows.touch(learner)
         self.steps += 1
         ending = self.ending()
+        if self.leaving:
+            self.leaving.note(loss)
+            if ending:
+                self.leaving.begin_round(learner.theta)
         for number in ending:
             self.end_block(learner, number)
         for number in np.flatnonzero(self.applies_at == self.steps).tolist():
@@ -134,12 +141,19 @@ class BlockStrategy(Strategy):
         self.receive(number)
         self.applies_at[number] = -1
         goal = self.wbar if self.momentum is None else self.momentum.start_point
+        is_out = self.leaving is not None and bool(self.leaving.out_C[number])
         for where in self.components[number]:
             self.show(where)
             parts = [vector[where] for vector in (learner.theta, self.snapshot, goal)]
+            if is_out:
+                parts[0][:] = parts[2]  # what it has learned is not to be used
+                continue
             for theta, s, g in chunked(*parts) if self.delay else ():
                 theta -= s
                 theta += g  # (8)
+        if is_out:
+            self.leaving.forget()
+            learner.reset_moments()
 
     def receive(self, number: int) -> None:
         """Receive and filter a component's mean, if it is under way."""
@@ -265,6 +279,8 @@ def due(steps: int, period: int, num_components: int, stagger: bool) -> list[int
 
 def check_blocks(config: Any) -> None:
     """Raise ValueError unless the settings of blocks go with each other."""
+    if config.leave_out and getattr(config, "stagger", False):
+        raise ValueError("leave_out: judges whole blocks: stagger must be false")
     if config.eta != AUTOMATIC and not 0.0 <= config.eta < 1.0:
         raise ValueError(f"eta: {config.eta} is neither in [0, 1) nor -1 (automatic)")
     if config.delay >= config.period:

@@ -48,6 +48,7 @@ from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks, due
+from mpilm.strategies.leave_out import left_out_of
 from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.world.base import Request, World
 
@@ -71,13 +72,18 @@ class BmufConfig:
 
     delay: Annotated[int, Meta(ge=0)] = 0
     """steps that the learner computes on while a mean is under way; below period"""
+    leave_out: Annotated[float, Meta(ge=0.0)] = 0.0
+    """nats above the lowest loss of a rank that leave another out; 0: none is"""
 
     def __post_init__(self) -> None:
         check_blocks(self)
 
 
 class Bmuf(BlockStrategy):
-    """Model averaging with block momentum."""
+    """Model averaging with block momentum.
+
+    share  ranks for each that is in the mean under way
+    """
 
     name = "bmuf"
     Config = BmufConfig
@@ -86,6 +92,7 @@ class Bmuf(BlockStrategy):
     def __init__(self, world: World, config: BmufConfig) -> None:
         parts = "layers" if config.stagger else "whole"
         super().__init__(world, config, parts=parts, filtered=True)
+        self.share = 1.0
         self.saves += ("rows.moved", "rows.touched")
         self.lasting += ("steps",)
 
@@ -95,10 +102,16 @@ class Bmuf(BlockStrategy):
     def require(self, learner: Learner) -> None:
         super().require(learner)
         require_resting_rows(self.name, learner)
-        if learner.layout.tables and (self.config.stagger or self.config.delay):
+        config = self.config
+        if learner.layout.tables and (config.stagger or config.delay):
             raise ConfigError(
                 "strategy.name = bmuf: with model.sparse = true the whole model is"
                 " exchanged at the end of a block: stagger = false and delay = 0"
+            )
+        if learner.layout.tables and config.leave_out:
+            raise ConfigError(
+                "strategy.leave_out: takes whole models; with model.sparse = true it"
+                " must be 0"
             )
 
     def ending(self) -> list[int]:
@@ -109,7 +122,15 @@ class Bmuf(BlockStrategy):
         """Start the mean of a part over all ranks; without `delay` nothing yet.
 
         Communicates: collective, with `delay` an Iallreduce of the part; not blocking.
+            With `leave_out` before it an Allreduce of 8K bytes, blocking.
         """
+        self.share = 1.0
+        if self.leaving and self.comm.size > 1:
+            is_out_K, moved = left_out_of(self.comm, self.leaving)
+            self.moved += moved
+            self.share = self.comm.size / int((~is_out_K).sum())
+            if self.leaving.out_C[number]:
+                self.snapshot[where] = 0.0
         if self.delay == 0:
             return None
         self.moved += self.allreduced_bytes(where.stop - where.start)
@@ -125,9 +146,11 @@ class Bmuf(BlockStrategy):
             self.mean_(part)
             self.moved += self.allreduced_bytes(len(part))
             self.rows.put_back_(wbar, part)
-            return
-        started.Wait()
-        wbar /= self.comm.size
+        else:
+            started.Wait()
+            wbar /= self.comm.size
+        if self.share != 1.0:
+            wbar *= self.share
 
     def is_plain(self, step: int) -> bool:
         return step <= self.config.warmup * self.config.period
@@ -140,7 +163,8 @@ class Bmuf(BlockStrategy):
         self.filtered_model_(learner, out)
 
     def metrics(self) -> dict[str, Any]:
-        return self.averages(self.steps // self.config.period)
+        out = {"left_out": self.leaving.num_rounds} if self.leaving else {}
+        return self.averages(self.steps // self.config.period) | out
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
         moved = self.moved + self.rows.moved

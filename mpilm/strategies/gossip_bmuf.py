@@ -50,13 +50,14 @@ from msgspec import Meta
 from mpilm.errors import ConfigError
 from mpilm.strategies.base import ITEM_BYTES, Learner
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks
+from mpilm.strategies.leave_out import LOSS_BYTES, Losses
 from mpilm.strategies.mixing import Mean
 from mpilm.strategies.topology import num_groups, random_group
 from mpilm.vectors import copy_of
 from mpilm.world.base import World
 
 VECTORS = {"models": 1, "starts": 2, "momenta": 3}
-NUM_TAGS = 8192  # MPI promises tags up to 32,767; messages of one tag stay in order
+NUM_TAGS = 8191  # MPI promises tags up to 32,767; messages of one tag stay in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,20 @@ class GossipBmufConfig:
     """steps that the learner computes on while means are under way; below period"""
     seed: Annotated[int, Meta(ge=0)] = 1
     """of the random groups"""
+    leave_out: Annotated[float, Meta(ge=0.0)] = 0.0
+    """nats above the lowest loss in a group that leave another out; 0: none is"""
 
     def __post_init__(self) -> None:
         check_blocks(self)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The means of a part under way, of a component's number."""
+
+    number: int
+    means: list[Mean]
+    losses: Losses | None
 
 
 class GossipBmuf(BlockStrategy):
@@ -142,7 +154,7 @@ class GossipBmuf(BlockStrategy):
             buffers.append(copy_of(space))
         self.inboxes = [buffers[n * most : (n + 1) * most] for n in range(count)]
 
-    def start_mean(self, number: int, where: slice) -> list[Mean]:
+    def start_mean(self, number: int, where: slice) -> Started:
         """Start the means over a component's group of the vectors that `mix` says.
 
         Communicates: pairwise inside the group, 4 bytes for each element and vector to
@@ -161,24 +173,38 @@ class GossipBmuf(BlockStrategy):
             for mean, inbox in zip(means, self.inboxes, strict=True):
                 mean.receive([buffer[where] for buffer in inbox])
         others = [member for member in members if member != self.comm.rank]
+        losses = None
+        if self.leaving:
+            judged = NUM_TAGS * len(VECTORS) + number % NUM_TAGS
+            losses = Losses(self.comm, self.leaving.loss, others, judged)
+            self.moved += LOSS_BYTES * len(others)
         self.partners[others] += 1
         num_parts = sum(map(len, self.components))
         self.weights[others] += 1.0 / len(members) / num_parts
         length = where.stop - where.start
         self.moved += ITEM_BYTES * length * len(vectors) * len(others)
-        return means
+        return Started(number, means, losses)
 
-    def end_mean(self, started: list[Mean], wbar: Any) -> None:
+    def end_mean(self, started: Started, wbar: Any) -> None:
         """Write wbar (1); replace g and Delta by their means, as far as they are mixed.
 
         Communicates: waits for the other members. Blocking.
         """
-        for n, mean in enumerate(started):
+        left_out: set[int] = set()
+        if started.losses and self.leaving:
+            left_out = started.losses.left_out(self.leaving)
+            if self.comm.rank in left_out:
+                self.leaving.out_C[started.number] = 1
+        for n, mean in enumerate(started.means):
             if not self.delay:
                 buffers = self.inboxes[0]
                 mean.receive([buffer[: len(mean.vector)] for buffer in buffers])
             # else over its own vector: w itself is theta, and so wbar, without `delay`
-            mean.finish_(wbar if self.delay and n == 0 else None)
+            out = wbar if self.delay and n == 0 else None
+            if left_out:
+                mean.finish_without_(left_out, out)
+            else:
+                mean.finish_(out)
 
     def group(self, component: int) -> list[int]:
         """Return the ranks that average a component in the block that ends now."""
@@ -208,4 +234,5 @@ class GossipBmuf(BlockStrategy):
             "partners": self.partners.copy(),
             "rounds": rounds,
             "weights": self.weights.copy(),
+            **({"left_out": self.leaving.num_rounds} if self.leaving else {}),
         }

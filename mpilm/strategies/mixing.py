@@ -17,11 +17,11 @@ Cost        a buffer for one source, two for more; with more buffers more vector
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from mpilm.vectors import chunked
+from mpilm.vectors import chunked, copy_of
 from mpilm.world.base import Comm, Request
 
 
@@ -103,6 +103,33 @@ class Mean:
             if elsewhere:
                 mean[:] = sum_
             mean /= 1 + len(self.sources)  # times float32(1/3) grows by 3e-8 a round
+
+    def finish_without_(self, left_out: Collection[int], out: Any = None) -> None:
+        """Write the mean (1) over all but some ranks of S; as `finish_`.
+
+        Their vectors are received and not looked at.
+
+        Args:
+            left_out: ranks, not all of S; this one may be among them.
+        """
+        out = self.vector if out is None else out
+        total: Any = None
+        count, rank = 0, self.comm.rank
+        places = {source: place for place, source in enumerate(self.sources)}
+        for member in sorted({*self.sources, rank}):
+            addend = self.vector
+            if member != rank:
+                request, addend = self.receives[places[member]]
+                request.Wait()
+            if member not in left_out:
+                total = copy_of(addend) if total is None else total + addend
+                count += 1
+            if member != rank:
+                self._receive_next(addend)
+        for send in self.sends:
+            send.Wait()
+        total /= count
+        out[:] = total
 
     def _addends(self) -> Iterator[Any]:
         """Yield the vectors in the order of ranks, but this rank's never first of more.

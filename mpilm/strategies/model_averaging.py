@@ -26,19 +26,16 @@ Departs     from the paper in: `leave_out`; an optional warm-up, in which every
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, Strategy, allreduced_bytes
+from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.leave_out import LEAVING, LeaveOut, left_out_of
 from mpilm.strategies.shared_rows import SharedRows, require_resting_rows
-from mpilm.vectors import is_finite
-from mpilm.world.base import IN_PLACE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +61,8 @@ class ModelAveragingConfig:
 class ModelAveraging(Strategy):
     """Local SGD with the plain mean of all models every `period` minibatches.
 
-    moved     bytes of all averages so far, each way: moment vectors included
-    loss_sum  finite losses since the last average, `num_losses` of them
-    left_out  averages without this rank
+    moved    bytes of all averages so far, each way: moment vectors included
+    leaving  who is left out; None: nobody
     """
 
     name = "model_averaging"
@@ -82,9 +78,9 @@ class ModelAveraging(Strategy):
     def __init__(self, world: Any, config: ModelAveragingConfig) -> None:
         super().__init__(world, config)
         self.steps = self.rounds = self.moved = 0
-        self.loss_sum, self.num_losses, self.left_out = 0.0, 0, 0
         if config.leave_out:
-            self.saves += ("left_out", "loss_sum", "num_losses")
+            self.leaving = LeaveOut(config.leave_out)
+            self.saves += LEAVING
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
@@ -105,9 +101,8 @@ class ModelAveraging(Strategy):
         learner.update()  # (1)
         self.rows.touch(learner)
         self.steps += 1
-        if self.config.leave_out and math.isfinite(found := float(loss)):
-            self.loss_sum += found
-            self.num_losses += 1
+        if self.leaving:
+            self.leaving.note(loss)
         if self.is_due(before, learner.samples):
             if learner.layout.tables:
                 part = self.rows.gathered(learner.theta)
@@ -144,24 +139,19 @@ class ModelAveraging(Strategy):
 
         Communicates: with `leave_out` an Allreduce of 8 bytes for each rank before it.
         """
-        size, rank, theta = self.comm.size, self.comm.rank, learner.theta
-        if not self.config.leave_out or size == 1:
+        theta, leaving = learner.theta, self.leaving
+        if leaving is None or self.comm.size == 1:
             self.average_(theta)
             return
-        is_known = self.num_losses > 0 and is_finite(theta)
-        losses_K = np.zeros(size)
-        losses_K[rank] = self.loss_sum / self.num_losses if is_known else math.inf
-        self.loss_sum, self.num_losses = 0.0, 0
-        self.comm.Allreduce(IN_PLACE, losses_K)
-        self.moved += allreduced_bytes(2 * size, size)
-        is_out_K = losses_K > losses_K.min() + self.config.leave_out
-        if is_out_K[rank]:
-            self.left_out += 1
+        leaving.begin_round(theta)
+        is_out_K, moved = left_out_of(self.comm, leaving)
+        self.moved += moved
+        if leaving.out_C[0]:
             theta[:] = 0.0
         self.average_(theta)
         if is_out_K.any():
-            theta *= size / (size - int(is_out_K.sum()))
-        if is_out_K[rank]:
+            theta *= self.comm.size / int((~is_out_K).sum())
+        if leaving.out_C[0]:
             learner.reset_moments()  # of a model that is no more
 
     def average_(self, vector: Any) -> None:
@@ -170,7 +160,7 @@ class ModelAveraging(Strategy):
         self.moved += self.allreduced_bytes(len(vector))
 
     def metrics(self) -> dict[str, Any]:
-        out = {"left_out": self.left_out} if self.config.leave_out else {}
+        out = {"left_out": self.leaving.num_rounds} if self.leaving else {}
         return self.averages(self.rounds) | out
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:

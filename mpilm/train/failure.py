@@ -21,18 +21,25 @@ class Failure:
         totals: counts of the run; skipped steps are added to them.
         checkpoints: the folder that a person will look into.
         max_bad_steps: steps without an update in a row, of which one is too many.
+        max_bad_rounds: the same of means that the model is left out of; 0: none.
         is_nats: whether the loss is one whose exponential is shown.
 
     error  it; None: nothing has failed
     """
 
     def __init__(
-        self, totals: Totals, checkpoints: Path, max_bad_steps: int, *, is_nats: bool
+        self,
+        totals: Totals,
+        checkpoints: Path,
+        *,
+        max_bad_steps: int,
+        max_bad_rounds: int,
+        is_nats: bool,
     ) -> None:
         self.error: MpilmError | None = None
         self._totals = totals
         self._checkpoints = checkpoints
-        self._max_bad_steps = max_bad_steps
+        self._max_bad_steps, self._max_bad_rounds = max_bad_steps, max_bad_rounds
         self._most = LARGEST_LOSS if is_nats else math.inf
         self._num_bad = 0  # steps in a row that were skipped
 
@@ -55,12 +62,19 @@ class Failure:
                 )
             )
 
-    def judge(self, loss: float) -> bool:
-        """Return whether a loss is a finite one; if not, it is a failure."""
-        if loss < self._most:
-            return True
-        self.note(self.diverged(f"the loss is {loss:.3g}"))
-        return False
+    def count_rounds(self, leaving: Any) -> None:
+        """Note a failure if the model was left out of too many rounds in a row."""
+        most = self._max_bad_rounds
+        if most and leaving is not None and leaving.num_in_a_row >= most:
+            self.note(
+                self.diverged(
+                    f"a rank was left out of {most} rounds in a row, the last"
+                )
+            )
+
+    def is_good(self, loss: float) -> bool:
+        """Return whether a loss is a finite one, and so is its exponential."""
+        return loss < self._most
 
     def diverged(self, what: str) -> DivergenceError:
         """Return the error that says so."""

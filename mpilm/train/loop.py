@@ -126,7 +126,8 @@ class Trainer:
         self.failure = Failure(
             self.totals,
             self.folder.checkpoints,
-            config.train.max_bad_steps,
+            max_bad_steps=config.train.max_bad_steps,
+            max_bad_rounds=config.train.max_bad_rounds,
             is_nats=self.task.measure == "perplexity",
         )
         self.batches.synchronise(self.learner.samples)
@@ -225,6 +226,7 @@ class Trainer:
                 samples = strategy.pace.agree(self.samples)
                 self.is_validated = self.is_saved = False
                 self.failure.count(loss, is_skipped=learner.skipped)
+                self.failure.count_rounds(strategy.leaving)
                 if totals.step % config.train.log_every == 0:
                     self.record(samples, float(loss))
                 is_due = self.validations.due(samples) or self.savings.due(samples)
@@ -318,11 +320,15 @@ class Trainer:
         """Write a row of the log and show progress; note a failure for later."""
         if self.failure.error:
             return
-        totals, is_skipped = self.totals, self.learner.skipped
-        if not (is_skipped or self.failure.judge(loss)):
-            return
+        totals = self.totals
+        is_used = not self.learner.skipped
+        if is_used and not self.failure.is_good(loss):
+            if self.strategy.leaving is None:  # else it is left out of the next mean
+                self.failure.note(self.failure.diverged(f"the loss is {loss:.3g}"))
+                return
+            is_used = False
         self.recorder.mark()
-        if not is_skipped:
+        if is_used:
             totals.loss_sum += loss
             totals.loss_count += 1
         learner, metrics = self.learner, self.strategy.metrics()

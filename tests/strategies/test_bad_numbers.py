@@ -11,6 +11,7 @@ import torch
 
 from mpilm.errors import MpilmError
 from mpilm.storage.checkpoint import load_shared
+from mpilm.strategies import STRATEGIES
 from mpilm.strategies.model_averaging import ModelAveraging
 from mpilm.train.loop import Trainer
 
@@ -91,6 +92,97 @@ def test_a_good_step_between_them_begins_the_count_anew(run, spoiled):
     spoiled(1, set(range(50)) - set(range(3, 50, 4)))
     _, trainer = run(2, "model_averaging", train={"max_bad_steps": 4})
     assert trainer.totals.skipped == 38
+
+
+BLOCKS = {
+    "bmuf": ("bmuf", {}),
+    "bmuf-delayed": ("bmuf", {"delay": 3}),
+    "gossip_bmuf": ("gossip_bmuf", {}),
+    "gossip_bmuf-delayed": ("gossip_bmuf", {"delay": 3, "mix": "momenta"}),
+    "gossip_bmuf-unfiltered": ("gossip_bmuf", {"filter": False, "delay": 2}),
+    "model_averaging": ("model_averaging", {}),
+}
+
+
+@pytest.fixture
+def damaged(monkeypatch):
+    """Return a function: rank 1 has its model multiplied before some of its steps."""
+
+    def damage(kind, factor: float, steps: set[int] | range) -> None:
+        step = kind.step
+
+        def damaged_step(strategy, learner):
+            if strategy.world.rank == 1 and strategy.steps in steps:
+                learner.theta *= factor
+            return step(strategy, learner)
+
+        monkeypatch.setattr(kind, "step", damaged_step)
+
+    return damage
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("factor", [math.nan, 1000.0])
+def test_a_bad_model_is_left_out_of_blocks(run, damaged, tmp_path, case, factor):
+    """Rank 1 comes to the second mean with a model that is not to be used."""
+    name, settings = BLOCKS[case]
+    damaged(STRATEGIES[name], factor, {7})
+    settings = {**settings, "period": 5, "leave_out": 1.0}
+    train = {"test": False, "max_bad_rounds": 2}
+    trainers = run(3, name, steps=20, out="x", strategy=settings, train=train)
+    assert [t.strategy.metrics()["left_out"] for t in trainers] == [0, 1, 0]
+    for trainer in trainers:
+        assert torch.isfinite(trainer.learner.theta).all()
+    summary = json.loads((tmp_path / "x/summary.json").read_text())
+    assert summary["valid_perplexity"] < 40
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("name", ["bmuf", "gossip_bmuf"])
+def test_what_is_left_out_goes_on_from_the_mean_of_the_others(
+    run, damaged, monkeypatch, name, delay
+):
+    kind, seen = STRATEGIES[name], {}
+    damaged(kind, math.nan, {2})
+    begin, apply = kind.end_block, kind.apply
+
+    def began(strategy, learner, number):
+        seen.setdefault((strategy.world.rank, number), learner.theta.clone())
+        begin(strategy, learner, number)
+
+    def applied(strategy, learner, number):
+        before = learner.theta.clone()
+        apply(strategy, learner, number)
+        key = (strategy.world.rank, number, "after")
+        seen.setdefault(key, (before, learner.theta.clone()))
+
+    monkeypatch.setattr(kind, "end_block", began)
+    monkeypatch.setattr(kind, "apply", applied)
+    settings = {"eta": 0.0, "period": 3, "delay": delay, "leave_out": 1.0}
+    trainers = run(3, name, steps=6, strategy=settings, train={"test": False})
+    for number, slices in enumerate(trainers[0].strategy.components):
+        for where in slices:
+            mean = (seen[0, number][where] + seen[2, number][where]) / 2
+            torch.testing.assert_close(seen[1, number, "after"][1][where], mean)
+            before, after = seen[0, number, "after"]
+            moved = after - before + seen[0, number]
+            torch.testing.assert_close(moved[where], mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["bmuf", "gossip_bmuf", "model_averaging"])
+def test_left_out_too_often_all_stop_and_a_good_checkpoint_stands(
+    run, damaged, tmp_path, name
+):
+    damaged(STRATEGIES[name], 1000.0, range(20, 1_000_000))
+    settings = {"strategy": {"period": 5, "leave_out": 1.0}}
+    settings |= {"train": {"max_bad_rounds": 3}, "checkpoint": {"every": 400}}
+    what = "a rank was left out of 3 rounds in a row.* at step 35: .*checkpoints"
+    with pytest.raises(MpilmError, match=what):
+        run(3, name, steps=1000, out="x", **settings)
+    theta = load_shared(tmp_path / "x/checkpoints")["theta"]
+    assert np.isfinite(theta).all()
 
 
 @pytest.mark.long
