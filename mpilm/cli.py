@@ -89,7 +89,10 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "mpilm.commands.sweep:sweep",
         "run many combinations from one file: simulated, here, or submitted",
     ),
-    ("status",): ("mpilm.commands.sweep:status", "how the points of a sweep stand"),
+    ("status",): (
+        "mpilm.commands.sweep:status",
+        "how a sweep's points, or a run's ranks, stand",
+    ),
 }
 
 

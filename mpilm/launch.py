@@ -6,6 +6,7 @@ Nothing here starts MPI.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -113,3 +114,12 @@ def terminal_width() -> int | None:
         return os.get_terminal_size(descriptor).columns or 80
     finally:
         os.close(descriptor)
+
+
+def node_name(environment: Mapping[str, str]) -> str:
+    """Return the name by which the scheduler knows this node, or else its host name.
+
+    >>> node_name({"SLURMD_NODENAME": "gpu07"})
+    'gpu07'
+    """
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()

@@ -20,8 +20,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from mpilm.commands import ranks
 from mpilm.commands.points import SUBMITTED, Point, Spec
 from mpilm.commands.queued import make
+from mpilm.commands.ranks import rank_table, read_ranks
 from mpilm.commands.swept import NAME, State, Sweep, last_line, point_table, write_table
 from mpilm.errors import (
     INTERRUPTED,
@@ -82,13 +84,27 @@ def status(
     /,
     *,
     csv: Path | None = None,
+    slow_nodes: Annotated[float, tyro.conf.arg(name="slow-nodes")] = 0.0,
 ) -> int:
-    """Tell how the points of a sweep stand: done, running, queued, failed and why.
+    """Tell how the points of a sweep stand, or the ranks of a run, running or not.
+
+    Of a point: whether it is done, runs, is queued, or failed and why. Of a rank: its
+    speed, the shares of its time, and whether it computes slower than the others.
 
     Args:
-        folder: of the sweep
+        folder: of the sweep, or of the run
         csv: file to write the table to as well, with the results of what is done
+        slow_nodes: print nothing but the hosts of a run, with commas between, on which
+            every rank computes over so many times as long as the fastest
     """
+    if slow_nodes or (folder / "config.toml").exists():
+        if csv is not None:
+            raise ConfigError("--csv: is for sweeps; `mpilm report RUN --csv FOLDER`")
+        run, rows = read_ranks(folder)
+        nodes = ranks.slow_nodes(rows, slow_nodes) if slow_nodes else []
+        for line in [",".join(nodes)] if slow_nodes else rank_table(run, rows):
+            print(line)
+        return 0
     found = Sweep.read(folder)
     found.look()
     if found.spec.run not in SUBMITTED and not _is_at_work(folder):

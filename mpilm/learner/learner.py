@@ -10,6 +10,7 @@ Knows nothing of other ranks. A strategy speaks to it in the terms of its equati
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from mpilm.learner.places import require_ready
 from mpilm.learner.random_state import RandomState
 from mpilm.learner.rest import ModuleRest, restored_parts, stored, stored_parts
 from mpilm.learner.row_optimizer import RowOptimizer, Rows, make_row_optimizer
+from mpilm.learner.spent import Spent
 from mpilm.storage.merged import Merged
 from mpilm.storage.saved import nested, under
 from mpilm.vectors import is_finite
@@ -66,6 +68,7 @@ class Learner:
             many of the samples were guessed wrong.
         num_samples: from a minibatch to its samples; `samples_of` if not given.
         compute: runs the work, `World.compute` under a world.
+        clock: seconds, for `spent`; the world's under a world.
         device: "cpu", "cuda:0", ...
         seed: of dropout; give each rank another.
         flat: whether the optimiser gets theta as one parameter (its update is then
@@ -79,6 +82,7 @@ class Learner:
 
     rows     gradients of the row tables by segment: ids and values, see `Rows`
     compute  runs the work of a gradient
+    spent    where the time of its gradients went
     skipped  whether `update` did nothing, as the last gradient was not finite. On a GPU
              it is not looked at: that would wait for it
     refresh  called when a gradient is complete and before an update: the trainer sets
@@ -98,6 +102,7 @@ class Learner:
         loss: Callable[[Any, Any], Any] | None = None,
         num_samples: Callable[[Any], int] | None = None,
         compute: Compute | None = None,
+        clock: Callable[[], float] = time.perf_counter,
         device: str | torch.device = "cpu",
         seed: int = 0,
         flat: bool | None = None,
@@ -113,6 +118,8 @@ class Learner:
         self.batches = batches
         self.samples = 0
         self.skipped = False
+        self.spent = Spent()
+        self._clock = clock
         self.refresh: Callable[[], None] = keep_lr
         self._parameters = FlatParameters(self.model, self.device, sparse=sparse)
         self.layout = self._parameters.layout
@@ -192,7 +199,7 @@ class Learner:
                 no scalar that depends on them.
         """
         if self._drawn is None:
-            self._drawn = self.batches.next()  # may wait for a lease
+            self._drawn = self._next()
         drawn, self._drawn, self.skipped = self._drawn, None, False
         parts = drawn if isinstance(drawn, Parts) else [drawn]
         counts = [self._objective.samples(part) for part in parts]
@@ -200,7 +207,10 @@ class Learner:
         def work(notify: Notify) -> float | Tensor:
             return self._differentiate(parts, counts, notify, scale)
 
+        began_s, forward_s = self._clock(), self.spent.forward
         loss = self.compute(work, ready)
+        forward_s = self.spent.forward - forward_s
+        self.spent.backward += self._clock() - began_s - forward_s
         self.refresh()
         return loss
 
@@ -213,7 +223,7 @@ class Learner:
         Raises:
             ModelError: several minibatches make one step.
         """
-        drawn = self.batches.next()
+        drawn = self._next()
         if isinstance(drawn, Parts):
             raise ModelError(
                 "the rows of several minibatches in one step cannot be told beforehand"
@@ -222,6 +232,13 @@ class Learner:
         self._random.put_in_place()
         self._read = self._rows_read(self._drawn)
         return self._read
+
+    def _next(self) -> Any:
+        """Return the next minibatch; it may have to wait for a lease."""
+        began_s = self._clock()
+        drawn = self.batches.next()
+        self.spent.data += self._clock() - began_s
+        return drawn
 
     def _rows_read(self, batch: Any) -> dict[str, Tensor]:
         model: Any = self.model
@@ -242,7 +259,9 @@ class Learner:
             if self._row_optimizer is not None and not self._row_optimizer.rests:
                 read, self._read = self._read or self._rows_read(batch), None
                 self._row_optimizer.bring_up(read)
+            began_s = self._clock()
             loss, _ = self._objective.loss(batch)
+            self.spent.forward += self._clock() - began_s
             final = notify if number == last else _ignore
             self._parameters.backward(loss, final, scale * share, add=number > 0)
             found = loss.detach() if loss.is_cuda else loss.item()

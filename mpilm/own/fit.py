@@ -230,6 +230,7 @@ def look_at(
         loss=loss_of(found, loss, autocast, kind),
         num_samples=count,
         compute=world.compute,
+        clock=world.now_s,
         device=kind,
         seed=seed + world.rank,
     )

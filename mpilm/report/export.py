@@ -23,7 +23,7 @@ from typing import Any
 
 from mpilm.errors import ConfigError
 from mpilm.report.groups import differing, flat, shown
-from mpilm.report.reader import Run, Vector
+from mpilm.report.reader import PARTS, Run, Vector
 from mpilm.storage.files import new_output, reason
 
 CRC_32C = 0x82F63B78  # polynomial, reversed
@@ -82,7 +82,7 @@ def blank(value: float) -> float | str:
 
 def rank_lines(runs: list[Run]) -> Iterator[list[Any]]:
     """Yield a line of headings, and one for each rank of each run."""
-    names = ("samples_per_s", "waiting", "sent_Bps", "relative", "individual")
+    names = ("samples_per_s", *PARTS, "waiting", "sent_Bps", "relative", "individual")
     yield ["run", "rank", *names]
     for run in runs:
         for row in run.rank_rows():

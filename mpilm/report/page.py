@@ -11,7 +11,7 @@ from mpilm.doctor.findings import amount
 from mpilm.report import plots
 from mpilm.report.charts import Look
 from mpilm.report.groups import differing, flat, looks, shown
-from mpilm.report.reader import RankRow, Run
+from mpilm.report.reader import PARTS, RankRow, Run
 from mpilm.report.skin import SCRIPT, STYLE
 from mpilm.report.timeline import timeline
 
@@ -293,7 +293,7 @@ def rank_part(run: Run, index: int, of: int) -> str:
     most = sorted(rows, key=lambda row: row.relative)[:MOST_RANKS]
     if len(rows) <= MOST_RANKS:
         most = rows
-    heads = ("rank", "samples/s", "waiting", "sent", "speed of the fastest")
+    heads = ("rank", "samples/s", *PARTS, "waiting", "sent", "speed of the fastest")
     numbers = html_table([*heads, "of its own best"], [rank_line(row) for row in most])
     name = f"all {len(rows)} ranks" if most is rows else f"the {len(most)} slowest"
     inside = f"{drawn}<details><summary>{name} in numbers</summary>{numbers}</details>"
@@ -307,6 +307,8 @@ def rank_part(run: Run, index: int, of: int) -> str:
 def rank_line(row: RankRow) -> str:
     """Return a line of the table of ranks."""
     cells = [f"<td>{row.rank}</td><td>{whole(row.samples_per_s)}</td>"]
+    parts = [getattr(row, name) for name in PARTS]
+    cells += [f"<td>{'' if math.isnan(part) else share(part)}</td>" for part in parts]
     cells.append(f"<td>{share(row.waiting)}</td>")
     sent = f"{amount(row.sent_Bps)}/s" if math.isfinite(row.sent_Bps) else ""
     cells.append(f"<td>{sent}</td>")

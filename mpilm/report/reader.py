@@ -2,6 +2,7 @@
 
 Notation    t_r(s) -> seconds that rank r computed, without waiting; n_r -> samples
 Score       relative    min_q t_q/n_q  /  t_r/n_r      against the fastest rank     (1)
+            recent      the same in the last of some windows of the run
             individual  min_w t_rw/n_rw / t_r/n_r  of the last of some windows w    (2)
 
 1 is as fast as the fastest rank, or as this rank has ever been; 0.5 twice as slow.
@@ -27,6 +28,7 @@ Vector = NDArray[np.float64]
 POINTS = 240  # of a curve: a pixel or two of it each
 MOMENTS = 60  # of the curve of waiting
 SMOOTHING = 25  # a point is the mean of so many neighbours, or fewer for few points
+PARTS = ("data", "forward", "backward")  # of a gradient, by the log
 WINDOWS = 10  # of a run, for the score against a rank's own best
 
 
@@ -46,14 +48,31 @@ class Curve:
 
 @dataclass(frozen=True)
 class RankRow:
-    """What one rank did; scores are (1) and (2)."""
+    """What one rank did; scores are (1) and (2), parts are shares of its time.
+
+    data, forward, backward  of the gradient, see learner/spent.py; NaN: not logged
+    waiting                  for communication, or for other ranks
+    host                     where it ran; "": not known
+    """
 
     rank: int
     samples_per_s: float
+    data: float
+    forward: float
+    backward: float
     waiting: float
     sent_Bps: float
     relative: float
     individual: float
+    recent: float
+    host: str = ""
+
+    @property
+    def most(self) -> str:
+        """Which part of the gradient took the most time; "" if none is known."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        known = {name: part for name, part in parts.items() if math.isfinite(part)}
+        return max(known, key=lambda name: known[name]) if known else ""
 
 
 @dataclass
@@ -247,6 +266,7 @@ class Run:
         totals = {r: self._totals(r) for r in self.logs if self._windows(r).size}
         cost = {r: (s - b) / n for r, (s, b, n, _) in totals.items()}
         best = min(cost.values(), default=math.nan)
+        last = min((self._windows(r)[-1] for r in totals), default=math.nan)
         rows = []
         for rank, (seconds, blocked_s, samples, sent) in totals.items():
             windows = self._windows(rank)
@@ -254,13 +274,21 @@ class Run:
                 RankRow(
                     rank=rank,
                     samples_per_s=samples / seconds,
+                    **{name: self._part(rank, name) for name in PARTS},
                     waiting=min(1.0, blocked_s / seconds),
                     sent_Bps=sent / seconds,
                     relative=best / cost[rank],
                     individual=float(windows.min() / windows[-1]),
+                    recent=float(last / windows[-1]),
+                    host=self.logs[rank].host,
                 )
             )
         return rows
+
+    def _part(self, rank: int, name: str) -> float:
+        """Return the share of a rank's time that a part of the gradient took."""
+        spent, seconds = self.column(rank, f"{name}_s"), self.column(rank, "seconds")
+        return float(spent[-1] / seconds[-1]) if len(spent) else math.nan
 
     def _totals(self, rank: int) -> tuple[float, float, float, float]:
         """Return seconds, seconds of waiting, samples, bytes sent of a rank.

@@ -1,7 +1,7 @@
 """What a run has measured: a log per rank, a summary, a trace for a browser.
 
     runs/x/log/rank-0000.h5
-      /         attributes: format, version, rank
+      /         attributes: format, version, rank, host
       /num      (2,) int64: rows and events that count
       /rows     one record per row; the fields are the caller's, "step" among them
       /events   one record per event: name, activity, step, start_s, stop_s
@@ -29,6 +29,7 @@ import h5py
 import numpy as np
 
 from mpilm.errors import CheckpointError
+from mpilm.launch import node_name
 from mpilm.storage.files import (
     create_hdf5,
     new_file,
@@ -55,11 +56,15 @@ ROOM = 4096  # records a new file has room for; chosen, not tuned
 
 @dataclass
 class RankLog:
-    """The log of one rank: field -> one value per row, or per event."""
+    """The log of one rank: field -> one value per row, or per event.
+
+    host  on which it was written last; "": not known
+    """
 
     rank: int
     rows: dict[str, np.ndarray]
     events: dict[str, np.ndarray]
+    host: str = ""
 
 
 class _Table:
@@ -243,6 +248,7 @@ class RunLog:
                 file.attrs["format"] = np.bytes_(FORMAT)
                 file.attrs["version"] = VERSION
                 file.attrs["rank"] = self.rank
+                file.attrs["host"] = node_name(os.environ)
                 num = np.array([len(rows), len(events)], np.int64)
                 self.num_offset = file.create_dataset("num", data=num).id.get_offset()
                 for table, records in (self.rows, rows), (self.events, events):
@@ -300,8 +306,8 @@ def _reserve(file: h5py.File, table: _Table, records: np.ndarray) -> int:
     return int(dataset.id.get_offset())
 
 
-def _read_log(path: Path) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return the rank and the records of a log that count.
+def _read_log(path: Path) -> tuple[tuple[int, str], np.ndarray, np.ndarray]:
+    """Return the rank and its host, and the records of a log that count.
 
     Raises:
         CheckpointError: one line with the path: missing, truncated, corrupt, foreign.
@@ -313,7 +319,8 @@ def _read_log(path: Path) -> tuple[int, np.ndarray, np.ndarray]:
             raise CheckpointError(f"{path}: corrupt: wrong number of records")
         if "step" not in (rows.dtype.names or ()) or events.dtype != EVENT:
             raise CheckpointError(f"{path}: corrupt: wrong fields")
-        return int(file.attrs["rank"]), rows[:num_rows], events[:num_events]
+        place = int(file.attrs["rank"]), str(file.attrs.get("host", ""))
+        return place, rows[:num_rows], events[:num_events]
 
 
 def read_log(path: Path | str) -> RankLog:
@@ -322,11 +329,12 @@ def read_log(path: Path | str) -> RankLog:
     Raises:
         CheckpointError: one line with the path: missing, truncated, corrupt, foreign.
     """
-    rank, rows, events = _read_log(Path(path))
+    (rank, host), rows, events = _read_log(Path(path))
     log = RankLog(
         rank,
         {name: rows[name] for name in rows.dtype.names or ()},
         {name: events[name] for name in EVENT.names or ()},
+        host,
     )
     for name in ("name", "activity"):
         log.events[name] = np.char.decode(log.events[name], "utf-8", "replace")

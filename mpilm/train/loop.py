@@ -133,7 +133,7 @@ class Trainer:
         self.batches.synchronise(self.learner.samples)
         self.before = self.learner.samples  # this step, on this rank
         self.learner.refresh = self.refresh_lr
-        self.recorder = MetricsRecorder(world, self.totals)
+        self.recorder = MetricsRecorder(world, self.totals, self.learner.spent)
         self.savings = Milestones(config.checkpoint.every, self.samples)
         self.is_validated = False  # the model has not changed since it was
         self.is_saved = place is not None

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from mpilm.learner.spent import Spent
 from mpilm.strategies.base import NUM_BINS
 from mpilm.world.base import Traffic, World
 
@@ -20,6 +21,9 @@ LOG_FIELDS = {  # a row of the log; docs/metrics.md defines each of them
     # so far:
     "blocked_s": "f8",  # the learner waited for communication
     "in_flight_s": "f8",  # communication was under way
+    "data_s": "f8",  # the learner waited for its next minibatch
+    "forward_s": "f8",  # from a minibatch to its loss
+    "backward_s": "f8",  # from the loss to the gradient
     "bytes_sent": "i8",
     "bytes_received": "i8",
     "messages": "i8",  # sends, receives and collectives
@@ -49,6 +53,9 @@ class Totals:
     train_seconds: float = 0.0  # without them
     blocked_s: float = 0.0
     in_flight_s: float = 0.0
+    data_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
     messages: int = 0
@@ -87,8 +94,8 @@ class Totals:
 class MetricsRecorder:
     """Adds passing time and traffic to the totals, training excluded from the rest."""
 
-    def __init__(self, world: World, totals: Totals) -> None:
-        self.world, self.totals = world, totals
+    def __init__(self, world: World, totals: Totals, spent: Spent) -> None:
+        self.world, self.totals, self.spent = world, totals, spent
         self.excluded: tuple[Traffic, ...] = ()
         self.last = self.read()
 
@@ -104,6 +111,9 @@ class MetricsRecorder:
             "seconds": self.world.now_s(),
             "blocked_s": traffic.blocked_s,
             "in_flight_s": traffic.in_flight_s,
+            "data_s": self.spent.data,
+            "forward_s": self.spent.forward,
+            "backward_s": self.spent.backward,
             "bytes_sent": traffic.bytes_sent - sum(e.bytes_sent for e in excluded),
             "bytes_received": traffic.bytes_received
             - sum(e.bytes_received for e in excluded),

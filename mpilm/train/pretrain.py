@@ -114,6 +114,7 @@ class Pretrainer:
                 parameters, lr=1.0, momentum=pretrain.first_momentum
             ),
             compute=self.world.compute,
+            clock=self.world.now_s,
             device=self.world.device(self.config.train.device),
             seed=derive(RBM_SAMPLES, seed, len(layers), self.world.rank),
         )

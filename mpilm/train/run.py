@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ def make_learner(
     device: str,
     seed: int,
     compute: Any = None,
+    clock: Any = time.perf_counter,
 ) -> Learner:
     """Return a rank's learner; `train.seed` makes the same first model on all ranks.
 
@@ -61,6 +63,7 @@ def make_learner(
         batches,
         build_optimizer(config.optim, model) if batches else no_optimizer,
         compute=compute,
+        clock=clock,
         device=device,
         seed=seed,
         flat=config.optim.name != "muon",  # which goes by shapes
@@ -123,6 +126,7 @@ def learner_of(
         device=world.device(config.train.device),
         seed=derive(DROPOUT, config.train.seed, world.rank),
         compute=compute,
+        clock=world.now_s,
     )
 
 
