@@ -122,7 +122,10 @@ def prepare_docs(
         "sources": [{"path": str(library)}],
     }
     return write_corpus(
-        Path(out), encoder, lambda name: iter([blocks[name]]), provenance
+        Path(out),
+        encoder,
+        lambda name: iter([encoder.encode(blocks[name])]),
+        provenance,
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,25 @@ def read_tokens(tokens: Any, start: int, stop: int) -> NDArray[Any]:
         return tokens[start:stop]
     except OSError as error:
         raise DataError(f"{origin(tokens)} is damaged: {reason(error)}") from error
+
+
+def will_read(tokens: Any, start: int, stop: int) -> None:
+    """Let the system begin to read tokens[start:stop] of a split; returns at once.
+
+    By the time that they are wanted they are in memory: the disk, or the network behind
+    it, works beside the learner. Only a hint: where it is not possible nothing happens.
+    """
+    if not isinstance(tokens, h5py.Dataset) or not hasattr(os, "posix_fadvise"):
+        return
+    try:
+        descriptor = tokens.file.id.get_vfd_handle()
+        length = tokens.chunks[0]
+        for first in range(start // length * length, min(stop, len(tokens)), length):
+            chunk = tokens.id.get_chunk_info_by_coord((first,))
+            place = chunk.byte_offset, chunk.size
+            os.posix_fadvise(descriptor, *place, os.POSIX_FADV_WILLNEED)
+    except (OSError, RuntimeError, TypeError):  # no file on a disk, no chunks
+        return
 
 
 def origin(tokens: Any) -> str:

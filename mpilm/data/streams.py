@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mpilm.data.batch import Batch, Batches
 from mpilm.data.counts import counts_of
-from mpilm.data.hdf5 import origin, read_tokens
+from mpilm.data.hdf5 import origin, read_tokens, will_read
 from mpilm.errors import DataError
 from mpilm.world.base import World
 
@@ -33,6 +33,8 @@ READ_AHEAD_TOKENS = 1 << 20
 
 class RowWindows:
     """Windows of T + 1 tokens of several rows, read ahead in blocks.
+
+    When a block is taken, the system is told to read the next one (`will_read`).
 
     starts_B   first token of each row
     targets_B  targets of each row: it holds targets_B + 1 tokens
@@ -82,6 +84,19 @@ class RowWindows:
                     self.tokens, start + begin, start + stop
                 )
         self._first, self._block = index, block
+        self._announce(index + num_windows)
+
+    def _announce(self, index: int) -> None:
+        """Let the next block be read beside computing; at the end that is the first."""
+        begin = index % self.num_windows * self.steps
+        length = self.num_ahead * self.steps + 1
+        if self.num_ahead == self.num_windows:
+            return  # all of it is here
+        rows = zip(self.starts_B.tolist(), self.targets_B.tolist(), strict=True)
+        for start, num_targets in rows:
+            will_read(
+                self.tokens, start + begin, start + min(begin + length, num_targets + 1)
+            )
 
 
 class Streams(Batches):

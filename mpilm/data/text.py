@@ -1,16 +1,23 @@
 """Corpora from text files: WikiText, Penn Treebank, or any UTF-8 text.
 
-Two passes over the files, both in blocks: one counts the train text and checks
-everything, the other writes token ids. Neither holds more than a block of text; the
-count holds the distinct words.
+One pass over the files, in blocks, counts the train text, checks everything, and keeps
+the numbers of all words in a file without a name; then numbers become ids, or, where
+that is faster (characters), a second pass makes them. Neither holds more than a block
+of text; the count holds the distinct words.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mpilm.data.hdf5 import (
     EOS,
@@ -24,11 +31,13 @@ from mpilm.data.hdf5 import (
 from mpilm.data.sources import Part, Paths, count_bytes, plan_parts, read_text
 from mpilm.data.vocabulary import ENCODERS, Encoder
 from mpilm.errors import DataError
-from mpilm.storage.files import require_apart
+from mpilm.storage.files import reason, require_apart
 
 # Share of the train text that stands in for a split that is not given; the shares of
 # the Penn Treebank are about 7%. Chosen, not tuned.
 HELD_OUT_SHARE = 0.05
+# Numbers that become ids at a time. Chosen, not tuned: 1 MiB.
+BLOCK_NUMBERS = 1 << 18
 
 
 def prepare_text(
@@ -81,10 +90,15 @@ def prepare_text(
             progress(done, total)
 
     encoder = ENCODERS[level](lower)
+    kept = {name: NumbersFile(out.parent) for name in SPLITS if encoder.is_slow}
     for name in SPLITS:
         for text in read_text(parts[name], read, hashing=True):
             if name == "train":
-                encoder.count(text)
+                numbers = encoder.count(text)
+            elif encoder.is_slow:
+                numbers = encoder.number(text)
+            if encoder.is_slow:
+                kept[name].append(numbers)
     options = {"vocab": vocab, "level": level, "lower": lower, "share": share}
     provenance = {
         "command": "prepare text",
@@ -98,22 +112,69 @@ def prepare_text(
             stacklevel=2,
         )
     encoder.choose(vocab)
-    return write_corpus(
-        out, encoder, lambda name: read_text(parts[name], read), provenance
-    )
+
+    def ids(name: str) -> Iterator[NDArray[np.uint32]]:
+        if not encoder.is_slow:
+            yield from map(encoder.encode, read_text(parts[name], read))
+            return
+        share_bytes = sum(part.stop - part.start for part in parts[name])
+        for numbers, share_done in kept[name].blocks():
+            yield encoder.ids_of(numbers)
+            read(int(share_done * share_bytes))
+
+    return write_corpus(out, encoder, ids, provenance)
+
+
+class NumbersFile:
+    """Numbers of tokens, in a file without a name: it goes when the program does.
+
+    Args:
+        folder: where it lies, or the first folder above that is there.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        above = folder.absolute()
+        self.folder = next(p for p in (above, *above.parents) if p.is_dir())
+        with self._named():
+            self._file = TemporaryFile(dir=self.folder)  # noqa: SIM115
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.folder}: a file beside the corpus: {reason(error)}"
+            ) from error
+
+    def append(self, numbers: NDArray[np.uint32]) -> None:
+        """Write numbers, (n,), behind those that are there."""
+        with self._named():
+            self._file.write(numbers.data)
+
+    def blocks(self) -> Iterator[tuple[NDArray[np.uint32], float]]:
+        """Yield all of them in blocks, each with its share of the whole."""
+        with self._named():
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.seek(0)
+            while raw := self._file.read(4 * BLOCK_NUMBERS):
+                yield np.frombuffer(raw, np.uint32), len(raw) / size
 
 
 def write_corpus(
     out: Path,
     encoder: Encoder,
-    blocks: Callable[[str], Iterator[str]],
+    ids: Callable[[str], Iterator[NDArray[np.uint32]]],
     provenance: dict[str, Any],
 ) -> PrepareSummary:
     """Write the blocks of each split, encoded; return what the file holds.
 
     Args:
         encoder: has counted the train text and chosen its vocabulary.
-        blocks: split -> its text, in blocks of whole words.
+        ids: split -> its token ids, in blocks.
 
     Raises:
         DataError: nothing but white space, or the text changed since it was counted.
@@ -130,8 +191,8 @@ def write_corpus(
             counts=encoder.counts,
         )
         for name in SPLITS:
-            for text in blocks(name):
-                writer.append(name, encoder.encode(text))
+            for block in ids(name):
+                writer.append(name, block)
         summary = writer.finish(out, provenance | {"train": words})
         if summary.tokens["train"] != int(encoder.counts.sum()):
             raise DataError(f"{_named(provenance)} changed while it was read")

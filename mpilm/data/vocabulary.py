@@ -2,17 +2,18 @@
 
 `Words` and `Characters` do the same for their level: `count` blocks of the train text,
 `choose` the vocabulary, then `encode` blocks of any split. Every line ends in `<eos>`.
+A token has a *number* before it has an id: of a word, how many others were seen before
+it; of a character, its code point. `ids_of` makes ids of numbers.
 
-Both work on whole blocks inside the interpreter's C code (str.split, Counter.update,
-map over a dictionary's lookup, numpy): docs/data.md has the measured rates.
+All work on whole blocks inside the interpreter's C code (str.split, map over a
+dictionary's lookup) and numpy: docs/data.md has the measured rates.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,14 @@ class Encoder(ABC):
     """Text to token ids at one level.
 
     level        "word" or "char"
+    is_slow      numbers are better kept than made again
     vocabulary   the words (or characters), most frequent first, after `choose`
     counts       (V,) int64, how often each stands in the text that was counted
     num_spelled  lines so far whose end is spelled `<eos>`, character by character
     """
 
     level: ClassVar[str]
+    is_slow: ClassVar[bool]
 
     def __init__(self, lower: bool = False) -> None:
         self.lower = lower
@@ -40,13 +43,28 @@ class Encoder(ABC):
         self.counts: NDArray[np.int64] = np.zeros(0, np.int64)
         self.num_spelled = 0
 
-    @abstractmethod
-    def count(self, text: str) -> None:
-        """Count a block of train text."""
+        self._seen: NDArray[np.int64] = np.zeros(0, np.int64)  # by number
+        self._ids: NDArray[np.uint32] = np.zeros(0, np.uint32)  # by number
 
     @abstractmethod
+    def number(self, text: str) -> NDArray[np.uint32]:
+        """Return the numbers of the tokens of a block, (n,)."""
+
+    def count(self, text: str) -> NDArray[np.uint32]:
+        """Count a block of train text; return its numbers."""
+        numbers = self.number(text)
+        counts = np.bincount(numbers, minlength=len(self._seen))
+        counts[: len(self._seen)] += self._seen
+        self._seen = counts
+        return numbers
+
+    def ids_of(self, numbers: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Return the ids of numbers, `<unk>`'s for those that were not counted."""
+        return self._ids[numbers]
+
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Return the token ids of a block, (n,)."""
+        return self.ids_of(self.number(text))
 
     @abstractmethod
     def _counted(self) -> dict[str, int]:
@@ -79,11 +97,12 @@ class Encoder(ABC):
         return text.lower() if self.lower else text
 
 
-class _Ids(dict[str, int]):
-    """Word -> id; the id of `<unk>` for every other word."""
+class _Numbers(dict[str, int]):
+    """Word -> its number; a word that is looked up gets the next one."""
 
     def __missing__(self, word: str) -> int:
-        return self[UNK]
+        number = self[word] = len(self)
+        return number
 
 
 class Words(Encoder):
@@ -92,12 +111,11 @@ class Words(Encoder):
     A literal `<eos>` at the end of a line is that line end, not one more.
     """
 
-    level = "word"
+    level, is_slow = "word", True
 
     def __init__(self, lower: bool = False) -> None:
         super().__init__(lower)
-        self._seen: Counter[str] = Counter()
-        self._ids = _Ids()
+        self._numbers = _Numbers()
 
     def _split(self, text: str) -> list[str]:
         text = self.normal(text)
@@ -105,42 +123,40 @@ class Words(Encoder):
             text = EOS_AND_END.sub("\n", text)
         return text.replace("\n", f" {EOS} ").split()
 
-    def count(self, text: str) -> None:
-        self._seen.update(self._split(text))
+    def number(self, text: str) -> NDArray[np.uint32]:
+        words = self._split(text)
+        return np.fromiter(map(self._numbers.__getitem__, words), np.uint32, len(words))
+
+    def ids_of(self, numbers: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        return self._ids[np.minimum(numbers, len(self._ids) - 1)]  # later: <unk>
 
     def _counted(self) -> dict[str, int]:
-        counted, self._seen = self._seen, Counter()
-        return counted
+        # words that only other splits have come after those that were counted
+        counts = self._seen.tolist()
+        pairs = zip(self._numbers, counts, strict=False)
+        return {word: count for word, count in pairs if count}
 
     def choose(self, limit: int | None, least: int = 1) -> None:
         super().choose(limit, least)
-        self._ids = _Ids((word, index) for index, word in enumerate(self.vocabulary))
-
-    def encode(self, text: str) -> NDArray[np.uint32]:
-        words = self._split(text)
-        return np.fromiter(map(self._ids.__getitem__, words), np.uint32, len(words))
+        ids = {word: index for index, word in enumerate(self.vocabulary)}
+        found = (ids.get(word, ids[UNK]) for word in self._numbers)
+        self._ids = np.fromiter((*found, ids[UNK]), np.uint32, len(self._numbers) + 1)
 
 
 class Characters(Encoder):
     """Characters are Unicode code points; a line end is the character `<eos>`."""
 
-    level = "char"
+    level, is_slow = "char", False
     _num_codes = 0x110000
 
-    def __init__(self, lower: bool = False) -> None:
-        super().__init__(lower)
-        self._seen = np.zeros(self._num_codes, np.int64)
-        self._ids: NDArray[np.uint32] = np.zeros(0, np.uint32)
-
-    def _codes(self, text: str) -> NDArray[Any]:
+    def number(self, text: str) -> NDArray[np.uint32]:
         text = self.normal(text).replace("\r\n", "\n")
         return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
-    def count(self, text: str) -> None:
+    def count(self, text: str) -> NDArray[np.uint32]:
         if EOS in text:
             self.num_spelled += len(EOS_AND_END.findall(text))
-        counts = np.bincount(self._codes(text))
-        self._seen[: len(counts)] += counts
+        return super().count(text)
 
     def _counted(self) -> dict[str, int]:
         codes = np.flatnonzero(self._seen)
@@ -155,9 +171,6 @@ class Characters(Encoder):
             if len(character) == 1:
                 self._ids[ord(character)] = index
         self._ids[ord("\n")] = self.vocabulary.index(EOS)
-
-    def encode(self, text: str) -> NDArray[np.uint32]:
-        return self._ids[self._codes(text)]
 
 
 ENCODERS: dict[str, type[Encoder]] = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 
 from mpilm.data import streams as streams_module
 from mpilm.data.batch import Batch
-from mpilm.data.hdf5 import SPLITS, Corpus, CorpusWriter, new_hdf5
+from mpilm.data.hdf5 import SPLITS, Corpus, CorpusWriter, new_hdf5, will_read
 from mpilm.data.streams import EvaluationStreams, Streams
+from mpilm.data.synthetic import prepare_synthetic
 from mpilm.errors import DataError
 
 
@@ -246,3 +249,49 @@ def test_a_split_without_a_target_is_refused(tmp_path: Path) -> None:
     with corpus_of(path, 1) as corpus, pytest.raises(DataError) as error:
         EvaluationStreams(corpus.split("valid"), 4, 5)
     assert str(error.value) == f"the valid split of {path} has no token to predict"
+
+
+def test_the_next_block_is_announced_before_it_is_read(tmp_path, monkeypatch):
+    """What is read was announced, the first block excepted, and nothing else is."""
+    monkeypatch.setattr("mpilm.data.streams.READ_AHEAD_TOKENS", 100)
+    monkeypatch.setattr("mpilm.data.hdf5.CHUNK_TOKENS", 1 << 7)
+    path = tmp_path / "c.h5"
+    prepare_synthetic(path, vocab=20, tokens=5_000, seed=1)
+    announced, read = [], []
+
+    def advise(descriptor, offset, length, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        assert offset + length <= path.stat().st_size
+        announced.append((offset, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with Corpus.open(path) as corpus:
+        tokens = corpus.split("train")
+        chunks = {}
+        for first in range(0, len(tokens), tokens.chunks[0]):
+            info = tokens.id.get_chunk_info_by_coord((first,))
+            chunks[first // tokens.chunks[0]] = info.byte_offset, info.size
+
+        def noted(tokens, start, stop):
+            read.append({chunks[k] for k in range(start // 128, (stop - 1) // 128 + 1)})
+            return tokens[start:stop]
+
+        monkeypatch.setattr("mpilm.data.streams.read_tokens", noted)
+        streams = Streams(tokens, 2, 10)
+        for _ in range(streams.num_windows + 3):  # into the second epoch
+            before = set(announced)
+            seen = len(read)
+            streams.draw()
+            for wanted in read[seen:] if seen else []:
+                assert wanted <= before
+    assert len(read) > 2 * 2
+    assert set(announced) == set.union(*read)
+
+
+def test_arrays_and_files_in_memory_are_not_announced(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fadvise", None)
+    will_read(np.arange(10), 0, 10)
+    monkeypatch.undo()
+    with h5py.File(tmp_path / "x.h5", "w", driver="core", backing_store=False) as file:
+        will_read(file.create_dataset("x", data=np.arange(10), chunks=(5,)), 0, 10)
+        will_read(file.create_dataset("y", data=np.arange(10)), 0, 10)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 from mpilm.data import sources
-from mpilm.data.hdf5 import SPLITS
+from mpilm.data.hdf5 import SPLITS, Corpus
 from mpilm.data.text import prepare_text
 from mpilm.errors import DataError
 
@@ -112,8 +115,43 @@ def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path: Path) -> No
     path.write_text("a b c d\n" * 10)
 
     def change(done: int, total: int) -> None:
-        path.write_text("a b c  \n" * 10)
+        path.write_text("a b \u00e9d\n" * 10)
 
-    message = refused(path, path, path, tmp_path / "c.h5", progress=change)
+    out = tmp_path / "c.h5"
+    message = refused(path, path, path, out, level="char", progress=change)
     assert message == f"{path} changed while it was read"
-    assert not (tmp_path / "c.h5").exists()
+    assert not out.exists()
+
+
+def test_words_are_read_once_so_that_a_later_change_does_not_matter(
+    tmp_path: Path,
+) -> None:
+    paths = [tmp_path / f"{name}.txt" for name in ("train", "valid", "test")]
+    for path in paths:
+        path.write_text("a b c d\n" * 10)
+
+    def change(done: int, total: int) -> None:
+        if 2 * done >= total:
+            paths[0].write_text("a b c  \n" * 10)
+
+    out = tmp_path / "c.h5"
+    summary = prepare_text(*paths, out, progress=change)
+    assert paths[0].read_text().startswith("a b c  ")
+    assert summary.tokens == {"train": 50, "valid": 50, "test": 50}
+    with Corpus.open(out) as corpus:
+        (digest,) = (s["sha256"] for s in corpus.provenance["sources"][:1])
+    assert digest == hashlib.sha256(b"a b c d\n" * 10).hexdigest()
+
+
+def test_no_room_for_the_numbers_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("a b c d\n" * 10)
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mpilm.data.text.TemporaryFile", full)
+    message = refused(path, path, path, tmp_path / "c.h5")
+    assert message == (
+        f"{tmp_path}: a file beside the corpus: {os.strerror(errno.ENOSPC)}"
+    )
