@@ -386,7 +386,11 @@ def settings() -> Iterator[Setting]:
 def _settings_of(section: str, choice: str, kind: type) -> Iterator[Setting]:
     from docstring_parser import parse_from_object
 
-    texts = {p.arg_name: p.description or "" for p in parse_from_object(kind).params}
+    texts = {
+        param.arg_name: param.description or ""
+        for base in reversed(kind.__mro__[:-1])
+        for param in parse_from_object(base).params
+    }
     for key, field_ in fields_of(kind).items():
         if field_.default is not dataclasses.MISSING:
             default = field_.default

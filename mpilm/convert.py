@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -42,6 +42,10 @@ def convert(kind: type, given: Mapping[str, Any], name: str) -> Any:
         key = where.strip("`").removeprefix("$.").removeprefix("$")
         if isinstance(given.get(key), float) and problem.startswith("Expected `int"):
             problem = f"{given[key]} is no whole number below 2^63"
+        elif problem.startswith("Invalid enum value") and key in known:
+            choices = get_args(get_type_hints(kind)[key])
+            if get_origin(get_type_hints(kind)[key]) is Literal:
+                problem = f"{given[key]!r} is none of {', '.join(map(str, choices))}"
         raise ConfigError(
             f"{name}.{key}: {problem}" if key else f"{name}: {problem}"
         ) from None

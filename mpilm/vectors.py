@@ -102,6 +102,8 @@ def set_rows_(table: Any, ids: Any, values: Any) -> None:
         table[ids] = values
 
 
-def as_ids(ids: Any, tensor: Any) -> Any:
-    """Return numpy's int64 as torch's, where `tensor` lies."""
-    return sys.modules["torch"].from_numpy(ids).to(tensor.device)
+def as_ids(ids: Any, like: Any) -> Any:
+    """Return numpy's int64 as it is, or as torch's where the tensor `like` lies."""
+    if not hasattr(like, "new_tensor"):
+        return ids
+    return sys.modules["torch"].from_numpy(ids).to(like.device)

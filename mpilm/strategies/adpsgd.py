@@ -35,14 +35,14 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import NUM_BINS, Learner, Strategy
+from mpilm.strategies.base import NUM_BINS, Learner, Strategy, WireConfig
 from mpilm.strategies.pairwise import Pairwise
 from mpilm.strategies.topology import permutation, places
 from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdpsgdConfig:
+class AdpsgdConfig(WireConfig):
     """Section [strategy] of `adpsgd`."""
 
     mixing: Literal["fixed_ring", "random_ring", "random_pairs"] = "random_ring"

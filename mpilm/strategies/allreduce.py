@@ -14,8 +14,12 @@ Messages    one Iallreduce per bucket, started as soon as the backward pass has
                                    bucket 2 ====>
 Invariants  K ranks with minibatch b = one rank with minibatch K*b, to rounding.
             All ranks hold the same theta after every step.
+            In another wire format than float32, (1) sums g_i + e_i, and e_i is what of
+            it did not travel: the sum of all updates and of lr e / K is that of float32
+            (plain SGD); ranks stay alike.
 Rows        of row tables are summed after the buckets: shared_rows.py.
 Departs     nowhere.
+Cost        in another wire format than float32 one copy of the model: e.
 """
 
 from __future__ import annotations
@@ -26,13 +30,14 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, allreduced_bytes
+from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, WireConfig
 from mpilm.strategies.shared_rows import SharedRows
+from mpilm.vectors import zeros
 from mpilm.world.base import IN_PLACE, Comm, Request, World
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllreduceConfig:
+class AllreduceConfig(WireConfig):
     """Section [strategy] of `allreduce`."""
 
     bucket_bytes: Annotated[int, Meta(ge=1)] = 2_000_000
@@ -40,32 +45,39 @@ class AllreduceConfig:
 
 
 class Allreduce(Strategy):
-    """Synchronous SGD with the reduction behind the backward pass."""
+    """Synchronous SGD with the reduction behind the backward pass.
+
+    error  e, (P,): what of the gradients has not travelled yet; None: all did
+    """
 
     name = "allreduce"
     Config = AllreduceConfig
     synchronises = True
     takes_rows = True
-    saves = ("rounds", "rows.moved")
+    saves = ("error", "rounds", "rows.moved")
     lasting = ("rounds",)
 
     def __init__(self, world: World, config: AllreduceConfig) -> None:
         super().__init__(world, config)
         self.rounds = 0
+        self.error: Any = None
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
         self.rows = SharedRows(self.comm, learner.layout)
+        if self.comm.exact is not self.comm:
+            self.error = zeros(learner.layout.size, like=learner.grad)
 
     def step(self, learner: Learner) -> Any:
         if self.comm.size == 1:
             loss = learner.gradient()
         else:
-            reduction = OverlappedSum(self.comm, learner, self.config.bucket_bytes)
+            buckets = self.config.bucket_bytes
+            reduction = OverlappedSum(self.comm, learner, buckets, self.error)
             share = 1.0 / self.comm.size
             loss = learner.gradient(ready=reduction.segment_is_ready, scale=share)
             reduction.finish()  # (1)
-            self.rows.sum_(learner)
+            self.rows.sum_(learner, self.error)
         learner.update()  # (2)
         self.rounds += 1
         if self.on_synchronised is not None:  # looking at theta brings up all rows
@@ -76,7 +88,7 @@ class Allreduce(Strategy):
         return self.averages(self.rounds)
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
-        once = summed_bytes(layout, self.config.bucket_bytes, self.comm.size)
+        once = summed_bytes(layout, self.config.bucket_bytes, self.comm)
         moved = self.rounds * once + self.rows.moved
         return moved, moved
 
@@ -86,10 +98,15 @@ class OverlappedSum:
 
     All ranks start the buckets in the same order, last layers first, whatever order
     their segments complete in: collectives match by order.
+
+    Args:
+        error: (P,), is added to `grad`, and becomes what did not travel; None: all did.
     """
 
-    def __init__(self, comm: Comm, learner: Learner, bucket_bytes: int) -> None:
-        self.comm, self.grad = comm, learner.grad
+    def __init__(
+        self, comm: Comm, learner: Learner, bucket_bytes: int, error: Any = None
+    ) -> None:
+        self.comm, self.grad, self.error = comm, learner.grad, error
         self.buckets = learner.layout.buckets(elements(bucket_bytes))
         self.pending = [len(bucket) for bucket in self.buckets]
         self.bucket_of = {
@@ -104,7 +121,7 @@ class OverlappedSum:
         self.pending[self.bucket_of[where.start]] -= 1
         last = len(self.buckets) - 1
         while len(self.requests) < last and self.pending[len(self.requests)] == 0:
-            part = self.part(len(self.requests))
+            part = self.grad[self.complete(len(self.requests))]
             self.requests.append(self.comm.Iallreduce(IN_PLACE, part))
 
     def finish(self) -> None:
@@ -113,14 +130,29 @@ class OverlappedSum:
         Nothing is left that the last bucket could hide behind: it is reduced here.
         """
         assert not any(self.pending), "a segment got no gradient"
-        self.comm.Allreduce(IN_PLACE, self.part(len(self.buckets) - 1))
-        for request in self.requests:
+        last = self.complete(len(self.buckets) - 1)
+        left = self.comm.Allreduce(IN_PLACE, self.grad[last])
+        self.keep(last, left)
+        for index, request in enumerate(self.requests):
             request.Wait()
+            self.keep(self.where(index), request.left)
 
-    def part(self, index: int) -> Any:
-        """Return the gradient of bucket `index`."""
+    def complete(self, index: int) -> slice:
+        """Add the error to the gradient of bucket `index`; return where it lies."""
+        where = self.where(index)
+        if self.error is not None:
+            self.grad[where] += self.error[where]
+        return where
+
+    def keep(self, where: slice, left: Any) -> None:
+        """Keep what did not travel."""
+        if self.error is not None:
+            self.error[where] = left
+
+    def where(self, index: int) -> slice:
+        """Return where the gradient of bucket `index` lies."""
         bucket = self.buckets[index]
-        return self.grad[bucket[0].start : bucket[-1].stop]
+        return slice(bucket[0].start, bucket[-1].stop)
 
 
 def elements(num_bytes: int) -> int:
@@ -128,8 +160,8 @@ def elements(num_bytes: int) -> int:
     return max(1, num_bytes // ITEM_BYTES)
 
 
-def summed_bytes(layout: Layout, bucket_bytes: int, size: int) -> int:
-    """Return what an `OverlappedSum` over `size` ranks moves on each, each way."""
+def summed_bytes(layout: Layout, bucket_bytes: int, comm: Comm) -> int:
+    """Return what an `OverlappedSum` moves on this rank, each way."""
     buckets = layout.buckets(elements(bucket_bytes))
     sizes = [bucket[-1].stop - bucket[0].start for bucket in buckets]
-    return sum(allreduced_bytes(num, size) for num in sizes)
+    return sum(comm.allreduced_bytes(num) for num in sizes)

@@ -19,6 +19,8 @@ Messages    8 bytes and 4P/K back for every other shard in (1), 4P/K there in (3
 
             rank i: pull ...... | gradient | push, pull ......
             rank j:     serve ==>       serve    <== apply, serve ==>
+            In another wire format than float32 u + e is pushed to the other ranks, and
+            e is what of it did not travel.
 Invariants  every push is applied once. Size 1 without momentum is `local`, to the bit.
             s >= 0: a rank begins step c when all others have finished step c - s.
 Departs     from the papers in: all ranks are workers and servers; the learning rate is
@@ -37,7 +39,7 @@ from msgspec import Meta
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.storage.merged import Merged
-from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
+from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, WireConfig
 from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.strategies.row_server import RowServer
 from mpilm.strategies.rows import rows_in, shards
@@ -48,7 +50,7 @@ from mpilm.world.base import IN_PLACE, World
 
 
 @dataclass(frozen=True, kw_only=True)
-class AsyncSgdConfig:
+class AsyncSgdConfig(WireConfig):
     """Section [strategy] of `async_sgd`."""
 
     staleness_bound: Annotated[int, Meta(ge=-1)] = -1
@@ -83,6 +85,7 @@ class AsyncSgd(Strategy):
         "clock",
         "service.values",
         "service.velocity",
+        "service.error",
         "service.partners",
         "service.staleness",
         "service.num_pulls",
@@ -230,6 +233,8 @@ class AsyncSgd(Strategy):
     def take_over(self, learner: Learner, merged: Merged) -> None:
         """Cut the model, and the velocity of its shards, into as many as are here.
 
+        In another wire format than float32 the last errors are dropped.
+
         Communicates: with `momentum` collective, an Allreduce of 4P bytes, blocking.
         """
         if self.is_local:
@@ -244,7 +249,7 @@ class AsyncSgd(Strategy):
             if name in state:
                 whole_P[before[rank]] = state[name]
         if self.comm.size > 1:
-            self.comm.Allreduce(IN_PLACE, whole_P)
+            self.comm.exact.Allreduce(IN_PLACE, whole_P)
         whole_P = merged.means.get(name, whole_P)  # one rank had all of it
         fill_(service.velocity, whole_P[service.own])
 
@@ -257,6 +262,8 @@ class AsyncSgd(Strategy):
         kept[service.own] = (1.0 - m) * to_array(service.values)
         if m:
             kept[service.own] -= m * to_array(service.velocity)
+        if service.error is not None:
+            kept -= to_array(service.error)
         return kept
 
     def metrics(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from mpilm.strategies.rest import bcast_rest, with_rest
 from mpilm.vectors import to_array
 from mpilm.world.base import IN_PLACE, Comm, World, require_background
 from mpilm.world.service import Service
+from mpilm.world.wire import wired
 
 Observer = Callable[[slice, Any], None]
 NUM_BINS = 17  # of the staleness: 0 to 15, and more
@@ -88,6 +89,14 @@ class Learner(Protocol):
 
     def reset_moments(self) -> None:
         """Let the optimiser begin anew: these vectors, and the counters beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireConfig:
+    """What every strategy whose messages are float32 has in its section [strategy]."""
+
+    wire: Literal["float32", "bfloat16", "float16"] = "float32"
+    """how float32 vectors travel; what the format cannot hold stays with the sender"""
 
 
 @dataclass
@@ -159,7 +168,7 @@ class Strategy(ABC):
     def __init__(self, world: World, config: Any) -> None:
         self.world = world
         self.config = config
-        self.comm: Comm = world.comm.Dup()
+        self.comm = wired(world.comm.Dup(), getattr(config, "wire", "float32"))
         self.pace = Pace(self.lockstep, stride=getattr(config, "period", 1))
 
     # what a strategy does
@@ -220,15 +229,20 @@ class Strategy(ABC):
     def mean_(self, vector: Any) -> None:
         """Replace `vector` by its mean over ranks.
 
+        In another wire format than float32 each rank's has besides what of its own did
+        not travel; the final model has not.
+
         Communicates: collective, one Allreduce of the vector, blocking.
         """
         if self.comm.size > 1:
-            self.comm.Allreduce(IN_PLACE, vector)
+            left = self.comm.Allreduce(IN_PLACE, vector)
             vector /= self.comm.size
+            if left is not None:
+                vector += left
 
     def allreduced_bytes(self, num_elements: int) -> int:
         """Return what an Allreduce of so many float32 moves on this rank, each way."""
-        return allreduced_bytes(num_elements, self.comm.size)
+        return self.comm.allreduced_bytes(num_elements)
 
     def synchronised(self, where: slice, model: Any) -> None:
         """Show the observer, if there is one, a synchronised part of the model."""

@@ -11,7 +11,10 @@ Messages    the mean is on its way during d steps.
             step step |=snapshot==> step step <==mean=| (8) step step
 Invariants  (2) to (7) do not read theta, and (8) comes at a fixed step: when messages
             arrive changes no bit. (8) preserves what the d steps have learned.
-Cost        with `delay` two copies of the model: s, and wbar.
+            In another wire format than float32 what of s did not travel is in no mean;
+            `bmuf` takes it off s before (8), so it stays in theta: nothing is lost.
+Cost        with `delay`, and in `bmuf` in another wire format, two copies of the model:
+            s, and wbar.
 """
 
 from __future__ import annotations
@@ -46,8 +49,9 @@ class BlockStrategy(Strategy):
     moved       bytes sent so far, and as many received
     components  slices of each component of the model
     momentum    the filter; None: none, (8) is theta <- theta + (wbar - s)
-    snapshot    s, (P,); without `delay` theta itself
-    wbar        (1), (P,); without `delay` theta itself
+    apart       whether these two lie apart from theta: with `delay`, or if `must_part`
+    snapshot    s, (P,)
+    wbar        (1), (P,)
     under_way   component -> what `start_mean` returned, for each of its slices
     applies_at  (C,) int64, step of (8) of each component; -1: none ahead
     """
@@ -61,6 +65,7 @@ class BlockStrategy(Strategy):
         self.eta = self.eta_on(world.size)
         self.parts, self.filtered = parts, filtered
         self.delay = config.delay if world.size > 1 else 0
+        self.apart = self.delay > 0 or self.must_part
         self.steps = self.moved = 0
         self.components: list[tuple[slice, ...]] = []
         self.momentum: BlockMomentum | None = None
@@ -84,6 +89,11 @@ class BlockStrategy(Strategy):
         eta = float(self.config.eta)
         return self.automatic_eta(size) if eta == AUTOMATIC else eta
 
+    @property
+    def must_part(self) -> bool:
+        """Whether (8) has more to do than theta <- g, even without `delay`."""
+        return False
+
     def start(self, learner: Learner) -> None:
         super().start(learner)
         config, theta = self.config, learner.theta
@@ -96,8 +106,8 @@ class BlockStrategy(Strategy):
                 theta, eta=self.eta, zeta=config.zeta, momentum=config.momentum
             )
         self.rows = SharedRows(self.comm, learner.layout)
-        self.snapshot = copy_of(theta) if self.delay else theta
-        self.wbar = copy_of(theta) if self.delay else theta
+        self.snapshot = copy_of(theta) if self.apart else theta
+        self.wbar = copy_of(theta) if self.apart else theta
 
     def step(self, learner: Learner) -> Any:
         loss = learner.gradient()
@@ -126,7 +136,7 @@ class BlockStrategy(Strategy):
         """
         if self.applies_at[number] >= 0:  # resumed with a shorter period
             self.apply(learner, number)
-        for where in self.components[number] if self.delay else ():
+        for where in self.components[number] if self.apart else ():
             self.snapshot[where] = learner.theta[where]
         self.under_way[number] = [
             self.start_mean(number, where) for where in self.components[number]
@@ -148,7 +158,7 @@ class BlockStrategy(Strategy):
             if is_out:
                 parts[0][:] = parts[2]  # what it has learned is not to be used
                 continue
-            for theta, s, g in chunked(*parts) if self.delay else ():
+            for theta, s, g in chunked(*parts) if self.apart else ():
                 theta -= s
                 theta += g  # (8)
         if is_out:
@@ -162,7 +172,7 @@ class BlockStrategy(Strategy):
         plain = self.is_plain(int(self.applies_at[number]) - self.delay)
         parts = zip(self.under_way.pop(number), self.components[number], strict=True)
         for mean, where in parts:
-            self.end_mean(mean, self.wbar[where])  # (1)
+            self.end_mean(mean, where)  # (1)
             if self.momentum is not None:
                 self.momentum.filter_(where, self.wbar[where], plain=plain)
 
@@ -183,8 +193,8 @@ class BlockStrategy(Strategy):
         """Start the mean of a part of `snapshot`, a slice of component `number`."""
 
     @abstractmethod
-    def end_mean(self, started: Any, wbar: Any) -> None:
-        """Write what was started into `wbar`. Blocking."""
+    def end_mean(self, started: Any, where: slice) -> None:
+        """Write what was started into that part of `wbar`. Blocking."""
 
     def is_plain(self, step: int) -> bool:
         """Return whether a block that ended at `step` is not filtered."""

@@ -33,8 +33,8 @@ Invariants  eta = 0, zeta = 1: `model_averaging`, to the bit; so is every warm-u
 Departs     the implementations disagree on (2) under NBM; here G is measured from the
             start point W_g, as the paper writes it. The final model is W(t), never the
             look-ahead. Warm-up of plain averages, staggering and delay are additions.
-Cost        two extra copies of the model: W_g and Delta; with `delay` two more: s_i and
-            the mean.
+Cost        two extra copies of the model: W_g and Delta; with `delay`, or in another
+            wire format than float32, two more: s_i and the mean.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from msgspec import Meta
 
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner
+from mpilm.strategies.base import Learner, WireConfig
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks, due
 from mpilm.strategies.leave_out import left_out_of
 from mpilm.strategies.shared_rows import require_resting_rows
-from mpilm.world.base import Request, World
+from mpilm.world.base import IN_PLACE, World
 
 
 @dataclass(frozen=True, kw_only=True)
-class BmufConfig:
+class BmufConfig(WireConfig):
     """Section [strategy] of `bmuf`."""
 
     period: Annotated[int, Meta(ge=1)] = 10
@@ -102,13 +102,7 @@ class Bmuf(BlockStrategy):
     def require(self, learner: Learner) -> None:
         super().require(learner)
         require_resting_rows(self.name, learner)
-        config = self.config
-        if learner.layout.tables and (config.stagger or config.delay):
-            raise ConfigError(
-                "strategy.name = bmuf: with model.sparse = true the whole model is"
-                " exchanged at the end of a block: stagger = false and delay = 0"
-            )
-        if learner.layout.tables and config.leave_out:
+        if learner.layout.tables and self.config.leave_out:
             raise ConfigError(
                 "strategy.leave_out: takes whole models; with model.sparse = true it"
                 " must be 0"
@@ -118,8 +112,15 @@ class Bmuf(BlockStrategy):
         config, count = self.config, len(self.components)
         return due(self.steps, config.period, count, config.stagger)
 
-    def start_mean(self, number: int, where: slice) -> Request | None:
+    @property
+    def must_part(self) -> bool:
+        return self.comm.exact is not self.comm
+
+    def start_mean(self, number: int, where: slice) -> Any:
         """Start the mean of a part over all ranks; without `delay` nothing yet.
+
+        Returns:
+            the part; what of it travels, `wbar` itself where that is all; its request.
 
         Communicates: collective, with `delay` an Iallreduce of the part; not blocking.
             With `leave_out` before it an Allreduce of 8K bytes, blocking.
@@ -131,26 +132,44 @@ class Bmuf(BlockStrategy):
             self.share = self.comm.size / int((~is_out_K).sum())
             if self.leaving.out_C[number]:
                 self.snapshot[where] = 0.0
-        if self.delay == 0:
-            return None
-        self.moved += self.allreduced_bytes(where.stop - where.start)
-        return self.comm.Iallreduce(self.snapshot[where], self.wbar[where])
+        part, vector = self.rows.agree(where), self.wbar[where]
+        if part.rows:
+            vector = part.of(self.snapshot)
+        elif self.apart:
+            vector[:] = self.snapshot[where]
+        self.moved += self.allreduced_bytes(len(vector))
+        request = self.comm.Iallreduce(IN_PLACE, vector) if self.delay else None
+        return part, vector, request
 
-    def end_mean(self, started: Request | None, wbar: Any) -> None:
-        """Write the mean into `wbar`.
+    def end_mean(self, started: Any, where: slice) -> None:
+        """Write the mean into `wbar`; take off `snapshot` what did not travel.
+
+        A row that does not travel counts as travelled at g, where all ranks have it.
 
         Communicates: collective; without `delay` one Allreduce of the part. Blocking.
         """
-        if started is None:
-            part = self.rows.gathered(wbar)
-            self.mean_(part)
-            self.moved += self.allreduced_bytes(len(part))
-            self.rows.put_back_(wbar, part)
-        else:
-            started.Wait()
-            wbar /= self.comm.size
+        part, vector, request = started
+        left = None
+        if request is not None:
+            request.Wait()
+            left = request.left
+        elif self.comm.size > 1:
+            left = self.comm.Allreduce(IN_PLACE, vector)
+        vector /= self.comm.size
         if self.share != 1.0:
-            wbar *= self.share
+            vector *= self.share
+        assert self.momentum is not None
+        if part.rows:
+            sent = part.of(self.snapshot)
+            for held in (self.snapshot, self.wbar) if self.apart else ():
+                held[where] = self.momentum.start_point[where]
+            if self.apart:
+                part.set_(self.snapshot, sent)
+            part.set_(self.wbar, vector)
+        if left is not None:
+            sent = part.of(self.snapshot)
+            sent -= left
+            part.set_(self.snapshot, sent)
 
     def is_plain(self, step: int) -> bool:
         return step <= self.config.warmup * self.config.period

@@ -26,21 +26,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.shared_rows import SharedRows, require_resting_rows
-from mpilm.vectors import copy_of
 from mpilm.world.base import IN_PLACE, Request, World
 
 
 @dataclass(frozen=True, kw_only=True)
-class DelayByOneConfig:
-    """Section [strategy] of `delay_by_one`: it has no settings."""
+class DelayByOneConfig(WireConfig):
+    """Section [strategy] of `delay_by_one`: it has no settings of its own."""
 
 
 class DelayByOne(Strategy):
     """Synchronous SGD on models, with the average one step late.
 
-    sum    (P,) or fewer with row tables, the models on their way
+    part   what of a model is on its way: with row tables not all
+    sum    (P,) or fewer, the models on their way
     moved  bytes of the averages so far, each way
     """
 
@@ -54,6 +54,7 @@ class DelayByOne(Strategy):
     def __init__(self, world: World, config: DelayByOneConfig) -> None:
         super().__init__(world, config)
         self.sum: Any = None
+        self.part: Any = None
         self.rounds = self.moved = 0
 
     def start(self, learner: Learner) -> None:
@@ -72,7 +73,9 @@ class DelayByOne(Strategy):
             loss = learner.gradient()  # at the local model
             average.Wait()
             self.sum /= self.comm.size
-            self.rows.put_back_(learner.theta, self.sum)
+            if average.left is not None:
+                self.sum += average.left
+            self.part.set_(learner.theta, self.sum)
         self.synchronised(slice(0, learner.layout.size), learner.theta)
         learner.update()  # (1)
         self.rows.touch(learner)
@@ -91,9 +94,10 @@ class DelayByOne(Strategy):
 
         Communicates: collective, one Iallreduce of 4P bytes, not blocking.
         """
-        part = self.rows.gathered(learner.theta)
-        if self.sum is None or len(self.sum) != len(part):
-            self.sum = copy_of(part)
-        self.sum[:] = part
-        self.moved += self.allreduced_bytes(len(part))
+        self.part = self.rows.agree(slice(0, learner.layout.size))
+        if self.sum is None or learner.layout.tables:
+            self.sum = self.part.of(learner.theta)
+        else:
+            self.sum[:] = learner.theta
+        self.moved += self.allreduced_bytes(len(self.sum))
         return self.comm.Iallreduce(IN_PLACE, self.sum)

@@ -28,12 +28,12 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class DesLocConfig:
+class DesLocConfig(WireConfig):
     """Section [strategy] of `des_loc`."""
 
     period: Annotated[int, Meta(ge=1)] = 10

@@ -33,13 +33,13 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.fragments import Fragments
 from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivshareConfig:
+class DivshareConfig(WireConfig):
     """Section [strategy] of `divshare`."""
 
     period: Annotated[int, Meta(ge=1)] = 1

@@ -34,7 +34,7 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.mixing import Mean
 from mpilm.strategies.topology import TOPOLOGIES, destinations, mixing_matrix
 from mpilm.vectors import copy_of
@@ -42,7 +42,7 @@ from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpsgdConfig:
+class DpsgdConfig(WireConfig):
     """Section [strategy] of `dpsgd`."""
 
     topology: Literal[
@@ -116,5 +116,5 @@ class Dpsgd(Strategy):
         }
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
-        model = ITEM_BYTES * layout.size
+        model = self.comm.item_bytes * layout.size
         return self.num_sent * model, int(self.partners.sum()) * model

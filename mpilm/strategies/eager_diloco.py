@@ -15,6 +15,8 @@ Update      D_i(t) = theta_i - g_i                          at a block's end  (1
 Messages    one Allreduce of 4P bytes a block, under way during the whole next block.
 
             step step |=D_i(0)==> step step step <==D(0)=| (11) |=D_i(1)==> step ...
+            In another wire format than float32 D_i(t) without `left` travels; `left`
+            is learned in the next block.
 Invariants  all is received at a fixed step: when messages arrive changes no bit.
             In the mean over ranks (9) holds, if (1 - 1/K) D_i of the last block, which
             is in no model yet, is added: nothing is lost.
@@ -34,14 +36,14 @@ from msgspec import Meta
 
 from mpilm.learner.flat import Layout
 from mpilm.storage.saved import State
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.block_momentum import ALL, BlockMomentum
 from mpilm.vectors import copy_of, to_array
 from mpilm.world.base import Request, World
 
 
 @dataclass(frozen=True, kw_only=True)
-class EagerDilocoConfig:
+class EagerDilocoConfig(WireConfig):
     """Section [strategy] of `eager_diloco`."""
 
     period: Annotated[int, Meta(ge=1)] = 30
@@ -63,11 +65,12 @@ class EagerDiloco(Strategy):
     own        D_i of the last block, (P,); zero before
     mean       D of the last block, (P,), once it is received; zero before
     under_way  the reduction, until it is waited for
+    left       (P,), what of the last own update is in no mean yet; None: nothing
     """
 
     name = "eager_diloco"
     Config = EagerDilocoConfig
-    lasting = ("mean", "momentum.delta", "momentum.start_point", "own", "steps")
+    lasting = ("left", "mean", "momentum.delta", "momentum.start_point", "own", "steps")
 
     def __init__(self, world: World, config: EagerDilocoConfig) -> None:
         super().__init__(world, config)
@@ -75,8 +78,9 @@ class EagerDiloco(Strategy):
         self.momentum: BlockMomentum | None = None
         self.own: Any = None
         self.mean: Any = None
+        self.left: Any = None
         self.under_way: list[Request] = []
-        self.saves = ("mean", "moved", "own", "steps")
+        self.saves = ("left", "mean", "moved", "own", "steps")
         if world.size > 1:
             self.saves += ("momentum.delta", "momentum.start_point")
 
@@ -90,6 +94,8 @@ class EagerDiloco(Strategy):
             self.own, self.mean = copy_of(theta), copy_of(theta)
             self.own[:] = 0.0
             self.mean[:] = 0.0
+            if self.comm.exact is not self.comm:
+                self.left = copy_of(self.own)
 
     def step(self, learner: Learner) -> Any:
         loss = learner.gradient()
@@ -106,6 +112,9 @@ class EagerDiloco(Strategy):
         """
         self.receive()
         update = theta - momentum.start_point  # (10)
+        if self.left is not None:
+            update += self.left
+            self.left[:] = 0.0
         goal = update - self.own
         goal /= self.comm.size
         goal += self.mean  # (11)
@@ -119,8 +128,13 @@ class EagerDiloco(Strategy):
     def receive(self) -> None:
         """Wait for the mean that is under way, if there is one."""
         while self.under_way:
-            self.under_way.pop().Wait()
+            request = self.under_way.pop()
+            request.Wait()
             self.mean /= self.comm.size
+            if request.left is not None:
+                self.own -= request.left
+                self.left[:] = request.left
+                self.left *= 1.0 - 1.0 / self.comm.size  # its K-th part is in g by (11)
 
     def finish(self, learner: Learner) -> None:
         self.receive()
@@ -157,4 +171,6 @@ class EagerDiloco(Strategy):
             for vector in (learner.theta, self.momentum.start_point, self.own)
         )
         late = (1.0 - 1.0 / self.comm.size) * own
+        if self.left is not None:
+            late += to_array(self.left)
         return self.momentum.conserved() + (theta - g) + late

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.strategies.base import ITEM_BYTES
 from mpilm.vectors import copy_of
 from mpilm.world.base import Comm, Message, Request, World
 from mpilm.world.service import Service, Work
@@ -103,7 +102,7 @@ class Fragments(Service):
             buffer[:] = self.theta[part]
         self.under_way = self.comm.Isend(buffer, self.peer, self.number)
         self.is_sending = True
-        self.sent += ITEM_BYTES * len(buffer)
+        self.sent += self.comm.item_bytes * len(buffer)
 
     def receive_acknowledgement(self) -> None:
         """The fragment has gone; whether it is there says its receiver."""
@@ -132,7 +131,7 @@ class Fragments(Service):
             self.sums[part] += buffer
             self.counts[message.tag, message.source] += 1
         self.reply = self.acks.Isend(self.ack_out, message.source, message.tag)
-        self.received += ITEM_BYTES * len(buffer)
+        self.received += self.comm.item_bytes * len(buffer)
         self.sent += 1
 
     # the learner mixes

@@ -48,7 +48,7 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
-from mpilm.strategies.base import ITEM_BYTES, Learner
+from mpilm.strategies.base import Learner, WireConfig
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks
 from mpilm.strategies.leave_out import LOSS_BYTES, Losses
 from mpilm.strategies.mixing import Mean
@@ -61,7 +61,7 @@ NUM_TAGS = 8191  # MPI promises tags up to 32,767; messages of one tag stay in o
 
 
 @dataclass(frozen=True, kw_only=True)
-class GossipBmufConfig:
+class GossipBmufConfig(WireConfig):
     """Section [strategy] of `gossip_bmuf`."""
 
     period: Annotated[int, Meta(ge=1)] = 10
@@ -182,10 +182,10 @@ class GossipBmuf(BlockStrategy):
         num_parts = sum(map(len, self.components))
         self.weights[others] += 1.0 / len(members) / num_parts
         length = where.stop - where.start
-        self.moved += ITEM_BYTES * length * len(vectors) * len(others)
+        self.moved += self.comm.item_bytes * length * len(vectors) * len(others)
         return Started(number, means, losses)
 
-    def end_mean(self, started: Started, wbar: Any) -> None:
+    def end_mean(self, started: Started, where: slice) -> None:
         """Write wbar (1); replace g and Delta by their means, as far as they are mixed.
 
         Communicates: waits for the other members. Blocking.
@@ -200,7 +200,7 @@ class GossipBmuf(BlockStrategy):
                 buffers = self.inboxes[0]
                 mean.receive([buffer[: len(mean.vector)] for buffer in buffers])
             # else over its own vector: w itself is theta, and so wbar, without `delay`
-            out = wbar if self.delay and n == 0 else None
+            out = self.wbar[where] if self.delay and n == 0 else None
             if left_out:
                 mean.finish_without_(left_out, out)
             else:

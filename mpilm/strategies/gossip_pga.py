@@ -30,13 +30,13 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner
+from mpilm.strategies.base import Learner, WireConfig
 from mpilm.strategies.dpsgd import Dpsgd
 from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class GossipPgaConfig:
+class GossipPgaConfig(WireConfig):
     """Section [strategy] of `gossip_pga`."""
 
     period: Annotated[int, Meta(ge=1)] = 6

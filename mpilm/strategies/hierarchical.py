@@ -49,7 +49,7 @@ from mpilm.world.base import World
 
 @dataclass(frozen=True, kw_only=True)
 class HierarchicalConfig:
-    """Section [strategy] of `hierarchical`."""
+    """Section [strategy] of `hierarchical`; `wire` stands in `settings`."""
 
     inner: str = "adpsgd"
     """strategy between the leaders of the nodes"""
@@ -170,8 +170,8 @@ class Hierarchical(Strategy):
         found = self.inner.moved_bytes(layout) if self.inner is not None else (0, 0)
         if found is None or self.node.size == 1:
             return found
-        size, model = self.node.size, ITEM_BYTES * layout.size
-        sums = self.steps * summed_bytes(layout, self.config.bucket_bytes, size)
+        model = ITEM_BYTES * layout.size
+        sums = self.steps * summed_bytes(layout, self.config.bucket_bytes, self.node)
         is_leader = self.inner is not None
         sent = found[0] + sums + self.num_bcasts * model * is_leader
         return sent, found[1] + sums + self.num_bcasts * model * (not is_leader)

@@ -9,6 +9,7 @@ Messages    x_j to each destination of j (Isend), one from each source (Irecv). 
             its sender is.
 
             rank i: | Isend x_i, Irecv x_j | computing ........ | Wait, out <- mean |
+Wire        in another format than float32, x_j - Q(x_j) is added to rank j's mean (1).
 Invariants  the vectors are added in the order of ranks (a + b = b + a), so all ranks
             with the same sources get the same bits, whenever the messages come.
 Cost        a buffer for one source, two for more; with more buffers more vectors are
@@ -84,6 +85,9 @@ class Mean:
             one in the last buffers.
         """
         out = self.vector if out is None else out
+        left = self.comm.left_of(self.vector) if self.sources else None
+        if left is not None:
+            self.vector -= left  # exact: what the others have got
         addends = self._addends()
         total = next(addends)
         for addend in islice(addends, max(0, len(self.sources) - 1)):
@@ -103,6 +107,10 @@ class Mean:
             if elsewhere:
                 mean[:] = sum_
             mean /= 1 + len(self.sources)  # times float32(1/3) grows by 3e-8 a round
+        if left is not None:
+            out += left
+            if out is not self.vector:
+                self.vector += left
 
     def finish_without_(self, left_out: Collection[int], out: Any = None) -> None:
         """Write the mean (1) over all but some ranks of S; as `finish_`.
@@ -113,11 +121,14 @@ class Mean:
             left_out: ranks, not all of S; this one may be among them.
         """
         out = self.vector if out is None else out
+        left, own = self.comm.left_of(self.vector), self.vector
+        if left is not None:
+            own = own - left  # what the others have got
         total: Any = None
         count, rank = 0, self.comm.rank
         places = {source: place for place, source in enumerate(self.sources)}
         for member in sorted({*self.sources, rank}):
-            addend = self.vector
+            addend = own
             if member != rank:
                 request, addend = self.receives[places[member]]
                 request.Wait()
@@ -130,6 +141,8 @@ class Mean:
             send.Wait()
         total /= count
         out[:] = total
+        if left is not None and rank not in left_out:
+            out += left
 
     def _addends(self) -> Iterator[Any]:
         """Yield the vectors in the order of ranks, but this rank's never first of more.

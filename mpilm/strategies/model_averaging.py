@@ -33,13 +33,13 @@ from msgspec import Meta
 
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.leave_out import LEAVING, LeaveOut, left_out_of
 from mpilm.strategies.shared_rows import SharedRows, require_resting_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelAveragingConfig:
+class ModelAveragingConfig(WireConfig):
     """Section [strategy] of `model_averaging`."""
 
     period: Annotated[int, Meta(ge=1)] = 10
@@ -105,9 +105,10 @@ class ModelAveraging(Strategy):
             self.leaving.note(loss)
         if self.is_due(before, learner.samples):
             if learner.layout.tables:
-                part = self.rows.gathered(learner.theta)
-                self.average_(part)  # (2)
-                self.rows.put_back_(learner.theta, part)
+                part = self.rows.agree(slice(0, learner.layout.size))
+                values = part.of(learner.theta)
+                self.average_(values)  # (2)
+                part.set_(learner.theta, values)
             else:
                 self.average_those_in_(learner)  # (2)
             self.rounds += 1

@@ -35,7 +35,7 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.mixing import Mean
 from mpilm.strategies.topology import random_pairs
 from mpilm.vectors import chunked, copy_of, to_array
@@ -43,7 +43,7 @@ from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class NolocoConfig:
+class NolocoConfig(WireConfig):
     """Section [strategy] of `noloco`."""
 
     period: Annotated[int, Meta(ge=1)] = 50
@@ -131,7 +131,7 @@ class Noloco(Strategy):
         }
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
-        moved = 2 * ITEM_BYTES * layout.size * int(self.partners.sum())
+        moved = 2 * self.comm.item_bytes * layout.size * int(self.partners.sum())
         return moved, moved
 
     def conserved(self, learner: Learner) -> Any:

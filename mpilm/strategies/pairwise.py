@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.strategies.base import ITEM_BYTES
 from mpilm.vectors import copy_of
 from mpilm.world.base import Comm, Message, Request, World
 from mpilm.world.service import Service, Work
@@ -90,7 +89,7 @@ class Pairwise(Service):
     @property
     def moved_bytes(self) -> int:
         """Bytes sent, and as many received, by the exchanges that are over."""
-        return ITEM_BYTES * len(self.theta) * int(self.partners.sum())
+        return self.comm.item_bytes * len(self.theta) * int(self.partners.sum())
 
     @property
     def open_requests(self) -> list[Request]:
@@ -163,6 +162,8 @@ class Pairwise(Service):
         message.Recv(buffer)
         with self.lock:
             answer_(self.x[part], buffer, weight=self.weight)
+            if (left := self.comm.left_of(buffer)) is not None:
+                self.x[part] += left  # of the delta: not sent, so not taken off
             self.num_unread += 1
         self.reply = self.deltas.Isend(buffer, message.source, message.tag)
         if message.tag == len(self.slices) - 1:

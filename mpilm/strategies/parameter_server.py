@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import ITEM_BYTES, NUM_BINS
+from mpilm.strategies.base import NUM_BINS
 from mpilm.strategies.rows import shards
-from mpilm.vectors import copy_of
+from mpilm.vectors import copy_of, zeros
 from mpilm.world.base import Comm, Message, Request, World
 from mpilm.world.service import Service, Work
 
@@ -36,6 +36,7 @@ class ParameterServer(Service):
     shards     where each rank's shard lies in the flat vector; rows are never cut
     peers      other ranks with a shard, the next one first: not all ask the same first
     values     the own shard, under the lock
+    error      (P,), what of the own pushes has not travelled yet; None: all did
     clocks     steps that each rank had done when it last pulled here
     ended      ranks that will not pull before they `begin` again
     partners   int64 (K,): pushes of each rank to this shard
@@ -64,6 +65,7 @@ class ParameterServer(Service):
         self.peers = [p for p in ring if self.shards[p].stop > self.shards[p].start]
         self.values: Any = None
         self.velocity: Any = None
+        self.error: Any = None
         self.clocks = np.zeros(comm.size, np.int64)
         self.ended = np.zeros(comm.size, bool)
         self.held: list[tuple[int, Work]] = []  # whose pulls wait for (2); the answers
@@ -81,6 +83,8 @@ class ParameterServer(Service):
         if self.momentum:
             self.velocity = copy_of(self.values)
             self.velocity *= 0.0
+        if self.comm.exact is not self.comm:
+            self.error = zeros(self.layout.size, like=theta)
 
     # for the learner
     def pull(self, out: Any, clock: int) -> None:
@@ -106,12 +110,16 @@ class ParameterServer(Service):
     def push(self, step: Any) -> None:
         """Apply (1) with u = `step`, (P,), on all ranks.
 
-        `step` is read until the next `pull` or `settle` has returned.
+        `step` is read until the next `pull` or `settle` has returned; in another wire
+        format than float32 the error is added to it.
 
         Communicates: pairwise with every rank: its shard there; does not block.
         """
         for peer in self.peers:
             part = step[self.shards[peer]]
+            if self.error is not None:
+                part += self.error[self.shards[peer]]
+                self.error[self.shards[peer]] = self.comm.left_of(part)
             self.sends.append(self.comm.Isend(part, peer, PUSH))
         with self.lock:
             late = self.num_foreign - self.num_seen
@@ -162,8 +170,8 @@ class ParameterServer(Service):
 
         True once all ranks have ended: then each has had as many ENDs as it has sent.
         """
-        own = ITEM_BYTES * (self.own.stop - self.own.start)
-        others = ITEM_BYTES * self.layout.size - own
+        own = self.comm.item_bytes * (self.own.stop - self.own.start)
+        others = self.comm.item_bytes * self.layout.size - own
         ends = 2 * 8 * self.num_ends * (self.comm.size - 1)
         pushes = int(self.partners[self.comm.rank])
         sent = self.num_pulls * 8 * len(self.peers)

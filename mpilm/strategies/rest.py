@@ -2,7 +2,8 @@
 
 At the start every rank gets rank 0's. While training each rank has its own, as its
 minibatches make it. In the final model float buffers (running means) are the mean over
-ranks, all else (counters, flags, frozen parameters) rank 0's.
+ranks, all else (counters, flags, frozen parameters) rank 0's. The final model is made
+in float32, whatever the wire format.
 
 Nothing of this is left to a strategy: `Strategy.start` and every `final_model_` do it.
 Learners without such state (no attribute `rest`, or None) communicate nothing.
@@ -80,8 +81,12 @@ def with_rest(write: Write) -> Write:
 
     @wraps(write)
     def final_model_(self: Any, learner: Any, out: Any) -> None:
-        write(self, learner, out)
-        merge_rest(self.comm, learner, out)
+        comm, self.comm = self.comm, self.comm.exact
+        try:
+            write(self, learner, out)
+            merge_rest(self.comm, learner, out)
+        finally:
+            self.comm = comm
 
     return final_model_
 

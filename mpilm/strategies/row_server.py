@@ -125,7 +125,7 @@ class RowServer(ParameterServer):
             answers.append((part, values))
             under_way.append(self.answers.Irecv(values, peer, PULL_PART))
             under_way.append(self.comm.Isend(head, peer, PULL_PART))
-            self.count_bytes(sent=head.nbytes, received=values.nbytes)
+            self.count_bytes(sent=head.nbytes, received=self.nbytes(values))
         finish_all(under_way)
         finish_all(self.sends)
         for part, values in answers:
@@ -150,10 +150,13 @@ class RowServer(ParameterServer):
                     found.append(rows[segment.name][1].reshape(-1)[where])
             u = end_to_end(found or [dense[:0]])
             if peer != self.comm.rank:
+                if self.error is not None:
+                    u += part.of(self.error)
+                    part.set_(self.error, self.comm.left_of(u))
                 head = part.head()
                 self.sends.append(self.comm.Isend(head, peer, PUSH_PART))
                 self.sends.append(self.comm.Isend(u, peer, PART))
-                self.count_bytes(sent=head.nbytes + u.nbytes)
+                self.count_bytes(sent=head.nbytes + self.nbytes(u))
                 continue
             with self.lock:
                 late = self.num_foreign - self.num_seen
@@ -178,7 +181,7 @@ class RowServer(ParameterServer):
         part = self.own_part(head, tag)
         u = zeros(part.size, like=self.values)
         self.comm.Recv(u, source, PART)  # sent right behind the head
-        self.count_bytes(received=u.nbytes)
+        self.count_bytes(received=self.nbytes(u))
         with self.lock:
             self.apply_part_(part, u)
             self.count(source)
@@ -196,7 +199,7 @@ class RowServer(ParameterServer):
         with self.lock:
             values = part.of(self.values, self.own.start)
         self.answers.Send(values, source, PULL_PART)
-        self.count_bytes(sent=values.nbytes)
+        self.count_bytes(sent=self.nbytes(values))
 
     def apply_part_(self, part: ShardPart, u: Any) -> None:
         """Apply (1) to a part of the own shard, under the lock."""
@@ -208,6 +211,10 @@ class RowServer(ParameterServer):
         part.set_(self.values, x, start)
         if self.momentum:
             part.set_(self.velocity, v, start)
+
+    def nbytes(self, values: Any) -> int:
+        """Return the bytes that float32 values have on their way."""
+        return self.comm.item_bytes * len(values)
 
     def count_bytes(self, *, sent: int = 0, received: int = 0) -> None:
         """Count bytes that travel."""

@@ -35,7 +35,7 @@ from msgspec import Meta
 
 from mpilm.learner.flat import Layout
 from mpilm.storage.merged import Merged
-from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.topology import destinations
 from mpilm.vectors import copy_of, fill_
 from mpilm.world.base import World
@@ -44,7 +44,7 @@ WEIGHT_BYTES = 8  # of float64
 
 
 @dataclass(frozen=True, kw_only=True)
-class SgpConfig:
+class SgpConfig(WireConfig):
     """Section [strategy] of `sgp`."""
 
     graph: Literal["exponential", "random"] = "exponential"
@@ -103,6 +103,7 @@ class Sgp(Strategy):
         """
         comm, goals = self.comm, self.goals()
         x *= 0.5
+        left = comm.left_of(x)
         half, came = np.array([0.5 * self.weight]), np.zeros(1)
         goal = goals[comm.rank]
         sends = [comm.Isend(x, goal, 0), comm.Isend(half, goal, 1)]
@@ -118,6 +119,8 @@ class Sgp(Strategy):
             self.weight += shares[-1]  # (3)
         for send in sends:
             send.Wait()
+        if left is not None:
+            x += left
         if senders:
             x += self.total  # (2)
             self.partners[senders] += 1
@@ -150,7 +153,7 @@ class Sgp(Strategy):
         }
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
-        pushed = ITEM_BYTES * layout.size + WEIGHT_BYTES
+        pushed = self.comm.item_bytes * layout.size + WEIGHT_BYTES
         return self.round * pushed, int(self.partners.sum()) * pushed
 
     def conserved(self, learner: Learner) -> Any:

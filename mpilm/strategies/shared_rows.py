@@ -10,10 +10,12 @@ Messages    (1) an Allreduce of R bytes, blocking; (2) what the strategy does wi
 Invariants  A row that nobody has touched is the same on all ranks, so its mean is
             itself: the exchange of rows is that of whole models, to the bit where the
             mean of K equal numbers is (K a power of 2) and sums go in rank order.
+            In another wire format than float32 it differs by what did not travel: that
+            stays with its rank until the row is exchanged again.
 Departs     a model whose rows move without a gradient (momentum, weight decay) has no
             untouched rows: only strategies that add gradients take it.
 
-Without row tables all of it is the whole vector, without (1) and without copies.
+Without row tables all of it is the whole vector, without (1).
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ import numpy as np
 
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, allreduced_bytes
-from mpilm.vectors import end_to_end, rows_at, set_rows_, to_array, zeros
+from mpilm.strategies.base import Learner
+from mpilm.strategies.rows import ShardPart
+from mpilm.vectors import as_ids, set_rows_, to_array, zeros
 from mpilm.world.base import IN_PLACE, MAX, Comm
 
 
@@ -39,9 +42,8 @@ class SharedRows:
     def __init__(self, comm: Comm, layout: Layout) -> None:
         self.comm, self.layout, self.moved = comm, layout, 0
         sizes = [segment.shape[0] for segment in layout.tables]
-        self.ends = np.cumsum([0, *sizes])
+        self.ends = np.cumsum([0, *sizes]).tolist()
         self.touched = np.zeros(sum(sizes), np.uint8) if sizes else None
-        self.ids: list[Any] = []  # of the last exchange, of each table
 
     def touch(self, learner: Learner) -> None:
         """Note the rows of the learner's gradient, which an update changes."""
@@ -50,71 +52,76 @@ class SharedRows:
         for start, segment in zip(self.ends, self.layout.tables, strict=False):
             self.touched[start + to_array(learner.rows[segment.name].ids)] = 1
 
-    def agree(self) -> None:
-        """Set `ids` to the rows that anybody has touched; begin anew (1).
+    def agree(self, where: slice) -> ShardPart:
+        """Return a slice's dense part and touched rows; begin anew there (1).
 
-        Communicates: collective, one Allreduce of R bytes, blocking.
+        Communicates: collective, one Allreduce of R bytes, or less if some tables lie
+            outside; blocking.
         """
-        assert self.touched is not None
-        if self.comm.size > 1:
-            self.comm.Allreduce(IN_PLACE, self.touched, MAX)
-            self.moved += 2 * len(self.touched) * (self.comm.size - 1) // self.comm.size
-        parts = np.split(self.touched, self.ends[1:-1])
-        self.ids = [np.flatnonzero(part) for part in parts]
-        self.touched[:] = 0
+        flags = self.taken(where)
+        if len(flags) and self.comm.size > 1:
+            self.comm.Allreduce(IN_PLACE, flags, MAX)
+            self.moved += 2 * len(flags) * (self.comm.size - 1) // self.comm.size
+        return self.part(where, flags)
 
-    def gathered(self, vector: Any) -> Any:
-        """Return what must be exchanged of a vector of (P,): a copy (2).
+    def tables_in(self, where: slice) -> range:
+        """Return the numbers of the tables that lie in a slice; none is cut by it."""
+        tables = self.layout.tables
+        inside = [where.start <= s.start and s.stop <= where.stop for s in tables]
+        first = inside.index(True) if any(inside) else 0
+        return range(first, first + sum(inside))
 
-        Without row tables it is the vector itself.
+    def taken(self, where: slice) -> Any:
+        """Return touched_R of the tables in a slice, a copy; begin anew there."""
+        tables = self.tables_in(where)
+        if self.touched is None or not tables:
+            return np.zeros(0, np.uint8)
+        flags = self.touched[self.ends[tables.start] : self.ends[tables.stop]]
+        found = flags.copy()
+        flags[:] = 0
+        return found
 
-        Communicates: as `agree`.
-        """
-        if self.touched is None:
-            return vector
-        self.agree()
+    def part(self, where: slice, flags: Any) -> ShardPart:
+        """Return a slice's dense part, and the rows that `flags` (as `taken`) name."""
+        tables, end = self.tables_in(where), self.layout.num_dense
+        start = self.ends[tables.start]
         rows = [
-            rows_at(vector[s.slice].reshape(-1, s.row_width), ids).reshape(-1)
-            for s, ids in zip(self.layout.tables, self.ids, strict=True)
+            np.flatnonzero(flags[self.ends[n] - start : self.ends[n + 1] - start])
+            for n in tables
         ]
-        return end_to_end([vector[: self.layout.num_dense], *rows])
+        segments = self.layout.tables[tables.start : tables.stop]
+        dense = slice(min(where.start, end), min(where.stop, end))
+        spans = (dense,) if dense.stop > dense.start else ()
+        return ShardPart(spans, tuple(zip(segments, rows, strict=True)))
 
-    def put_back_(self, vector: Any, part: Any) -> None:
-        """Set what `gathered` returned of a vector, after the exchange."""
-        if self.touched is None:
-            if part is not vector:
-                vector[:] = part
-            return
-        start = self.layout.num_dense
-        vector[:start] = part[:start]
-        for segment, ids in zip(self.layout.tables, self.ids, strict=True):
-            stop = start + len(ids) * segment.row_width
-            rows = part[start:stop].reshape(-1, segment.row_width)
-            set_rows_(vector[segment.slice].reshape(-1, segment.row_width), ids, rows)
-            start = stop
-
-    def sum_(self, learner: Learner) -> None:
+    def sum_(self, learner: Learner, error: Any = None) -> None:
         """Replace the learner's gradient rows by their sum over ranks.
+
+        Args:
+            error: (P,), is added, and becomes what did not travel; None: all does.
 
         Communicates: as `agree`; then an Allreduce of 4 u w bytes. Blocking.
         """
         if self.touched is None or self.comm.size == 1:
             return
         self.touch(learner)
-        self.agree()
-        tables = list(zip(self.layout.tables, self.ids, strict=True))
-        sizes = [len(ids) * segment.row_width for segment, ids in tables]
-        total = zeros(sum(sizes), like=learner.grad)
+        part = self.agree(slice(self.layout.num_dense, self.layout.size))
+        total = zeros(part.size, like=learner.grad)
         found, start = {}, 0
-        for (segment, ids), size in zip(tables, sizes, strict=True):
+        for segment, ids in part.rows:
+            stop = start + len(ids) * segment.row_width
             rows = learner.rows[segment.name]
-            values = total[start : start + size].reshape(-1, segment.row_width)
+            values = total[start:stop].reshape(-1, segment.row_width)
             set_rows_(values, np.searchsorted(ids, to_array(rows.ids)), rows.values)
-            new_ids = rows.ids.new_tensor(ids)
+            new_ids = as_ids(ids, learner.grad)
             found[segment.name] = rows._replace(ids=new_ids, values=values)
-            start += size
-        self.comm.Allreduce(IN_PLACE, total)
-        self.moved += allreduced_bytes(len(total), self.comm.size)
+            start = stop
+        if error is not None:
+            total += part.of(error)
+        left = self.comm.Allreduce(IN_PLACE, total)
+        if left is not None:
+            part.set_(error, left)
+        self.moved += self.comm.allreduced_bytes(len(total))
         learner.rows = found
 
 

@@ -28,12 +28,12 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, Strategy
+from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpartaConfig:
+class SpartaConfig(WireConfig):
     """Section [strategy] of `sparta`."""
 
     share: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.005

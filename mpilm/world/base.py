@@ -78,7 +78,12 @@ class Traffic:
 
 
 class Request(ABC):
-    """A non-blocking operation under way."""
+    """A non-blocking operation under way.
+
+    left  once a sum is done: what of the own vector did not travel; None: all did
+    """
+
+    left: Any = None
 
     @abstractmethod
     def Test(self) -> bool:
@@ -112,6 +117,19 @@ class Comm(ABC):
     rank: int
     size: int
     traffic: Traffic
+    item_bytes = 4  # of a float32 on its way
+
+    @property
+    def exact(self) -> Comm:
+        """The same without a wire format (wire.py)."""
+        return self
+
+    def left_of(self, vector: Any) -> Any:
+        """Return what of a vector does not travel in the wire format; None: all does.
+
+        It is for its sender to keep: a new vector, float32.
+        """
+        return None
 
     # point to point
     @abstractmethod
@@ -154,8 +172,16 @@ class Comm(ABC):
         """Start reducing over all ranks; `sendbuf` may be `IN_PLACE`."""
 
     @abstractmethod
-    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Op = SUM) -> None:
-        """Reduce over all ranks; `sendbuf` may be `IN_PLACE`. Blocking."""
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Op = SUM) -> Any:
+        """Reduce over all ranks; `sendbuf` may be `IN_PLACE`. Blocking.
+
+        Returns:
+            what of a sum's own vector did not travel; None: all did (`Request.left`).
+        """
+
+    def allreduced_bytes(self, num_elements: int) -> int:
+        """Return what a sum of so many float32 moves on this rank, each way."""
+        return 2 * self.item_bytes * num_elements * (self.size - 1) // self.size
 
     @abstractmethod
     def Bcast(self, buf: Any, root: int = 0) -> None:

@@ -34,14 +34,14 @@ TORCH = ["allreduce", "model_averaging", "bmuf", "gossip_bmuf", "dpsgd", "delay_
 
 
 def train(
-    world: World, name: str, kind: type[ProtocolLearner] = Witness
+    world: World, name: str, kind: type[ProtocolLearner] = Witness, **settings: Any
 ) -> tuple[Any, Strategy, np.ndarray]:
     """Return this rank's learner, strategy and final model, synced halfway."""
     case = CASES[name]
     learner = kind(
         SIZE, compute=world.compute, seed=world.rank, momentum=0.5, noise=0.1
     )
-    method = strategy(case.name, world, **case.of(world.size))
+    method = strategy(case.name, world, **{**case.of(world.size), **settings})
     method.require(learner)
     method.start(learner)
     learner.first = learner.theta.copy()  # type: ignore[attr-defined]
@@ -188,6 +188,47 @@ def test_torch_vectors_train_like_numpy_vectors(
         return np.asarray(learner.theta)
 
     agree.append(np.array_equal(run(TorchLearner), run(ProtocolLearner)))
+
+
+@pytest.mark.mpich
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name", ["allreduce", "bmuf-staggered-delayed", "gossip_bmuf", "dpsgd", "sgp"]
+)
+def test_a_wire_format_has_the_same_bits_and_bytes_in_both_worlds(
+    world: MpiWorld, name: str, wire: str, agree: list[bool]
+) -> None:
+    """At any number of ranks: a sum goes in the order of ranks."""
+
+    def run(w: World) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        before = w.traffic.bytes_sent, w.traffic.bytes_received
+        learner, _, final = train(w, name, wire=wire)
+        after = w.traffic.bytes_sent, w.traffic.bytes_received
+        return learner.theta, final, [b - a for a, b in zip(before, after, strict=True)]
+
+    theta, final, moved = run(world)
+    agree.append(is_quiet(world))
+    virtual = simulated(world, run)[world.rank]
+    agree.append(np.array_equal(theta, virtual[0]))
+    agree.append(np.allclose(final, virtual[1], rtol=ROUNDING, atol=ROUNDING))
+    agree.append(moved == virtual[2])
+
+
+@pytest.mark.mpich
+@pytest.mark.parametrize("name", ["adpsgd", "async_sgd"])
+def test_a_wire_format_loses_no_mass_out_of_lockstep(
+    world: MpiWorld, name: str, agree: list[bool]
+) -> None:
+    learner, method, _ = train(world, name, wire="bfloat16")
+    agree.append(is_quiet(world))
+    found = world.comm.allgather(
+        (learner.first, learner.moved, method.conserved(learner))
+    )
+    shares = 1 if name == "adpsgd" else world.size  # of a model, on each rank
+    first, moved, kept = (np.mean(each, axis=0) for each in zip(*found, strict=True))
+    wanted = first + shares * moved
+    limit = 2e-5 * max(1.0, float(np.abs(wanted).max()))
+    agree.append(float(np.abs(shares * kept - wanted).max()) <= limit)
 
 
 @pytest.mark.mpich
