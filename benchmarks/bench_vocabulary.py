@@ -44,7 +44,7 @@ from mpilm.optim.build import clip_before_step
 SIZES = [(33_278, 200, 8.0), (267_735, 512, 30.0)]
 SAME_V = 1.05  # largest ratio of V = 267,735 to V = 33,278, in time and bytes
 LARGEST_MEMORY = 1.15  # resident over parameters and activations
-FREQUENT, RANDOM, LAYERS = 1000, 1048, 2  # with the targets some 2,700 words
+FREQUENT, RANDOM, LAYERS = 400, 1000, 2  # with the targets some 2,050 words
 
 Step = Callable[[], Any]
 

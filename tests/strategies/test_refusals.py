@@ -172,6 +172,15 @@ RESUMED = {
         "async_sgd", {"momentum": 0.5}, {"momentum": 0.25}, None,
     ),
     "a bound": ("async_sgd", {}, {"staleness_bound": 0}, None),
+    "some units, the rest kept, from now on": (
+        "async_sgd", {}, {"units": 0.5, "unsent": "kept"},
+        ["async_sgd: the checkpoint lacks", "resume with those"],
+    ),
+    "all units from now on": (
+        "async_sgd", {"units": 0.5, "unsent": "kept"}, {"units": 1.0},
+        ["async_sgd: the checkpoint has", "resume with those"],
+    ),
+    "other units": ("async_sgd", {"units": 0.5}, {"units": 0.25}, None),
     "other exchanges": (
         "adpsgd", {"mixing": "fixed_ring", "pieces": 1},
         {"mixing": "random_pairs", "pieces": 3, "weight": 0.5, "mixes_per_step": 2.0},
@@ -204,3 +213,25 @@ def test_resumed_with_other_settings(run, case, nodes):
         start(8, {**before, **after}, resume=True)
     assert_words(line_of(refused), words)
     assert refused.value.everywhere
+
+
+SAMPLED = {"softmax": "sampled", "sampled_frequent": 10, "sampled_random": 30}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key"),
+    [
+        ({}, SAMPLED, "model.softmax = full, this run has sampled"),
+        (SAMPLED, {"softmax": None}, "model.softmax = sampled, this run has full"),
+        (SAMPLED, {"sparse": True}, "model.sparse = "),
+        (SAMPLED, {"tied": True, "embed": 16}, "model.embed = 12, this run has 16"),
+        (SAMPLED, {"sampled_random": 35}, "model.sampled_random = 30, this run has 35"),
+    ],
+)
+def test_a_checkpoint_of_another_softmax(run, before, after, key):
+    run(1, "local", steps=2, out="softmax", model=before)
+    with pytest.raises(MpilmError) as refused:
+        run(
+            1, "local", steps=4, out="softmax", resume=True, model={**before, **after}
+        )  # fmt: skip
+    assert_words(line_of(refused), [key, "resume with", "--out"])

@@ -63,3 +63,19 @@ def test_the_blstm_of_the_adpsgd_papers() -> None:
     for e in range(11, 17):
         expected = math.sqrt(0.5) ** (e - 11)
         assert rate.lr(int((e - 0.5) * epoch)) == pytest.approx(expected, rel=2e-3)
+
+
+def test_xiaos_four_systems_differ_in_what_they_are_about() -> None:
+    naive, dense, sampled, both = (
+        load(f"xiao_{name}") for name in ("naive", "async", "sampled", "sampled_async")
+    )
+    for config in (dense, sampled, both):
+        assert config.train == naive.train
+        assert config.optim == naive.optim
+    assert (dense.model, both.model) == (naive.model, sampled.model)
+    assert (sampled.strategy, both.strategy.name) == (naive.strategy, "async_sgd")
+    assert dense.data == both.data
+    assert num_parameters(naive, 13_777, 13_777) == num_parameters(both, 13_777, 13_777)
+    targets = naive.train.batch * naive.train.unroll
+    settings = sampled.model.settings
+    assert settings.sampled_frequent + settings.sampled_random >= targets
