@@ -52,7 +52,6 @@ def loss(model, batch):
 
 def train(out="runs/cnn", *, epochs=4, resume=False, world=None):
     loader = DataLoader(Digits(4_000), batch_size=25, shuffle=True, num_workers=1)
-    valid = DataLoader(Digits(500), batch_size=100)
     return mpilm.fit(
         network(),
         loader,
@@ -61,7 +60,7 @@ def train(out="runs/cnn", *, epochs=4, resume=False, world=None):
         optimizer=torch.optim.SGD,
         optimizer_settings={"lr": 0.05, "momentum": 0.9},
         schedule={"name": "exponential", "final_ratio": 0.1},
-        valid=valid,
+        valid=DataLoader(Digits(500), batch_size=100),
         epochs=epochs,
         out=out,
         resume=resume,

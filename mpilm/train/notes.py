@@ -85,7 +85,12 @@ def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:
     if size == 1:
         return
     is_own = config.model.name == OWN
-    if not strategy.lockstep and config.data.source == "shards" and not is_own:
+    if not strategy.lockstep and is_own:
+        yield (
+            f"under {strategy.name} a slow rank's part of the data is seen less than"
+            " others'; fit has no pool that gives it to whoever is free"
+        )
+    elif not strategy.lockstep and config.data.source == "shards":
         yield (
             f'data.source = "shards": under {strategy.name} a slow rank\'s part of the'
             ' data is seen less than others\'; "pool" gives it to whoever is free'

@@ -206,6 +206,13 @@ def test_the_same_data_on_all_ranks_is_noted(tmp_path, capsys):
     assert "all ranks got the same" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["adpsgd", "allreduce"])
+def test_own_data_out_of_lockstep_is_noted(tmp_path, capsys, name):
+    trained(tmp_path, strategy=name, samples=40)
+    noted = f"note: under {name} a slow rank's part" in capsys.readouterr().out
+    assert noted == (name == "adpsgd")
+
+
 def test_the_report_shows_losses(tmp_path):
     trained(tmp_path / "a", valid=loader(10), valid_every=20)
     assert report([tmp_path / "a"], out=tmp_path / "page.html") == 0
