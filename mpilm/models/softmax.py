@@ -16,6 +16,9 @@ one buffer that stays in the cache, so the N x V logits are never all in memory.
 backward pass multiplies by the gradient of the loss, which is 1 nearly always. The
 weights s go into the small factors of (5) and (6), never over e.
 
+Under torch.autocast the factors of the products are rounded to its type, as those of
+F.linear are; (2) to (4) and all sums stay in float32.
+
 Departs     nowhere: the numbers are those of `F.cross_entropy(F.linear(x, W, b), y)`
             to rounding. Without any target the loss is 0 instead of NaN.
 """
@@ -53,16 +56,18 @@ def times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(a, b, bias)
 
 
-def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a b, in the memory of `total`; None: 0.
+def plus_product(
+    total: Tensor | None, a: Tensor, b: Tensor, kind: torch.dtype = torch.float32
+) -> Tensor:
+    """Return total + a b, of type `kind`, in the memory of `total`; None: 0.
 
     Where torch's own product is in use it adds as it goes, which saves a pass over
     `total`: 6.0 ms for 7.8 of a chunk at V = 10,000, H = 256 (CPU time, the machine of
     docs/natural_gradient.md).
     """
     if total is None:
-        return times_transposed(a, b.t())
-    if a.is_cuda or PRODUCT is None:
+        return times_transposed(a, b.t()).to(kind)
+    if a.dtype == kind and (a.is_cuda or PRODUCT is None):
         return total.addmm_(a, b)
     return total.add_(times_transposed(a, b.t()))
 
@@ -107,11 +112,16 @@ def weights_of(targets_N: Tensor, like: Tensor) -> Tensor:
 def errors(
     x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield for chunks of rows: which; e (4), good until the next one; -ln p(y)."""
+    """Yield for chunks of rows: which; e (4), good until the next one; -ln p(y).
+
+    Of other types than `bias_V` the first two: they are only multiplied.
+    """
     y_N1 = targets_N.masked_fill(targets_N == PADDING, 0)[:, None]
+    factor_bias_V = bias_V.to(x_NH.dtype)
     for rows in chunks(len(x_NH), len(weight_VH), x_NH.device):
         y = y_N1[rows]
-        logits = times_transposed(x_NH[rows], weight_VH, bias_V)  # (1)
+        logits = times_transposed(x_NH[rows], weight_VH, factor_bias_V)  # (1)
+        logits = logits.to(bias_V.dtype)
         peak = logits.amax(1, keepdim=True)
         target_logit = logits.gather(1, y)
         p = torch.softmax(logits, 1, out=logits)  # (2)
@@ -125,7 +135,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor
     ) -> Tensor:
-        s_N1 = weights_of(targets_N, x_NH)
+        s_N1 = weights_of(targets_N, bias_V)
+        kind = x_NH.dtype  # of the factors
         nll_chunks: list[Tensor] = []
         dx_chunks: list[Tensor] = []
         db_V = torch.zeros_like(bias_V)
@@ -133,9 +144,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows, e, nll in errors(x_NH, weight_VH, bias_V, targets_N):
             x, s = x_NH[rows], s_N1[rows]
             nll_chunks.append(nll)
-            dx_chunks.append(times_transposed(e, weight_VH.t()).mul_(s))  # (5)
-            dW_HV = plus_product(dW_HV, (x * s).t().contiguous(), e)  # (6)
             db_V.addmv_(e.t(), s[:, 0])  # (7)
+            e = e.to(kind)
+            dx = times_transposed(e, weight_VH.t())  # (5)
+            dx_chunks.append(dx.to(s.dtype).mul_(s))
+            sx_HN = (x * s).to(kind).t().contiguous()
+            dW_HV = plus_product(dW_HV, sx_HN, e, s.dtype)  # (6)
         ctx.save_for_backward(joined(dx_chunks), dW_HV, db_V)
         return (joined(nll_chunks) * s_N1).sum()  # (3)
 
@@ -163,7 +177,13 @@ def linear_cross_entropy(
     Returns:
         the mean in nats, 0-d; 0 if there is no target.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x_NH, weight_VH, bias_V, targets_N)
+    device = x_NH.device.type
+    kind = weight_VH.dtype
+    if torch.is_autocast_enabled(device):
+        kind = torch.get_autocast_dtype(device)
+    factors = x_NH.to(kind), weight_VH.to(kind)
+    with torch.autocast(device, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(*factors, bias_V, targets_N)
     return loss
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,3 +114,44 @@ def test_the_layer_has_one_loss_with_and_without_gradient():
     assert without.item() == pytest.approx(layer(x, targets).item(), rel=1e-6)
     expected = F.cross_entropy(layer.logits(x), targets, ignore_index=-1)
     assert without.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [8 << 20, 4 * 500 * 128])
+@pytest.mark.parametrize("product", [softmax.ONEDNN_LINEAR, None])
+def test_under_autocast_it_is_as_exact_as_torchs_own(
+    features: torch.dtype,
+    chunk_bytes: int,
+    product: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(softmax.CHUNK_BYTES, "cpu", chunk_bytes)
+    monkeypatch.setattr(softmax, "PRODUCT", product)
+    torch.manual_seed(0)
+    N, H, V = 300, 64, 500
+    x, W, b = torch.randn(N, H), 0.3 * torch.randn(V, H), 0.1 * torch.randn(V)
+    y = torch.randint(V, (N,))
+    y[::7] = -1
+
+    def found(loss: Any, *, autocast: bool) -> list[torch.Tensor]:
+        kind = features if autocast else torch.float32
+        own = [x.to(kind), W.clone(), b.clone()]
+        for tensor in own:
+            tensor.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = loss(*own)
+        return [value, *torch.autograd.grad(value, own)]
+
+    def plain(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, W, b), y, ignore_index=-1)
+
+    def ours(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return softmax.linear_cross_entropy(x, W, b, y)
+
+    exact = found(plain, autocast=False)
+    theirs, own = found(plain, autocast=True), found(ours, autocast=True)
+    assert [t.dtype for t in own] == [t.dtype for t in theirs]
+    for right, their, our in zip(exact, theirs, own, strict=True):
+        error, theirs_is = ((v - right).abs().max() for v in (our, their))
+        assert error <= 2.0 * theirs_is + 1e-6
+        assert error < 0.02 * right.abs().max()
