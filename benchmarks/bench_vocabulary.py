@@ -82,7 +82,14 @@ def make_learner(args: argparse.Namespace, *, sampled: bool) -> Learner:
         softmax=softmax,
         sparse=sampled,
     )
-    return Learner(model, make_batches(args), optimizer, flat=True, sparse=sampled)
+    return Learner(
+        model,
+        make_batches(args),
+        optimizer,
+        device=args.device,
+        flat=True,
+        sparse=sampled,
+    )
 
 
 def stepping(learner: Learner) -> Step:

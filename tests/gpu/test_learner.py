@@ -47,6 +47,7 @@ def test_a_slice_gets_a_storage_of_its_own_over_the_same_memory():
     assert part.tolist() == [4.0, 50.0, 6.0]
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_cudnn_needs_no_copy_of_the_weights():
     learner = make_learner("cuda")
@@ -65,6 +66,7 @@ def test_cudnn_needs_no_copy_of_the_weights():
         assert parameter.grad.data_ptr() == learner.grad[segment.slice].data_ptr()
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_the_gpu_trains_as_the_cpu_does():
     gpu, cpu = make_learner("cuda"), make_learner("cpu")
@@ -73,6 +75,7 @@ def test_the_gpu_trains_as_the_cpu_does():
     assert isinstance(gpu.gradient(), torch.Tensor)
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_resume_on_a_gpu_is_exact_to_the_bit_with_dropout():
     whole = make_learner("cuda", dropout=0.3)
@@ -84,6 +87,7 @@ def test_resume_on_a_gpu_is_exact_to_the_bit_with_dropout():
     assert train(resumed, 3) == losses
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_a_model_that_left_the_gpu_is_refused():
     learner = make_learner("cuda")

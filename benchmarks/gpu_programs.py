@@ -1,0 +1,188 @@
+"""The sections of gpu.py that start programs: `mpilm` as a user does, and pytest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from gpu_common import Rows
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = (
+    "tests/gpu",
+    "tests/unit/test_models_lstm.py",
+    "tests/unit/test_natural_gradient.py",
+)
+MPI_TESTS = ("tests/mpi/test_cuda.py",)
+CONFIG = """
+[data]
+corpus = "{corpus}"
+[model]
+embed = {size}
+hidden = {size}
+layers = 2
+dropout = 0.2
+[optim]
+name = "adamw"
+lr = 0.002
+[strategy]
+name = "model_averaging"
+period = 5
+[train]
+device = "{device}"
+batch = {batch}
+unroll = {unroll}
+samples = {samples}
+test = false
+[checkpoint]
+every = {half}
+[world]
+gpu_messages = "auto"
+"""
+
+
+def call(command: list[str], limit_s: float) -> tuple[int, str]:
+    """Return exit code and output of a program, from the project's folder."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return 124, f"no end after {limit_s:.0f} s"
+    print(done.stdout, flush=True)
+    return done.returncode, done.stdout
+
+
+def mpirun(ranks: int, *program: str) -> list[str]:
+    """Return a command line of Python on some ranks."""
+    launcher = os.environ.get("MPILM_MPIRUN") or "mpirun"
+    options = ["--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+    return [launcher, *options, sys.executable, *program]
+
+
+def train(args: Any, path: Path) -> None:
+    """A run, the same stopped half way and resumed, a profile of the ranks, doctor."""
+    from mpilm.data.synthetic import prepare_synthetic
+    from mpilm.storage.state_file import read_state
+
+    add, slow = Rows(path), 20.0 if args.smoke else 1.0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        vocab, size = (40, 8) if args.smoke else (5000, 256)
+        prepare_synthetic(
+            folder / "c.h5", vocab=vocab, tokens=60_000, seed=3, branching=4
+        )
+        batch, unroll = (4, 10) if args.smoke else (16, 20)
+        half = 2 * batch * unroll * 30
+        values = {"batch": batch, "unroll": unroll, "size": size, "half": half}
+        values |= {"corpus": folder / "c.h5", "samples": 2 * half}
+        text = CONFIG.format(device=args.device, **values)
+        (folder / "whole.toml").write_text(text)
+        text = CONFIG.format(device=args.device, **{**values, "samples": half})
+        (folder / "half.toml").write_text(text)
+        whole, parts = str(folder / "whole"), str(folder / "parts")
+        mpilm = ["-m", "mpilm"]
+        configs = [str(folder / "whole.toml"), str(folder / "half.toml")]
+        for what, arguments in {
+            "train": ["train", configs[0], "--out", whole, "--profile"],
+            "train half": ["train", configs[1], "--out", parts],
+            "resume": ["resume", parts, "--set", f"train.samples={2 * half}"],
+        }.items():
+            began_s = time.monotonic()
+            code, text = call(mpirun(2, *mpilm, *arguments), slow * 40.0)
+            seconds = time.monotonic() - began_s
+            last = [line for line in text.splitlines() if line.strip()] or [""]
+            add(program=what, code=code, s=round(seconds, 1), said=last[-1][:150])
+        ends = []
+        for run in (whole, parts):
+            newest = max(Path(run).glob("checkpoints/step-*"), default=None)
+            state = read_state(newest / "rank-0001.h5") if newest else {}
+            state = {k: v for k, v in state.items() if not k.startswith("totals/")}
+            ends.append(state)
+        keys = ends[0].keys() | ends[1].keys()
+        bad = sorted(k for k in keys if not equal(ends[0].get(k), ends[1].get(k)))
+        is_same = bool(keys) and not bad
+        columns = {"differs in": ", ".join(bad)[:200], "goal": "to the bit"}
+        add(variant="resumed run, all of rank 1's state", **columns, met=is_same)
+        profile = Path(whole) / "profile.json"
+        found: Counter[str] = Counter()
+        if profile.exists():
+            for event in json.loads(profile.read_bytes())["traceEvents"]:
+                if event.get("ph") in {"X", "b"}:
+                    found[str(event.get("cat"))] += 1
+                    found[event["name"]] += 1
+        kinds = ("kernel", "gpu_memcpy", "cpu_op", "compute", "mix", "stage")
+        add(variant="profile.json", **{kind: found[kind] for kind in kinds})
+        doctor = call([sys.executable, *mpilm, "doctor"], slow * 60.0)[1]
+        for line in doctor.splitlines():
+            if "GPU" in line or "CUDA" in line:
+                add(doctor=line.strip())
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Return whether two entries of a state are the same."""
+    import numpy as np
+
+    if one is None or other is None:
+        return False
+    return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def tests(args: Any, path: Path) -> None:
+    """The tests that are skipped where there is no GPU."""
+    add = Rows(path)
+    with tempfile.TemporaryDirectory() as name:
+        pytest = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
+        report = Path(name) / "report.xml"
+        junit = f"--junitxml={report}"
+        alone = [sys.executable, *pytest, junit, "-m", "gpu", *TESTS]
+        limit_s = 600.0 if args.smoke else 80.0
+        outcomes(add, "one process", call(alone, limit_s), report)
+        if args.smoke:
+            return
+        report.unlink(missing_ok=True)
+        ranks = mpirun(2, "-m", "mpi4py", *pytest, "-x", junit, "-m", "gpu", *MPI_TESTS)
+        outcomes(add, "2 ranks", call(ranks, 60.0), report)
+
+
+def outcomes(add: Rows, where: str, done: tuple[int, str], report: Path) -> None:
+    """Add a row for each kind of outcome, and one for each failure."""
+    code, text = done
+    try:
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        last = (text.splitlines() or ["no output"])[-1]
+        add(where=where, tests="no report", count=0, what=f"exit code {code}: {last}")
+        return
+    counts: Counter[str] = Counter()
+    for case in cases:
+        kinds = {child.tag: child for child in case}
+        bad = kinds.get("failure", kinds.get("error"))
+        outcome = "passed" if not kinds else "skipped" if bad is None else "failed"
+        counts[outcome] += 1
+        if bad is not None:
+            line = (bad.get("message") or "").splitlines() or [""]
+            add(
+                where=where,
+                tests="failed",
+                count=1,
+                what=f"{case.get('name')}: {line[0]}",
+            )
+    for outcome, number in counts.items():
+        add(where=where, tests=outcome, count=number, what="")
