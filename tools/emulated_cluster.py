@@ -38,7 +38,11 @@ BIN = Path(sys.executable).parent
 # names links in at most 15 characters.
 NAME = re.compile(r"mpi(\d+)[a-z](n\d+|v\d+|br)")
 LETTERS = cycle("abcdefghijklmnopqrstuvwxyz")  # of the clusters of one process
-BURST = "256kb"  # of a token bucket: below a TCP window of 100 Mbit/s x 50 ms
+# A token bucket lets a burst pass at once after a pause: 2 ms of the rate, for a model
+# must not pass for nothing. Shorter at 1 Gbit/s and TCP does not reach the rate
+# (measured: 0.4 of it with 32 KB); at least ten packets.
+BURST_S, BURST_BYTES = 2e-3, 16_000
+RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg])bit")
 QUEUE = "50ms"  # what waits longer in front of a link is dropped
 
 AGENT = """\
@@ -77,6 +81,22 @@ def run(*command: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
+
+
+def burst(rate: str) -> str:
+    """Return the burst of a token bucket, as tc writes it.
+
+    >>> burst("1gbit"), burst("10mbit")
+    ('250000b', '16000b')
+
+    Raises:
+        RuntimeError: it is no rate.
+    """
+    match = RATE.fullmatch(rate)
+    if match is None:
+        raise RuntimeError(f"{rate}: no rate; 100mbit, 1.5gbit and the like are")
+    bits = float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
+    return f"{max(BURST_BYTES, int(bits / 8 * BURST_S))}b"
 
 
 class EmulatedCluster:
@@ -162,7 +182,7 @@ class EmulatedCluster:
             if rate:
                 run(
                     *(*tc, "qdisc", "add", "dev", device, "root", "tbf"),
-                    *("rate", rate, "burst", BURST, "latency", QUEUE),
+                    *("rate", rate, "burst", burst(rate), "latency", QUEUE),
                 )
 
     def cut(self, node: int) -> None:

@@ -103,6 +103,18 @@ def test_one_link_ten_times_slower_holds_up_who_waits_for_it(
     assert slow["allreduce"][0] > 2.0 * even["allreduce"][0], (even, slow)
 
 
+def test_two_ranks_exchange_at_the_speed_of_one_direction(
+    cluster: EmulatedCluster,
+) -> None:
+    """Also if one of them begins later: neither direction waits for the other."""
+    program = (sys.executable, str(Path(__file__).with_name("both_ways.py")))
+    done = cluster.mpirun(["-n", "2", *program], map_by="node", limit_s=120.0)
+    assert done.returncode == 0, done
+    one_s, both_s = map(float, done.stdout.split())
+    assert one_s > 0.075, "1 MB over 100 Mbit/s"
+    assert both_s < 1.5 * one_s, done.stdout
+
+
 def test_what_was_made_is_removed_also_after_an_error() -> None:
     if reason := why_not():
         pytest.skip(reason)

@@ -81,8 +81,10 @@ class MpiComm(Comm):
         source: int = ANY_SOURCE,
         recvtag: int = ANY_TAG,
     ) -> None:
+        # first the send: docs/mpi-world.md, "Three settings"
+        send = self._send(sendbuf, dest, sendtag, waited_for=True)
         receive = self._receive(recvbuf, source, recvtag, waited_for=True)
-        self._send(sendbuf, dest, sendtag, waited_for=True).Wait()
+        send.Wait()
         receive.Wait()
 
     def _send(self, buf: Any, dest: int, tag: int, *, waited_for: bool) -> Request:

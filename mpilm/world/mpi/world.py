@@ -37,9 +37,12 @@ __all__ = ["MpiWorld", "abort_on_error"]
 T = TypeVar("T")
 
 # Open MPI: a thread that waits inside MPI lets others have its core; and a message that
-# must be copied in fragments has more than three under way between two polls. Both
-# measured, docs/mpi-world.md; what the environment sets already is left alone.
+# must be copied in fragments has more than three under way between two polls. Over TCP
+# a long message without "put" goes in fragments: as one it holds up the other
+# direction, whose clearance to send waits behind it. All measured, docs/mpi-world.md;
+# what the environment sets already is left alone.
 SETTINGS = {
+    "OMPI_MCA_btl_tcp_flags": "send,inplace,need-ack,need-csum",
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "OMPI_MCA_pml_ob1_send_pipeline_depth": "256",
 }
