@@ -29,7 +29,6 @@ from fleets import (
     lines,
     mpirun,
     run,
-    scaled,
     simulate,
     sleeper,
 )
@@ -142,7 +141,7 @@ def learned(args: argparse.Namespace) -> list[dict[str, Any]]:
         text[start : start + len(words)] = words
     train, held_out = text[:-2000], text[-2000:]
     ranks = args.loss_ranks
-    machine = scaled(Machine(step_s=0.1, jitter=0.1), args.network_scale)
+    machine = Machine(step_s=0.1, jitter=0.1).scaled(args.network_scale)
     rows: list[dict[str, Any]] = []
 
     def train_one(world: VirtualWorld, variant: str, profile: str) -> Run:

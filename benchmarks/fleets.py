@@ -156,19 +156,6 @@ def sleeper(world: World, parameters: int) -> ProtocolLearner:
     return ProtocolLearner(parameters, compute=world.compute, seed=world.rank, lr=0.001)
 
 
-def scaled(machine: Machine, scale: float) -> Machine:
-    """Return the machine on which a model `scale` times smaller takes as long.
-
-    A message of n bytes takes L + n/B: n/s bytes over B/s take the same.
-    """
-    return replace(
-        machine,
-        bandwidth_Bps=machine.bandwidth_Bps / scale,
-        node_bandwidth_Bps=machine.node_bandwidth_Bps / scale,
-        eager_bytes=int(machine.eager_bytes / scale),
-    )
-
-
 def simulate(
     variant: str,
     ranks: int,
@@ -193,7 +180,7 @@ def simulate(
         learner = sleeper(world, parameters)
         return run(world, variant, learner, scale=scale, **until)
 
-    played = scaled(machine, scale)
+    played = machine.scaled(scale)
     return Simulation(ranks, machine=played, faults=faults, seed=seed).run(main)
 
 

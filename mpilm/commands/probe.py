@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import socket
-import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mpilm.doctor import measure
 from mpilm.errors import ConfigError
+from mpilm.strategies.base import ITEM_BYTES
 
 if TYPE_CHECKING:
     from mpilm.config import Config
-
-WARM_UP = 3  # steps that are not counted
 
 # what to put where two ranks on a link were not there to measure it
 NO_NETWORK = (
@@ -37,9 +34,10 @@ def probe(
 ) -> int:
     """Measure this machine under mpirun; print a [machine] section for `simulate`.
 
-    Every rank computes the configured model's steps, all at the same time and without
-    communication; then rank 0 exchanges messages with a rank on its node and with one
-    on another node. What could not be measured is left out, with a comment.
+    Every rank computes the configured model's steps, all at the same time: without
+    communication, then by the configured strategy. Then all exchange and reduce
+    messages as long as the model, inside a node and between nodes. What could not be
+    measured is left out, with a comment.
 
     Args:
         config: TOML file: the model, the minibatch, the optimiser
@@ -48,9 +46,11 @@ def probe(
     """
     from mpilm.config import read_config
     from mpilm.seeds import DROPOUT, derive
+    from mpilm.simulate.calibrate import calibrate, own_step_s, spread, step_times
+    from mpilm.strategies import find_strategy
     from mpilm.train.run import make_learner
     from mpilm.train.task import open_task
-    from mpilm.world.mpi.world import MpiWorld, abort_on_error, start_mpi
+    from mpilm.world.mpi.world import MpiWorld, abort_on_error
 
     settings: Config | None = None
     with MpiWorld() as world, abort_on_error(world):
@@ -69,74 +69,54 @@ def probe(
                 seed=derive(DROPOUT, settings.train.seed, world.rank),
                 compute=world.compute,
             )
-        assert settings is not None
+            assert settings is not None
+            kind = find_strategy(settings.strategy.name)
+            strategy = kind(world, settings.strategy.settings)
+            strategy.require(learner)
         batches.start()
         world.comm.Barrier()
-        took = step_times(learner, steps)
+        everyone = world.comm.allgather(step_times(learner, steps))
+        step_s, jitter = spread([gradients for gradients, _ in everyone])
+        update_s, _ = spread([updates for _, updates in everyone])
+        own_s = own_step_s(world, strategy, learner, steps)
         batches.close()
-        everyone = world.comm.allgather(took)
         hosts = world.comm.allgather(socket.gethostname())
-        device = learner.device.type
-    # the world's threads are gone: they would call MPI beside the messages
-    comm = start_mpi().COMM_WORLD
-    near, far = measure.peers(comm, hosts)
-    links = {
-        name: measure.link(comm, peer) if peer is not None else None
-        for name, peer in (("", far), ("node_", near))
-    }
-    if comm.rank == 0:
-        print(machine_section(everyone, hosts, links, str(config), device))
+        model_bytes = ITEM_BYTES * learner.layout.size
+        costs = calibrate(world, hosts, model_bytes=model_bytes, step_s=step_s)
+        computing = {
+            "step_s": step_s,
+            "jitter": jitter,
+            "update_s": update_s,
+            "mix_s": max(0.0, own_s - step_s - update_s),
+        }
+        where = f"{learner.device.type}, {settings.strategy.name}), {config}"
+        if world.rank == 0:
+            print(machine_section(computing, costs, hosts, where))
     return 0
 
 
-def step_times(learner: Any, steps: int) -> list[float]:
-    """Return the seconds of each step: gradient and update, GPU included."""
-    took = []
-    for _ in range(WARM_UP + steps):
-        start_s = measure.clock()
-        float(learner.gradient())  # the loss: a GPU has to be done with it
-        learner.update()
-        if learner.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        took.append(measure.clock() - start_s)
-    return took[WARM_UP:]
-
-
 def machine_section(
-    times: list[list[float]],
+    computing: dict[str, float],
+    costs: dict[str, float],
     hosts: list[str],
-    links: dict[str, tuple[float, float] | None],
-    config: str,
-    device: str,
+    where: str,
 ) -> str:
-    """Return the section as TOML.
-
-    Steps of the virtual world are uniform in (1 - jitter, 1 + jitter) times step_s: the
-    middle half of them is jitter times step_s wide, and so it is measured. A few steps
-    that something else disturbed count little.
-    """
-    flat = sorted(second for one in times for second in one)
-    step_s = statistics.median(flat)
-    num = len(flat)
-    width = flat[min(num - 1, 3 * num // 4)] - flat[num // 4]
-    jitter = min(1.0, width / step_s)
+    """Return the section as TOML."""
     nodes = {host: hosts.count(host) for host in hosts}
     lines = [
         "[machine]",
-        f"# {len(hosts)} ranks on {len(nodes)} nodes ({device}), {config}",
-        f"step_s = {step_s:.6g}",
-        f"jitter = {jitter:.3f}",
+        f"# {len(hosts)} ranks on {len(nodes)} nodes ({where}",
+        *(f"{key} = {value:.4g}" for key, value in computing.items()),
         f"ranks_per_node = {max(nodes.values())}",
     ]
-    for prefix, link in links.items():
-        if link is None:
-            where = "inside a node" if prefix else "between nodes"
+    for prefix in ("", "node_"):
+        if f"{prefix}latency_s" not in costs:
+            level = "inside a node" if prefix else "between nodes"
             lines.append(f"# {prefix}latency_s, {prefix}bandwidth_Bps: no two ranks")
-            lines[-1] += f" {where}"
+            lines[-1] += f" {level}"
             lines += [f"# {line}" for line in (NO_NODE if prefix else NO_NETWORK)]
-            continue
-        lines.append(f"{prefix}latency_s = {link[0]:.3g}")
-        lines.append(f"{prefix}bandwidth_Bps = {link[1]:.4g}")
+    lines += [
+        f"{key} = {value}" if isinstance(value, int) else f"{key} = {value:.4g}"
+        for key, value in costs.items()
+    ]
     return "\n".join(lines)

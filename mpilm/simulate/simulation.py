@@ -80,7 +80,9 @@ def samples_per_step(config: Config) -> int:
 def ideal_samples_per_s(config: Config, num_ranks: int) -> float:
     """Return the speed of ranks that compute and never wait, as declared."""
     step_s = config.machine.step_s
-    if step_s <= 0.0:
+    if step_s > 0.0:
+        step_s += config.machine.update_s
+    else:
         raise ConfigError("machine.step_s is 0: there is nothing to compare with")
     return num_ranks * samples_per_step(config) / step_s
 
@@ -99,12 +101,7 @@ def simulate_protocol(
         ConfigError: the strategy needs a real model, or step_s is 0.
     """
     small, scale = scaled(layout, PROTOCOL_PARAMETERS)
-    machine = dataclasses.replace(
-        config.machine,
-        bandwidth_Bps=config.machine.bandwidth_Bps / scale,
-        node_bandwidth_Bps=config.machine.node_bandwidth_Bps / scale,
-        eager_bytes=int(config.machine.eager_bytes / scale),
-    )
+    machine = config.machine.scaled(scale)
     per_step = samples_per_step(config)
     kind = find_strategy(config.strategy.name)
     settings = scaled_settings(config.strategy.settings, scale)

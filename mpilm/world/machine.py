@@ -1,22 +1,28 @@
 """The declared machine of the virtual world: what messages and computing cost.
 
 Notation    L -> latency_s, B -> bandwidth_Bps of a link; n bytes; K ranks
-Cost        message             L + n/B                                        (1)
-            barrier             ceil(log2 K) L               (dissemination)   (2)
-            broadcast           ceil(log2 K) (L + n/B)       (binomial tree)   (3)
-            allreduce, short    r (L + n/B), r = log2 K, or floor(log2 K) + 2
+            E -> enter_s; L', B' -> reduce_latency_s, reduce_Bps, else L, B
+            R -> rendezvous_s, of messages longer than eager_bytes, else 0
+Cost        message             L + R + n/B                                    (1)
+            barrier             ceil(log2 K) (E + L)         (dissemination)   (2)
+            broadcast           ceil(log2 K) (E + L + n/B)   (binomial tree)   (3)
+            allreduce           ceil(log2 K) E, and the cheaper of
+                     short      r (L' + n/B'), r = log2 K, or floor(log2 K) + 2
                                 unless K is a power of two
                                                         (recursive doubling)   (4)
-            allreduce, long     2 (K-1) L + 2 (K-1)/K n/B           (ring)     (5)
+                     long       2 (K-1) L' + 2 (K-1)/K n/B'         (ring)     (5)
 
-An allreduce takes the cheaper of (4) and (5). docs/virtual-world.md tells how costs
-and ports play together.
+E is what our own software takes to find out that all have come; L' and B' are what a
+reduction comes to, arithmetic included. `mpilm probe` measures them; without them a
+reduction costs what its messages do. A link that rested lets burst_bytes pass in no
+time (a token bucket). docs/virtual-world.md tells how costs and ports play together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 from msgspec import Meta
@@ -55,6 +61,26 @@ class Cost(NamedTuple):
         return self.latency_s + self.transfer_s
 
 
+class Collectives(NamedTuple):
+    """What the collectives of a group cost.
+
+    link      of barriers and broadcasts
+    reduction of an allreduce: L', B'
+    enter_s   E
+    burst_s   time that burst_bytes take
+    """
+
+    link: Link
+    reduction: Link
+    enter_s: float = 0.0
+    burst_s: float = 0.0
+
+    def after(self, fault: Link) -> Collectives:
+        """Return them over a link with a fault."""
+        links = (self.link.after(fault), self.reduction.after(fault))
+        return Collectives(*links, self.enter_s, self.burst_s)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """Section [machine]: the machine that the virtual world plays.
@@ -72,8 +98,30 @@ class Machine:
     """the same latency inside a node, seconds"""
     node_bandwidth_Bps: Bandwidth = 20e9
     """the same bandwidth inside a node, bytes per second"""
+    rendezvous_s: Time = 0.0
+    """seconds that a message longer than eager_bytes takes more, between nodes"""
+    burst_bytes: Annotated[int, Meta(ge=0)] = 0
+    """bytes that pass at once after a pause, between nodes (a token bucket)"""
+    enter_s: Time = 0.0
+    """seconds of software in each round of entering a collective between nodes"""
+    reduce_latency_s: Time = 0.0
+    """latency of the rounds of an allreduce between nodes, seconds; 0: latency_s"""
+    reduce_Bps: Annotated[float, Meta(ge=0)] = 0.0
+    """bandwidth of an allreduce between nodes, bytes per second; 0: bandwidth_Bps"""
+    node_rendezvous_s: Time = 0.0
+    """rendezvous_s inside a node"""
+    node_enter_s: Time = 0.0
+    """enter_s of a group inside a node"""
+    node_reduce_latency_s: Time = 0.0
+    """reduce_latency_s inside a node; 0: node_latency_s"""
+    node_reduce_Bps: Annotated[float, Meta(ge=0)] = 0.0
+    """reduce_Bps inside a node; 0: node_bandwidth_Bps"""
     step_s: Time = 0.1
     """seconds that a rank computes for one minibatch"""
+    update_s: Time = 0.0
+    """seconds of the optimiser in a step, after the gradient"""
+    mix_s: Time = 0.0
+    """seconds in a step that the strategy itself computes: sums, copies, filters"""
     jitter: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """steps and latencies are drawn from (1 - jitter, 1 + jitter) times their value"""
     eager_bytes: Annotated[int, Meta(ge=0)] = 65_536
@@ -93,6 +141,48 @@ class Machine:
             return Link(self.node_latency_s, self.node_bandwidth_Bps)
         return Link(self.latency_s, self.bandwidth_Bps)
 
+    def collectives(self, *, same_node: bool) -> Collectives:
+        """Return what collectives of one node or between nodes cost.
+
+        >>> Machine(latency_s=1.0, bandwidth_Bps=9.0, reduce_Bps=8.0).collectives(
+        ...     same_node=False
+        ... ).reduction
+        Link(latency_s=1.0, bandwidth_Bps=8.0)
+        """
+        link = self.link(same_node=same_node)
+        latency_s, speed_Bps, enter_s = (
+            (self.node_reduce_latency_s, self.node_reduce_Bps, self.node_enter_s)
+            if same_node
+            else (self.reduce_latency_s, self.reduce_Bps, self.enter_s)
+        )
+        reduction = Link(latency_s or link.latency_s, speed_Bps or link.bandwidth_Bps)
+        burst_s = 0.0 if same_node else self.burst_bytes / reduction.bandwidth_Bps
+        return Collectives(link, reduction, enter_s, burst_s)
+
+    def message_link(self, msg_bytes: int, *, same_node: bool) -> Link:
+        """Return the link of a message: R is part of its latency."""
+        link = self.link(same_node=same_node)
+        if msg_bytes <= self.eager_bytes:
+            return link
+        more_s = self.node_rendezvous_s if same_node else self.rendezvous_s
+        return link.after(Link(more_s, math.inf)) if more_s else link
+
+    def scaled(self, scale: float) -> Machine:
+        """Return the machine on which messages `scale` times shorter take as long.
+
+        >>> Machine(bandwidth_Bps=6.0).scaled(2.0).bandwidth_Bps
+        3.0
+        """
+        return replace(
+            self,
+            bandwidth_Bps=self.bandwidth_Bps / scale,
+            reduce_Bps=self.reduce_Bps / scale,
+            node_bandwidth_Bps=self.node_bandwidth_Bps / scale,
+            node_reduce_Bps=self.node_reduce_Bps / scale,
+            burst_bytes=round(self.burst_bytes / scale),
+            eager_bytes=int(self.eager_bytes / scale),
+        )
+
     def spread(self, random: Callable[[], float]) -> float:
         """Return a factor of mean 1 drawn with `random` in [0, 1)."""
         if self.jitter == 0.0:
@@ -109,41 +199,62 @@ def message(link: Link, msg_bytes: int) -> Cost:
     return Cost(link.latency_s, msg_bytes / link.bandwidth_Bps)
 
 
-def barrier(link: Link, num_ranks: int) -> Cost:
+def barrier(how: Collectives, num_ranks: int) -> Cost:
     """Return the cost (2) of a barrier.
 
-    >>> barrier(Link(1.0, 1.0), 5)
+    >>> barrier(as_messages(Link(1.0, 1.0)), 5)
     Cost(latency_s=3.0, transfer_s=0.0)
     """
-    return Cost(_rounds_up(num_ranks) * link.latency_s, 0.0)
+    return Cost(rounds_up(num_ranks) * (how.enter_s + how.link.latency_s), 0.0)
 
 
-def broadcast(link: Link, num_ranks: int, msg_bytes: int) -> Cost:
+def broadcast(how: Collectives, num_ranks: int, msg_bytes: int) -> Cost:
     """Return the cost (3) of a broadcast.
 
-    >>> broadcast(Link(1.0, 10.0), 8, 100)
+    >>> broadcast(as_messages(Link(1.0, 10.0)), 8, 100)
     Cost(latency_s=3.0, transfer_s=30.0)
     """
-    rounds = _rounds_up(num_ranks)
-    return Cost(rounds * link.latency_s, rounds * msg_bytes / link.bandwidth_Bps)
+    rounds = rounds_up(num_ranks)
+    latency_s = how.enter_s + how.link.latency_s
+    return Cost(rounds * latency_s, rounds * msg_bytes / how.link.bandwidth_Bps)
 
 
-def allreduce(link: Link, num_ranks: int, msg_bytes: int) -> Cost:
-    """Return the cost of an allreduce: the cheaper of (4) and (5).
+def allreduce(how: Collectives, num_ranks: int, msg_bytes: int) -> Cost:
+    """Return the cost of an allreduce: of entering it, and the cheaper of (4) and (5).
 
-    >>> allreduce(Link(1.0, 10.0), 4, 10)
+    >>> allreduce(as_messages(Link(1.0, 10.0)), 4, 10)
     Cost(latency_s=2.0, transfer_s=2.0)
-    >>> allreduce(Link(1.0, 10.0), 4, 1000)
+    >>> allreduce(as_messages(Link(1.0, 10.0)), 4, 1000)
     Cost(latency_s=6.0, transfer_s=150.0)
     """
-    whole = num_ranks.bit_length() - 1  # floor(log2 K)
-    rounds = whole if num_ranks == 1 << whole else whole + 2
-    transfer_s = msg_bytes / link.bandwidth_Bps
-    doubling = Cost(rounds * link.latency_s, rounds * transfer_s)
-    steps = 2 * (num_ranks - 1)
-    ring = Cost(steps * link.latency_s, steps / num_ranks * transfer_s)
+    latency_s, speed_Bps = how.reduction
+    entering_s = rounds_up(num_ranks) * how.enter_s
+    transfer_s = msg_bytes / speed_Bps
+    rounds, steps = rounds_of_doubling(num_ranks), 2 * (num_ranks - 1)
+    doubling = Cost(entering_s + rounds * latency_s, rounds * transfer_s)
+    ring = Cost(entering_s + steps * latency_s, steps / num_ranks * transfer_s)
     return min(doubling, ring, key=lambda cost: cost.latency_s + cost.transfer_s)
 
 
-def _rounds_up(num_ranks: int) -> int:
-    return (num_ranks - 1).bit_length()  # ceil(log2 K)
+def as_messages(link: Link) -> Collectives:
+    """Return collectives that cost what their messages do."""
+    return Collectives(link, link)
+
+
+def rounds_of_doubling(num_ranks: int) -> int:
+    """Return r of (4).
+
+    >>> [rounds_of_doubling(size) for size in (1, 2, 3, 4, 5)]
+    [0, 1, 3, 2, 4]
+    """
+    whole = num_ranks.bit_length() - 1  # floor(log2 K)
+    return whole if num_ranks == 1 << whole else whole + 2
+
+
+def rounds_up(num_ranks: int) -> int:
+    """Return ceil(log2 K).
+
+    >>> [rounds_up(size) for size in (1, 2, 3, 4, 5)]
+    [0, 1, 2, 2, 3]
+    """
+    return (num_ranks - 1).bit_length()

@@ -69,3 +69,6 @@ def test_probe_measures_a_machine(inputs: Path, tmp_path: Path, ranks: int) -> N
     assert 1e-8 < machine.node_latency_s < 0.1
     assert machine.node_bandwidth_Bps > 1e6
     assert machine.ranks_per_node == ranks
+    assert 0.0 < machine.update_s < 5.0
+    assert machine.mix_s >= 0.0
+    assert machine.node_reduce_Bps > 1e4

@@ -12,7 +12,7 @@ from mpilm.data.synthetic import prepare_synthetic
 from mpilm.learner.flat import Layout
 from mpilm.simulate import simulation
 from mpilm.strategies import STRATEGIES
-from mpilm.world.machine import Link, allreduce
+from mpilm.world.machine import Link, allreduce, as_messages
 
 LAYOUT = Layout.of([("a", (30, 20), "a"), ("b", (50, 40), "b"), ("c", (400,), "b")])
 P = LAYOUT.size
@@ -36,7 +36,7 @@ def test_without_communication_nothing_is_lost():
 
 
 def test_one_reduction_at_the_end_of_a_step_costs_what_the_machine_says():
-    cost_s = allreduce(Link(1e-5, 1e6), 4, 4 * P).total_s
+    cost_s = allreduce(as_messages(Link(1e-5, 1e6)), 4, 4 * P).total_s
     averaged = outcome("model_averaging", period=1)
     assert averaged.seconds == pytest.approx(10 * (0.1 + cost_s))
     assert averaged.communication == pytest.approx(cost_s / (0.1 + cost_s))

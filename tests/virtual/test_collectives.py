@@ -9,7 +9,7 @@ import torch
 from mpilm.errors import WorldError
 from mpilm.world import machine as costs
 from mpilm.world.base import IN_PLACE, MAX, MIN, SUM
-from mpilm.world.machine import Link, Machine
+from mpilm.world.machine import Collectives, Link, Machine
 from mpilm.world.virtual import run_virtual
 
 SLOW = Machine(latency_s=1.0, bandwidth_Bps=8.0, step_s=0.0)
@@ -107,6 +107,7 @@ def test_buffers_are_read_at_the_call_and_written_at_the_end():
 def test_costs_are_those_of_the_formulae(size, msg_bytes):
     latency_s, bandwidth_Bps = 0.5, 64.0
     link = Link(latency_s, bandwidth_Bps)
+    how = costs.as_messages(link)
     transfer_s = msg_bytes / bandwidth_Bps
     up = ceil(log2(size)) if size > 1 else 0
     power = 2 ** round(log2(size)) == size
@@ -115,11 +116,47 @@ def test_costs_are_those_of_the_formulae(size, msg_bytes):
     ring = 2 * (size - 1) * latency_s + 2 * (size - 1) / size * transfer_s
     near = pytest.approx
     assert costs.message(link, msg_bytes).total_s == latency_s + transfer_s
-    assert costs.barrier(link, size).total_s == up * latency_s
-    assert costs.broadcast(link, size, msg_bytes).total_s == near(
+    assert costs.barrier(how, size).total_s == up * latency_s
+    assert costs.broadcast(how, size, msg_bytes).total_s == near(
         up * (latency_s + transfer_s)
     )
-    assert costs.allreduce(link, size, msg_bytes).total_s == near(min(doubling, ring))
+    assert costs.allreduce(how, size, msg_bytes).total_s == near(min(doubling, ring))
+
+
+def test_what_probe_has_measured_of_collectives_is_what_they_cost():
+    """Entering them in our own software, and a reduction apart from its messages."""
+    machine = Machine(
+        latency_s=1.0,
+        bandwidth_Bps=8.0,
+        enter_s=0.5,
+        reduce_latency_s=2.0,
+        reduce_Bps=4.0,
+        step_s=0.0,
+    )
+
+    def main(world):
+        comm, times = world.comm, []
+        for call in (
+            comm.Barrier,
+            lambda: comm.Bcast(np.zeros(2)),
+            lambda: comm.Allreduce(IN_PLACE, np.zeros(1)),
+            lambda: comm.Sendrecv(np.zeros(1), world.rank ^ 1, 0, np.zeros(1)),
+        ):
+            start_s = world.now_s()
+            call()
+            times.append(world.now_s() - start_s)
+        return times
+
+    rounds = 2
+    expected = [rounds * 1.5, rounds * (1.5 + 2.0), rounds * (0.5 + 2.0 + 2.0), 2.0]
+    assert run_virtual(main, 4, machine=machine) == [expected] * 4
+    small = machine.scaled(8.0)
+    how = small.collectives(same_node=False)
+    assert how == Collectives(Link(1.0, 1.0), Link(2.0, 0.5), 0.5)
+    assert (
+        costs.allreduce(how, 4, 8).total_s
+        == costs.allreduce(machine.collectives(same_node=False), 4, 64).total_s
+    )
 
 
 def times_of(call, size, machine):

@@ -132,9 +132,9 @@ def collective_delay_s(
         return 0.0
     link, size = faults.link_within(members), len(members)
     if name.endswith("llreduce"):
-        cost = machine.allreduce(link, size, msg_bytes)
+        cost = machine.allreduce(machine.as_messages(link), size, msg_bytes)
     elif name == "Bcast":
-        cost = machine.broadcast(link, size, msg_bytes)
+        cost = machine.broadcast(machine.as_messages(link), size, msg_bytes)
     else:
-        cost = machine.barrier(link, size)
+        cost = machine.barrier(machine.as_messages(link), size)
     return cost.total_s

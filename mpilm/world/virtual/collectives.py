@@ -16,7 +16,7 @@ from mpilm.vectors import copy_of
 from mpilm.world import machine as costs
 from mpilm.world.base import Op
 from mpilm.world.buffers import reduce_, write_
-from mpilm.world.machine import Cost, Link, Machine
+from mpilm.world.machine import Collectives, Cost, Machine
 from mpilm.world.parts import named_ranks
 from mpilm.world.virtual.engine import NETWORK, Engine, RankState, VirtualRequest
 
@@ -25,7 +25,7 @@ class Group:
     """The ranks of a communicator, in order, and what connects them.
 
     name  of the communicator, in reports of deadlocks
-    link  the slowest between two of its ranks
+    how   what its collectives cost: by the slowest link between two of its ranks
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class Group:
         engine: Engine,
         states: Sequence[RankState],
         machine: Machine,
-        link: Link,
+        how: Collectives,
         name: str,
     ) -> None:
         self.engine, self.states = engine, states
-        self.machine, self.link, self.name = machine, link, name
+        self.machine, self.how, self.name = machine, how, name
 
 
 class Call(NamedTuple):
@@ -116,14 +116,15 @@ class Collective(ABC):
             self._finish(None)
             return
         cost = self.cost()
-        start_s = engine.now_s
+        start_s = engine.now_s - group.how.burst_s
         for state in states:
             start_s = max(start_s, state.send_free_s, state.receive_free_s)
         free_s = start_s + cost.transfer_s
         for state in states:
             state.send_free_s = state.receive_free_s = free_s
         latency_s = cost.latency_s * group.machine.spread(states[0].link_random)
-        engine.at(free_s + latency_s, NETWORK, self._finish, None)
+        end_s = max(free_s, engine.now_s) + latency_s
+        engine.at(end_s, NETWORK, self._finish, None)
 
     def _finish(self, _: Any) -> None:
         requests, self.requests = self.requests, []  # no cycle: memory is freed at once
@@ -163,7 +164,7 @@ class Allgather(Collective):
         return self._combined
 
     def cost(self) -> Cost:
-        return costs.barrier(self.group.link, len(self.values))
+        return costs.barrier(self.group.how, len(self.values))
 
 
 class Broadcast(Collective):
@@ -178,7 +179,7 @@ class Broadcast(Collective):
             write_(request.buf, self.data)
 
     def cost(self) -> Cost:
-        return costs.broadcast(self.group.link, len(self.requests), self.call.nbytes)
+        return costs.broadcast(self.group.how, len(self.requests), self.call.nbytes)
 
 
 class Reduction(Collective):
@@ -212,4 +213,4 @@ class Reduction(Collective):
         write_(request.buf, self.data)
 
     def cost(self) -> Cost:
-        return costs.allreduce(self.group.link, len(self.requests), self.call.nbytes)
+        return costs.allreduce(self.group.how, len(self.requests), self.call.nbytes)

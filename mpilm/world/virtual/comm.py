@@ -5,6 +5,9 @@
     receiver's port            |--n/B--|       later, if the port is busy
                                        delivered; matched in the order of delivery
 
+A port that has rested begins `burst_s` before its message, and ends no earlier than
+that: burst_bytes pass in no time.
+
 A send buffer is copied at the call and a receive buffer written at completion: a
 program that touches a buffer too early shows wrong numbers here, as under MPI.
 """
@@ -84,9 +87,9 @@ class Communicator(Group):
         same_node = len({state.node for state in states}) == 1
         fault = network.faults.link_within([state.rank for state in states])
         machine = network.machine
-        link = machine.link(same_node=same_node).after(fault)
+        how = machine.collectives(same_node=same_node).after(fault)
         name = f"{kind} (communicator {len(network.communicators)})"
-        super().__init__(network.engine, states, machine, link, name)
+        super().__init__(network.engine, states, machine, how, name)
         self.network, self.faults = network, network.faults
         self.comms = [VirtualComm(self, rank) for rank in range(len(states))]
         self.open: dict[int, Collective] = {}
@@ -103,6 +106,8 @@ class VirtualMessage(Message):
         self.nbytes, self.dtype = described(buf)
         self.data = copy_of(buf)
         self.transfer_s = self.nbytes / link.bandwidth_Bps
+        self.burst_s = 0.0
+        self.tail_s = 0.0  # with a burst: when its last byte can arrive
         self.send: SendRequest | None = None  # completed by the receiver
 
     @property
@@ -114,9 +119,10 @@ class VirtualMessage(Message):
     def arrive(self, _: Any) -> None:
         """Take the receiver's port, in the order of arrival."""
         engine, state = self.comm.engine, self.comm.state
-        start_s = max(engine.now_s, state.receive_free_s)
+        start_s = max(engine.now_s - self.burst_s, state.receive_free_s)
         state.receive_free_s = start_s + self.transfer_s
-        engine.at(state.receive_free_s, NETWORK, self.deliver, None)
+        end_s = max(state.receive_free_s, engine.now_s, self.tail_s)
+        engine.at(end_s, NETWORK, self.deliver, None)
 
     def deliver(self, _: Any) -> None:
         """Go to the first receive that wants it, or wait."""
@@ -210,22 +216,31 @@ class VirtualComm(Comm):
         self._check(dest, "dest")
         state, engine, machine = self.state, self.engine, self.machine
         peer = self.group.comms[dest]
-        link = machine.link(same_node=state.node == peer.state.node)
+        nbytes, _ = described(buf)
+        same_node = state.node == peer.state.node
+        link = machine.message_link(nbytes, same_node=same_node)
         fault = self.group.faults.link(state.rank, peer.state.rank)
         if fault is not NO_FAULT:
             link = link.after(fault)
         message = VirtualMessage(peer, self.rank, tag, buf, link)
         request = SendRequest(self, message)
-        start_s = max(engine.now_s, state.send_free_s)
+        now_s = engine.now_s
+        if machine.burst_bytes and not same_node:
+            message.burst_s = machine.burst_bytes / link.bandwidth_Bps
+        start_s = max(now_s - message.burst_s, state.send_free_s)
         state.send_free_s = start_s + message.transfer_s
-        arrival_s = start_s + link.latency_s * machine.spread(state.link_random)
+        flight_s = link.latency_s * machine.spread(state.link_random)
+        arrival_s = max(start_s, now_s) + flight_s
+        if message.burst_s:
+            message.tail_s = max(state.send_free_s, now_s) + flight_s
         arrival_s = max(arrival_s, state.last_arrival_s.get(peer.state.rank, 0.0))
         state.last_arrival_s[peer.state.rank] = arrival_s  # messages do not overtake
         engine.at(arrival_s, NETWORK, message.arrive, None)
         if message.nbytes > machine.eager_bytes:
             message.send = request
         else:
-            engine.at(state.send_free_s, NETWORK, request.complete, None)
+            left_s = max(state.send_free_s, now_s)
+            engine.at(left_s, NETWORK, request.complete, None)
         self.traffic.bytes_sent += message.nbytes
         self.traffic.messages += 1
         return request

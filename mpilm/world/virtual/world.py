@@ -168,6 +168,10 @@ class VirtualWorld(World):
                 f"dies before step {state.num_steps}, as [faults] declares, at"
                 f" {self.engine.now_s:.6g} s of virtual time"
             )
+        # what came after the last gradient and its messages: the optimiser, mixing
+        before_s = simulation.machine.update_s + simulation.machine.mix_s
+        if before_s > 0.0:
+            activity.block_until(self.engine.now_s + before_s)
         parts: list[Any] = []
         result = activity.not_blocking("the work of compute", work, parts.append)
         start_s = self.engine.now_s
