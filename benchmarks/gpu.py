@@ -55,7 +55,7 @@ class Section:
 
 # in the order in which they are run: what matters most comes first
 SECTIONS = (
-    Section("environment", "What is here", 60),
+    Section("environment", "What is here", 90),
     Section("peak", "Matrix products", 40),
     Section("single", "One rank against a plain cuDNN loop", 70),
     Section("sampled", "Sampled softmax and rows at V = 267,735", 60),

@@ -45,19 +45,25 @@ def make_learner(args: Any, world: MpiWorld, device: str) -> Learner:
     return Learner(model, batches, sgd, compute=world.compute, device=device, flat=True)
 
 
-def step_s(
-    args: Any, world: MpiWorld, device: str, name: str, guess_s: float
-) -> dict[str, Any]:
-    """Return the seconds of a step of a strategy, and what it communicated."""
+def step_s(args: Any, world: MpiWorld, device: str, name: str) -> dict[str, Any]:
+    """Return the seconds of a step of a strategy, and what it communicated.
+
+    As many steps as take MEASURED_S, in whole periods; a slow strategy takes fewer.
+    """
     learner = make_learner(args, world, device)
     chosen = strategy(name, world)
     chosen.start(learner)
     period = getattr(chosen.config, "period", 1)
-    num = 2 if args.smoke else min(MOST_STEPS, max(20, round(MEASURED_S / guess_s)))
-    num = -(-num // period) * period  # whole periods
-    for _ in range(1 if args.smoke else 5):
+    began_s = world.now_s()
+    for step in range(1 if args.smoke else 6):
+        if step == 2:  # the first ones allocate
+            finish(world, device)
+            began_s = world.now_s()
         chosen.step(learner)
     finish(world, device)
+    guess_s = max(world.comm.allgather(world.now_s() - began_s)) / 4
+    num = min(MOST_STEPS, max(4, round(MEASURED_S / guess_s)))
+    num = -(-(2 if args.smoke else num) // period) * period
     traffic = world.traffic
     before = traffic.blocked_s, traffic.in_flight_s, traffic.bytes_sent
     began_s = world.now_s()
@@ -90,13 +96,13 @@ def strategies(args: Any, path: Path) -> None:
     with MpiWorld() as world, abort_on_error(world):
         device = world.device("cuda" if args.device == "cuda" else "cpu")
         add = Rows(path, speaks=world.rank == 0)
-        guess_s = step_s(args, world, device, "local", 0.01)["s"]
-        first = step_s(args, world, device, "local", guess_s)["s"]
+        step_s(args, world, device, "local")  # the card warms up
+        first = step_s(args, world, device, "local")["s"]
         add(variant="local, first", **{"ms": 1e3 * first})
         chosen = [n for n in STRATEGIES if n not in LAST and n != "local"]
         for name in (*chosen, *LAST):
             try:
-                found = step_s(args, world, device, name, guess_s)
+                found = step_s(args, world, device, name)
             except Exception as error:  # alike on all ranks, we hope: the rest goes on
                 traceback.print_exc()
                 add(variant=name, error=f"{type(error).__name__}: {error}"[:200])
@@ -106,7 +112,7 @@ def strategies(args: Any, path: Path) -> None:
             columns |= {k: found[k] for k in ("steps", "blocked", "overlap")}
             columns |= {"MB sent": found["MB"], **goal(over, most=MOST_OVERHEAD)}
             add(variant=name, **columns)
-        last = step_s(args, world, device, "local", guess_s)["s"]
+        last = step_s(args, world, device, "local")["s"]
         add(variant="local, last", **{"ms": 1e3 * last})
 
 

@@ -120,6 +120,7 @@ def test_float32_equals_kaldi_in_single_precision(case):
     assert_single(case, "cpu")
 
 
+@pytest.mark.gpu
 @needs_gpu
 @needs_golden
 @pytest.mark.parametrize("case", CASES)
