@@ -14,6 +14,7 @@ from typing import Any
 
 from mpilm import __version__
 from mpilm.doctor import children, facts, measure
+from mpilm.doctor.container import check_container
 from mpilm.doctor.cuda_aware import check_cuda_aware
 from mpilm.doctor.findings import Finding, amount, duration, ok
 from mpilm.doctor.folder import check_folder, check_shared_memory
@@ -149,6 +150,7 @@ def check_alone(report: Report, folder: Path) -> None:
         report.check("CUDA-aware MPI", check_cuda_aware)
         report.check("GPU to GPU", children.check_gpu_pair)
     report.check("run folder", lambda: check_folder(folder))
+    report.check("container", lambda: check_container(""))
     report.check("scheduler", check_scheduler)
 
 
@@ -176,6 +178,9 @@ def check_ranks(report: Report, folder: Path) -> None:
     """Check everything; every rank takes part."""
     from mpilm.world.mpi.world import MpiWorld, start_mpi
 
+    report.check("container", lambda: check_container(mpi_library()))
+    if report.counts["problem"] > 0:
+        return  # MPI would abort, or every rank be alone
     mpi = None
     with report.guarded("MPI starts"):
         mpi = start_mpi()
@@ -224,6 +229,16 @@ def check_ranks(report: Report, folder: Path) -> None:
             report.add(check_progress(comm, world, peer, plain))
             if all(fact.gpus for fact in everyone):
                 report.add(check_staging(comm, world, peer))
+
+
+def mpi_library() -> str:
+    """Return what the MPI library says of itself, without starting MPI."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    return MPI.Get_library_version()
 
 
 def check_library(mpi: Any) -> Finding:

@@ -12,6 +12,7 @@ import pytest
 
 from mpilm.commands.doctor import Report
 from mpilm.doctor import children, facts
+from mpilm.doctor.container import check_container
 from mpilm.doctor.facts import Facts
 from mpilm.doctor.findings import Finding, ok
 from mpilm.doctor.folder import check_folder, existing
@@ -199,3 +200,30 @@ def test_the_scheduler_is_named():
     assert check_scheduler({"SLURM_JOB_ID": "7"}, {}.get).text == (
         "none (neither sbatch nor qsub); inside a SLURM job 7"
     )
+
+
+IMAGE = {"SINGULARITY_CONTAINER": "x.sif", "OMPI_COMM_WORLD_RANK": "0"}
+OPEN = "Open MPI v5.0.11, package: Open MPI"
+
+
+@pytest.mark.parametrize(
+    ("library", "environment", "status"),
+    [
+        (OPEN, {"OMPI_VERSION": "5.0.3"}, "ok"),  # no container
+        (OPEN, {**IMAGE, "OMPI_VERSION": "5.0.3"}, "ok"),
+        (OPEN, {**IMAGE, "OMPI_VERSION": "4.1.4"}, "warning"),
+        ("MPICH Version:      5.0.2", IMAGE, "problem"),
+        (
+            "Intel(R) MPI Library 2021.19",
+            {"container": "podman", "PMI_RANK": "1"},
+            "ok",
+        ),
+        (OPEN, {"container": "podman", "PMI_RANK": "1"}, "problem"),
+        (OPEN, {"container": "podman"}, "ok"),  # mpirun is inside, or there is none
+        ("", IMAGE, "ok"),
+    ],
+)
+def test_mpi_in_a_container_must_be_that_of_its_launcher(library, environment, status):
+    found = check_container(library, environment, exists=lambda path: False)
+    assert found.status == status
+    assert bool(found.remedy) == (status != "ok")
