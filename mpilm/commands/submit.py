@@ -86,6 +86,7 @@ def submit(
     /,
     *,
     time: str,
+    warn: int = 120,
     scheduler: Literal["auto", "slurm", "pbs"] = "auto",
     nodes: int = 1,
     ranks_per_node: Annotated[int, tyro.conf.arg(name="ranks-per-node")] = 1,
@@ -114,6 +115,7 @@ def submit(
     Args:
         config: TOML file
         time: limit of the job, hours:minutes:seconds
+        warn: seconds before it at which the ranks stop and write a checkpoint
         scheduler: auto: the one whose command is on PATH
         nodes: of the job
         ranks_per_node: MPI ranks on each node
@@ -141,6 +143,8 @@ def submit(
             raise ConfigError(f"{name} {value}: must be 1 or more")
     if gpus_per_node < 0:
         raise ConfigError(f"--gpus-per-node {gpus_per_node}: must be 0 or more")
+    limit = time_of(time)
+    require_time(limit, warn)
     per_node = {"ranks_per_node": ranks_per_node, "gpus_per_node": gpus_per_node}
     if ranks:
         sizes = [Size.of(number, **per_node) for number in rank_counts(ranks)]
@@ -172,7 +176,8 @@ def submit(
             kind,
             size,
             variables=script_variables(config, one, set_, env),
-            time=time_of(time),
+            time=limit,
+            warn=warn,
             cpus_per_rank=cpus_per_rank,
             queue=queue,
             account=account,
@@ -226,6 +231,23 @@ def time_of(text: str) -> str:
     return text if len(parts) == 3 else f"0:{text}"
 
 
+def require_time(limit: str, warn: int) -> None:
+    """Raise unless a job has time to train before it is warned of its limit.
+
+    Raises:
+        ConfigError: one line that says what would do.
+    """
+    hours, minutes, seconds = map(int, limit.split(":"))
+    limit_s = 3600 * hours + 60 * minutes + seconds
+    if warn < 1:
+        raise ConfigError(f"--warn {warn}: must be 1 or more seconds")
+    if limit_s <= warn:
+        raise ConfigError(
+            f"--time {limit}: the ranks stop --warn {warn} s before it, so nothing is"
+            " left to train; a longer limit, or a smaller --warn"
+        )
+
+
 def check_run(config: Config, numbers: list[int]) -> None:
     """Raise unless the run can begin on each of these numbers of ranks.
 
@@ -276,6 +298,7 @@ def build(
     *,
     variables: Mapping[str, str],
     time: str,
+    warn: int,
     cpus_per_rank: int = 1,
     queue: str = "",
     account: str = "",
@@ -290,7 +313,7 @@ def build(
         command += [f"--cpus-per-task={cpus_per_rank}"]
         if size.gpus_per_node:
             command += [f"--gpus-per-node={size.gpus_per_node}"]
-        command += [f"--time={time}", "--export=ALL"]
+        command += [f"--time={time}", f"--signal=B:USR1@{warn}", "--export=ALL"]
         command += [f"--partition={queue}"] if queue else []
         command += [f"--account={account}"] if account else []
         command += [f"--dependency=afterany:{after}"] if after else []
@@ -305,6 +328,7 @@ def build(
         command += ["-q", queue] if queue else []
         command += ["-A", account] if account else []
         command += ["-W", f"depend=afterany:{after}"] if after else []
+        variables = {**variables, "WALLTIME": time, "WARN": str(warn)}
         # by name: qsub takes the values from its environment, commas and all
         command += ["-v", ",".join(variables)]
     return Job(dict(variables), [*command, *options, str(SCRIPTS[scheduler])])

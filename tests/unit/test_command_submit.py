@@ -58,10 +58,12 @@ def test_dry_run_of_a_sweep_prints_every_command(folder):
     tail = f"--exclusive {submit.SCRIPTS['slurm']}"
     assert done.stdout.splitlines() == [
         head.format(2, 2) + "--nodes=1 --ntasks-per-node=2 --cpus-per-task=1"
-        " --gpus-per-node=2 --time=8:00:00 --export=ALL --partition=gpu"
+        " --gpus-per-node=2 --time=8:00:00 --signal=B:USR1@120 --export=ALL"
+        " --partition=gpu"
         f" --dependency=afterany:7 {tail}",
         head.format(8, 8) + "--nodes=2 --ntasks-per-node=4 --cpus-per-task=1"
-        " --gpus-per-node=4 --time=8:00:00 --export=ALL --partition=gpu"
+        " --gpus-per-node=4 --time=8:00:00 --signal=B:USR1@120 --export=ALL"
+        " --partition=gpu"
         f" --dependency=afterany:JOB_OF_2_RANKS {tail}",
     ]
 
@@ -75,6 +77,7 @@ def test_pbs_gets_chunks_and_names_of_variables(folder):
         submit.Size(2, 4, 4),
         variables=variables,
         time="8:00:00",
+        warn=90,
         cpus_per_rank=3,
         account="speech",
     )
@@ -82,9 +85,14 @@ def test_pbs_gets_chunks_and_names_of_variables(folder):
         *("qsub", "-N", "r2x"),
         *("-l", "select=2:ncpus=12:mpiprocs=4:ngpus=4", "-l", "place=scatter"),
         *("-l", "walltime=8:00:00", "-A", "speech"),
-        *("-v", "CONFIG,RUN,SETTINGS,MPILM_ENV", str(submit.SCRIPTS["pbs"])),
+        *(
+            "-v",
+            "CONFIG,RUN,SETTINGS,MPILM_ENV,WALLTIME,WARN",
+            str(submit.SCRIPTS["pbs"]),
+        ),
     ]
     assert job.variables["SETTINGS"] == "a.b=[1,2]"
+    assert (job.variables["WALLTIME"], job.variables["WARN"]) == ("8:00:00", "90")
 
 
 def test_the_scripts_are_part_of_the_package():
@@ -118,6 +126,11 @@ def test_the_number_of_the_job_is_printed_and_the_script_gets_its_variables(fold
         (["--nodes", "600"], "600 ranks"),
         (["--nodes", "0"], "--nodes 0: must be 1 or more"),
         (["--time", "480"], "--time 480: write hours:minutes:seconds"),
+        (
+            ["--time", "0:01:30"],
+            "--time 0:01:30: the ranks stop --warn 120 s before it",
+        ),
+        (["--warn", "0"], "--warn 0: must be 1 or more"),
         (["--set", "optim.lr= 0.1"], "cannot pass blanks"),
         (["--env", "no.sh"], "--env no.sh: no such file"),
     ],
