@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ class Segment:
     def slice(self) -> slice:
         """Where it lies in the flat vector."""
         return slice(self.start, self.stop)
+
+
+class Rows(NamedTuple):
+    """Some rows of a matrix (or elements of a vector): a gradient.
+
+    ids     (n,) int64, ascending, each once
+    values  (n, width) float32
+    """
+
+    ids: Any
+    values: Any
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from mpilm.errors import CheckpointError, ModelError
 from mpilm.learner.evaluation import Sums, carried_by, carry, evaluating, sum_up
-from mpilm.learner.flat import Segment
+from mpilm.learner.flat import Rows, Segment
 from mpilm.learner.malloc import keep_freed_memory
 from mpilm.learner.minibatch import moved
 from mpilm.learner.objective import Objective
@@ -30,7 +30,7 @@ from mpilm.learner.parts import Parts
 from mpilm.learner.places import require_ready
 from mpilm.learner.random_state import RandomState
 from mpilm.learner.rest import ModuleRest, restored_parts, stored, stored_parts
-from mpilm.learner.row_optimizer import RowOptimizer, Rows, make_row_optimizer
+from mpilm.learner.row_optimizer import RowOptimizer, make_row_optimizer
 from mpilm.learner.spent import Spent
 from mpilm.storage.merged import Merged
 from mpilm.storage.saved import nested, under

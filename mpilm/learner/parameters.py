@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.errors import ModelError
-from mpilm.learner.flat import Layout, Segment
+from mpilm.learner.flat import Layout, Rows, Segment
 from mpilm.learner.places import places_of
-from mpilm.learner.row_optimizer import Rows
 
 NO_GRADIENT = (
     "the loss depends on no parameter of the model: was it detached, computed under"

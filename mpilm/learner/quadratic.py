@@ -5,6 +5,8 @@ Loss        L(theta) = 1/2 |theta - c|^2                                       (
 Gradient    g = theta - c + noise * xi,  xi ~ N(0, 1)                          (2)
 Update      velocity <- momentum * velocity + g;  theta <- theta - lr * velocity
                                                                                (3)
+Rows        of row tables a gradient has the rows of a random half of the ids; others
+            rest, and there is no momentum of rows. `grad` is (2) before the tables.
 Invariants  every rank has the same curvature, so the mean of all models follows plain
             gradient descent on the mean loss, whose minimum is the mean target.
 """
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.learner.flat import Layout
+from mpilm.learner.flat import Layout, Rows
 from mpilm.vectors import chunked
 
 
@@ -75,14 +77,18 @@ class ProtocolLearner:
         self.theta = self.random.standard_normal(size, dtype=np.float32)
         drawn = self.random.standard_normal(size, dtype=np.float32)
         self.target = drawn if target is None else np.asarray(target, np.float32)
-        self.grad = np.zeros(size, np.float32)
-        self.rows: dict[str, Any] = {}  # it has no row tables
-        self.velocity = np.zeros(size if momentum else 0, np.float32)
+        self.grad = np.zeros(self.layout.num_dense, np.float32)
+        self.rows: dict[str, Rows] = {}
+        self._drawn: dict[str, Any] | None = None
+        self.velocity = np.zeros(self.grad.size if momentum else 0, np.float32)
         self.lr, self.momentum, self.noise = lr, momentum, noise
         self.samples_per_step = samples_per_step
         self.samples = 0
         self.refresh: Callable[[], None] = lambda: None
-        self._parts = [segment.slice for segment in reversed(self.layout.segments)]
+        tables = self.layout.tables
+        dense = [s for s in self.layout.segments if not s.is_table]
+        self._parts = [segment.slice for segment in reversed(dense)]
+        self._tables = {s.name: (s.slice, (s.shape[0], s.row_width)) for s in tables}
 
     def loss(self) -> float:
         """Return (1) at theta."""
@@ -98,20 +104,34 @@ class ProtocolLearner:
         return loss
 
     def _work(self, notify: Callable[[slice], None], *, scale: float) -> float:
-        np.subtract(self.theta, self.target, out=self.grad)
-        loss = 0.5 * float(self.grad @ self.grad)
+        if self._tables:
+            loss = self.loss()
+            end = self.grad.size
+            np.subtract(self.theta[:end], self.target[:end], out=self.grad)
+        else:
+            np.subtract(self.theta, self.target, out=self.grad)
+            loss = 0.5 * float(self.grad @ self.grad)
         if self.noise:
             xi = self.random.standard_normal(self.grad.size, dtype=np.float32)
             self.grad += np.float32(self.noise) * xi
         if scale != 1.0:
             self.grad *= np.float32(scale)
+        drawn, self._drawn = self._drawn or self.draw(), None
+        for name, (where, shape) in self._tables.items():
+            difference = self.theta[where] - self.target[where]
+            values = difference.reshape(shape)[drawn[name]] * np.float32(scale)
+            self.rows[name] = Rows(drawn[name], values)
         for part in self._parts:
             notify(part)
         return loss
 
     def draw(self) -> dict[str, Any]:
-        """Return the rows that the next gradient reads: it has no row tables."""
-        return {}
+        """Return the rows that the next gradient reads: half of each table."""
+        self._drawn = {
+            name: np.flatnonzero(self.random.random(shape[0]) < 0.5)
+            for name, (_, shape) in self._tables.items()
+        }
+        return self._drawn
 
     def update(self) -> None:
         """Take one step (3)."""
@@ -120,8 +140,11 @@ class ProtocolLearner:
             self.velocity *= self.momentum
             self.velocity += self.grad
             direction = self.velocity
-        for theta, step in chunked(self.theta, direction):
+        for theta, step in chunked(self.theta[: direction.size], direction):
             theta -= np.float32(self.lr) * step
+        for name, (ids, values) in self.rows.items():
+            where, shape = self._tables[name]
+            self.theta[where].reshape(shape)[ids] -= np.float32(self.lr) * values
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -130,7 +153,7 @@ class ProtocolLearner:
 
     @property
     def rows_rest(self) -> bool:
-        """Whether rows stay without a gradient: it has none."""
+        """Whether rows stay without a gradient: they have no momentum."""
         return True
 
     def moments(self) -> dict[str, Any]:

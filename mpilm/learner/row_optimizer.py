@@ -23,29 +23,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, optim
 
 from mpilm.errors import CheckpointError, ModelError
+from mpilm.learner.flat import Rows
 from mpilm.learner.rest import restored, stored
 
 # Steps that a row may lag behind. Chosen: the pass over all rows after so many costs
 # less than 1% of them at V = 267,735.
 HISTORY = 1024
 CHUNK = 4096  # rows brought up to date together
-
-
-class Rows(NamedTuple):
-    """Some rows of a matrix (or elements of a vector): a gradient.
-
-    ids     (n,) int64, ascending, each once
-    values  (n, width) float32
-    """
-
-    ids: Tensor
-    values: Tensor
 
 
 class Table:

@@ -24,6 +24,8 @@ Departs     from the papers in: a ring averages with one neighbour at a time, in
             a snapshot is under way. Two ranks that ask each other at the same time make
             two exchanges at once: T has 1 - 2a on its diagonal, which at a = 1/2 only
             swaps the models. With a = 1/3 a ring in step is the papers' 1/3, 1/3, 1/3.
+            Of row tables an exchange has the rows that the asking rank has touched
+            since it last asked: row_pairwise.py.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from msgspec import Meta
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import NUM_BINS, Learner, Strategy, WireConfig
 from mpilm.strategies.pairwise import Pairwise
+from mpilm.strategies.row_pairwise import PairwiseRows
+from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.strategies.topology import permutation, places
 from mpilm.world.base import World
 
@@ -59,6 +63,9 @@ class AdpsgdConfig(WireConfig):
     """of the random rings and partners; the same on all ranks"""
 
 
+ROW_SAVES = ("service.rows.touched", "service.sent", "service.received")
+
+
 class Adpsgd(Strategy):
     """Wait-free SGD; a background activity exchanges the models.
 
@@ -68,7 +75,8 @@ class Adpsgd(Strategy):
     name = "adpsgd"
     Config = AdpsgdConfig
     lockstep = False
-    saves = ("service.partners", "service.round", "staleness")
+    takes_rows = True
+    saves: tuple[str, ...] = ("service.partners", "service.round", "staleness")
     service: Pairwise
 
     def __init__(self, world: World, config: AdpsgdConfig) -> None:
@@ -77,14 +85,24 @@ class Adpsgd(Strategy):
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
-        self.service = Pairwise(
+        kind: type[Pairwise] = Pairwise
+        options: dict[str, Any] = {}
+        if learner.layout.tables:
+            kind, self.saves = PairwiseRows, (*self.saves, *ROW_SAVES)
+            options = {"layout": learner.layout}
+        self.service = kind(
             self.world,
             self.comm,
             learner.theta,
             partner=self.partner,
             weight=self.config.weight,
             pieces=self.config.pieces,
+            **options,
         )
+
+    def require(self, learner: Learner) -> None:
+        super().require(learner)
+        require_resting_rows(self.name, learner)
 
     def step(self, learner: Learner) -> Any:
         if self.comm.size == 1:
@@ -95,9 +113,9 @@ class Adpsgd(Strategy):
         service.begin()
         loss = learner.gradient()  # (1)
         with service.lock:
-            learner.theta[:] = service.x
+            service.read_(learner.theta)
             learner.update()
-            service.x[:] = learner.theta  # (2)
+            service.write_(learner)  # (2)
             self.count_step()
         return loss
 
@@ -131,7 +149,7 @@ class Adpsgd(Strategy):
             learner.theta[:] = self.service.x
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
-        return self.service.moved_bytes, self.service.moved_bytes
+        return self.service.moved_bytes
 
     def metrics(self) -> dict[str, Any]:
         partners = self.service.partners.copy()

@@ -146,22 +146,26 @@ class AsyncSgd(Strategy):
             ids = {name: to_array(read) for name, read in learner.draw().items()}
         service.pull_part(learner.theta, ids, self.clock)  # (1)
         loss = learner.gradient()
-        if learner.is_plain_sgd:
-            u, rows = learner.grad, dict(learner.rows)
-            u *= learner.lr
-            for _, g in rows.values():
-                g *= learner.lr
-        else:
-            before = self.touched(learner)
-            learner.update()
-            after = self.touched(learner)
-            u = before[0] - after[0]
-            rows = {n: (i, x - after[1][n][1]) for n, (i, x) in before[1].items()}
+        u, rows = self.pushed_rows(learner)
         if self.units:
             rows |= self.units.chosen(u, self.clock)
         service.push_part(u, rows)  # (2), (3)
         self.clock += 1
         return loss
+
+    def pushed_rows(self, learner: Learner) -> tuple[Any, dict[str, Any]]:
+        """Return u before the row tables, and of the rows in `rows`: (2)."""
+        if learner.is_plain_sgd:
+            u, rows = learner.grad, dict(learner.rows)
+            u *= learner.lr
+            for _, g in rows.values():
+                g *= learner.lr
+            return u, rows
+        before = self.touched(learner)
+        learner.update()
+        after = self.touched(learner)
+        u = before[0] - after[0]
+        return u, {n: (i, x - after[1][n][1]) for n, (i, x) in before[1].items()}
 
     def touched(self, learner: Learner) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """Return copies of all before the row tables, and of the rows in `rows`."""

@@ -22,6 +22,8 @@ Invariants  complete graph, plain SGD, no overlap: `allreduce`, to rounding.
             complete graph, overlap: `delay_by_one`, to rounding.
             (1) preserves the mean of all models.
 Departs     nowhere; random and exponential graphs are options beside the fixed one.
+            Of row tables two neighbours average the rows that one of them has touched
+            since its last round, on graphs with T_ij = T_ji: row_mixing.py.
 Cost        one extra copy of the model for one neighbour, two for more.
 """
 
@@ -33,9 +35,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from msgspec import Meta
 
+from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.mixing import Mean
+from mpilm.strategies.row_mixing import RowMean, agree_in_pairs
+from mpilm.strategies.shared_rows import SharedRows, require_resting_rows
 from mpilm.strategies.topology import TOPOLOGIES, destinations, mixing_matrix
 from mpilm.vectors import copy_of
 from mpilm.world.base import World
@@ -67,6 +72,7 @@ class Dpsgd(Strategy):
 
     name = "dpsgd"
     Config: ClassVar[type] = DpsgdConfig
+    takes_rows = True
     saves: tuple[str, ...] = ("num_sent", "partners", "round")
 
     def __init__(self, world: World, config: Any) -> None:
@@ -78,6 +84,22 @@ class Dpsgd(Strategy):
         matrix = mixing_matrix(config.topology, self.comm.size, config.seed)
         self.weight = float(matrix.diagonal().min())  # 1 on a rank without partner
 
+    def start(self, learner: Learner) -> None:
+        super().start(learner)
+        self.rows = SharedRows(self.comm, learner.layout)
+        if learner.layout.tables:
+            self.saves += ("rows.moved", "rows.touched")
+
+    def require(self, learner: Learner) -> None:
+        super().require(learner)
+        require_resting_rows(self.name, learner)
+        if learner.layout.tables and self.config.topology == "exponential":
+            raise ConfigError(
+                "strategy.topology = exponential: a rank gets nothing from whom it"
+                " sends to; with model.sparse = true take fixed_ring, random_ring,"
+                " random_pairs or complete"
+            )
+
     def step(self, learner: Learner) -> Any:
         mean = self.start_mean(learner.theta)
         if self.config.overlap:
@@ -87,21 +109,29 @@ class Dpsgd(Strategy):
             mean.finish_()  # (1)
             loss = learner.gradient()
         learner.update()  # (2)
+        self.rows.touch(learner)
         return loss
 
-    def start_mean(self, theta: Any) -> Mean:
+    def start_mean(self, theta: Any) -> Mean | RowMean:
         """Start the mean over this rank and those it receives from: T is uniform.
 
-        Communicates: pairwise, 4P bytes to and from each neighbour; not blocking.
+        Communicates: pairwise, 4P bytes to and from each neighbour; not blocking. With
+            row tables it waits for the neighbours' bits.
         """
         config, comm = self.config, self.comm
         here = (comm.rank, comm.size, config.seed, self.round)
         members = TOPOLOGIES[config.topology](*here)
-        to = destinations(config.topology, *here)
-        mean = Mean(comm, theta, members, destinations=to)
-        while len(self.received) < min(2, len(mean.sources)):
-            self.received.append(copy_of(theta))
-        mean.receive(self.received)
+        mean: Mean | RowMean
+        if self.rows.touched is not None:
+            pairs = agree_in_pairs(self.rows, slice(0, len(theta)), members)
+            mean = RowMean(comm, theta, pairs)
+            self.rows.moved += mean.num_bytes
+        else:
+            to = destinations(config.topology, *here)
+            mean = Mean(comm, theta, members, destinations=to)
+            while len(self.received) < min(2, len(mean.sources)):
+                self.received.append(copy_of(theta))
+            mean.receive(self.received)
         self.round += 1
         self.num_sent += len(mean.sends)
         self.partners[mean.sources] += 1
@@ -116,5 +146,7 @@ class Dpsgd(Strategy):
         }
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        if layout.tables:
+            return self.rows.moved, self.rows.moved
         model = self.comm.item_bytes * layout.size
         return self.num_sent * model, int(self.partners.sum()) * model

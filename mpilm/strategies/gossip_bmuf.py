@@ -34,7 +34,9 @@ Departs     the abstract leaves open what a neighbourhood is (here: the ranks cu
             ceil(K/k) of as equal sizes as can be, none larger than k; only k = 2 and an
             odd K make one group of 3, as one rank alone would not be mixed. The mean
             dilutes what a rank learned to groups/K on average, so the automatic eta is
-            1 - groups/K: 1 - 1/k where K is a multiple of k.
+            1 - groups/K: 1 - 1/k where K is a multiple of k. Of row tables two members
+            average the rows that one of them has touched since its last block of this
+            component (row_mixing.py): w, g and Delta of others stay, and are filtered.
 Cost        two extra copies of the model, and |S|-1 of its largest component to receive
             into; with `delay` one more for w and |S|-1 for every mixed vector.
 """
@@ -48,10 +50,13 @@ import numpy as np
 from msgspec import Meta
 
 from mpilm.errors import ConfigError
+from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, WireConfig
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks
 from mpilm.strategies.leave_out import LOSS_BYTES, Losses
 from mpilm.strategies.mixing import Mean
+from mpilm.strategies.row_mixing import RowMean, agree_in_pairs
+from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.strategies.topology import num_groups, random_group
 from mpilm.vectors import copy_of
 from mpilm.world.base import World
@@ -96,7 +101,7 @@ class Started:
     """The means of a part under way, of a component's number."""
 
     number: int
-    means: list[Mean]
+    means: list[Mean | RowMean]
     losses: Losses | None
 
 
@@ -110,6 +115,7 @@ class GossipBmuf(BlockStrategy):
     """
 
     name = "gossip_bmuf"
+    takes_rows = True
     Config = GossipBmufConfig
 
     def __init__(self, world: World, config: GossipBmufConfig) -> None:
@@ -135,7 +141,18 @@ class GossipBmuf(BlockStrategy):
                 f"strategy.group_size: groups of {group_size} cannot be made of {size}"
                 f" ranks: at most {size}, or more ranks"
             )
+        require_resting_rows(self.name, learner)
+        if learner.layout.tables and self.config.leave_out:
+            raise ConfigError(
+                "strategy.leave_out: takes whole models; with model.sparse = true it"
+                " must be 0"
+            )
         count, parameters = self.config.components, learner.layout.size
+        if isinstance(count, int) and learner.layout.tables:
+            raise ConfigError(
+                f"strategy.components = {count}: slices cut the rows of model.sparse ="
+                ' true: take "layers" or "whole"'
+            )
         if isinstance(count, int) and count > parameters:
             raise ConfigError(
                 f"strategy.components: {count} slices of {parameters} parameters:"
@@ -144,6 +161,9 @@ class GossipBmuf(BlockStrategy):
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
+        if learner.layout.tables:  # rows are received where they are needed
+            self.saves += ("rows.moved", "rows.touched")
+            return
         most = -(-self.comm.size // self.num_groups) - 1  # other members of a group
         if self.delay:
             count, space, buffers = self.num_vectors, learner.theta, [self.wbar]
@@ -158,18 +178,27 @@ class GossipBmuf(BlockStrategy):
         """Start the means over a component's group of the vectors that `mix` says.
 
         Communicates: pairwise inside the group, 4 bytes for each element and vector to
-            each other member; not blocking.
+            each other member; not blocking. With row tables it waits for the members'
+            bits, and only some rows travel.
         """
         vectors, momentum = [self.snapshot], self.momentum
         if momentum is not None:
             vectors += [momentum.start_point, momentum.delta][: self.num_vectors - 1]
         members = self.group(number)
         tag = number % NUM_TAGS * len(VECTORS)
-        means = [
-            Mean(self.comm, vector[where], members, tag=tag + n)
-            for n, vector in enumerate(vectors)
-        ]
-        if self.delay:  # or MPI moves nothing while the learner computes
+        means: list[Mean | RowMean]
+        if self.rows.touched is not None:
+            pairs = agree_in_pairs(self.rows, where, members, tag)
+            means = [
+                RowMean(self.comm, vector, pairs, tag + n)
+                for n, vector in enumerate(vectors)
+            ]
+        else:
+            means = [
+                Mean(self.comm, vector[where], members, tag=tag + n)
+                for n, vector in enumerate(vectors)
+            ]
+        if self.inboxes and self.delay:  # or MPI moves nothing while it computes
             for mean, inbox in zip(means, self.inboxes, strict=True):
                 mean.receive([buffer[where] for buffer in inbox])
         others = [member for member in members if member != self.comm.rank]
@@ -181,8 +210,7 @@ class GossipBmuf(BlockStrategy):
         self.partners[others] += 1
         num_parts = sum(map(len, self.components))
         self.weights[others] += 1.0 / len(members) / num_parts
-        length = where.stop - where.start
-        self.moved += self.comm.item_bytes * length * len(vectors) * len(others)
+        self.moved += sum(mean.num_bytes for mean in means)
         return Started(number, means, losses)
 
     def end_mean(self, started: Started, where: slice) -> None:
@@ -196,6 +224,11 @@ class GossipBmuf(BlockStrategy):
             if self.comm.rank in left_out:
                 self.leaving.out_C[started.number] = 1
         for n, mean in enumerate(started.means):
+            if isinstance(mean, RowMean):
+                if self.delay and n == 0:
+                    self.wbar[where] = self.snapshot[where]
+                mean.finish_(self.wbar if n == 0 else None)
+                continue
             if not self.delay:
                 buffers = self.inboxes[0]
                 mean.receive([buffer[: len(mean.vector)] for buffer in buffers])
@@ -226,6 +259,10 @@ class GossipBmuf(BlockStrategy):
         """
         self.filtered_model_(learner, out)
         self.mean_(out)
+
+    def moved_bytes(self, layout: Layout) -> tuple[int, int]:
+        moved = self.moved + self.rows.moved
+        return moved, moved
 
     def metrics(self) -> dict[str, Any]:
         rounds = self.steps // self.config.period

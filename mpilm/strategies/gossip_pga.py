@@ -59,6 +59,7 @@ class GossipPga(Dpsgd):
     name = "gossip_pga"
     Config = GossipPgaConfig
     synchronises = True
+    takes_rows = False
     saves = (*Dpsgd.saves, "num_averages", "steps")
 
     def __init__(self, world: World, config: GossipPgaConfig) -> None:

@@ -57,6 +57,11 @@ class Mean:
         self.sends = [comm.Isend(vector, rank, tag) for rank in to]
         self.receives: list[tuple[Request, Any]] = []
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes sent, where the sources are the destinations as many as received."""
+        return self.comm.item_bytes * len(self.vector) * len(self.sends)
+
     def receive(self, buffers: Sequence[Any]) -> None:
         """Start receiving, as many vectors at once as there are buffers.
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from mpilm.strategies.base import Learner
 from mpilm.vectors import copy_of
 from mpilm.world.base import Comm, Message, Request, World
 from mpilm.world.service import Service, Work
@@ -87,14 +88,24 @@ class Pairwise(Service):
         self.credit, self.num_unread = 0.0, 0
 
     @property
-    def moved_bytes(self) -> int:
-        """Bytes sent, and as many received, by the exchanges that are over."""
-        return self.comm.item_bytes * len(self.theta) * int(self.partners.sum())
+    def moved_bytes(self) -> tuple[int, int]:
+        """Bytes sent and received by the exchanges that are over."""
+        moved = self.comm.item_bytes * len(self.theta) * int(self.partners.sum())
+        return moved, moved
 
     @property
     def open_requests(self) -> list[Request]:
         """What it has started and not waited for."""
         return [request for request in (self.under_way, self.reply) if request]
+
+    # for the learner, under the lock
+    def read_(self, theta: Any) -> None:
+        """Set theta to x."""
+        theta[:] = self.x
+
+    def write_(self, learner: Learner) -> None:
+        """Set x to the learner's theta, which an update has changed."""
+        self.x[:] = learner.theta
 
     # it asks
     @property

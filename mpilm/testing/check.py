@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.errors import WorldError
+from mpilm.learner.flat import Layout
 from mpilm.strategies import find_strategy, strategy
 from mpilm.strategies.base import Strategy
 from mpilm.testing.fleet import InFlightError, Make, Rank, fleet
@@ -67,6 +68,7 @@ def check_strategy(
     schedules: int = 200,
     seed: int = 0,
     without: Collection[str] = (),
+    layout: Layout | None = None,
     **settings: Any,
 ) -> None:
     """Raise unless a strategy keeps all laws of this page.
@@ -77,6 +79,8 @@ def check_strategy(
         sizes: numbers of ranks.
         schedules: how many random ones, of seeds `seed`, `seed` + 1, ...
         without: laws that are not held against it, by the names above.
+        layout: where the learners' parameters lie. Of row tables (`fleet.ROWS` has
+            some) they have the gradients of some rows in each step.
         settings: of its Config, with a name or a class.
 
     Raises:
@@ -87,7 +91,7 @@ def check_strategy(
     """
     if unknown := set(without) - set(LAWS):
         raise ValueError(f"no law {', '.join(unknown)}; there are {', '.join(LAWS)}")
-    check = Check(maker(factory, settings), without)
+    check = Check(maker(factory, settings), without, layout)
     check.one_rank()
     for size in sizes:
         check.trained(size)
@@ -109,13 +113,18 @@ def maker(factory: Any, settings: dict[str, Any]) -> Make:
 class Check:
     """The laws, held against one strategy."""
 
-    def __init__(self, make: Make, without: Collection[str] = ()) -> None:
+    def __init__(
+        self, make: Make, without: Collection[str] = (), layout: Layout | None = None
+    ) -> None:
         self.make, self.without = make, without
+        self.layout = {} if layout is None else {"layout": layout}
+        self.has_tables = layout is not None and bool(layout.tables)
 
     def one_rank(self) -> None:
         """Hold LOCAL against it."""
         (one,) = self.run("on 1 rank", 1, learner=NOISY)
-        (alone,) = fleet(lambda world: strategy("local", world), 1, learner=NOISY)
+        options = {**NOISY, **self.layout}
+        (alone,) = fleet(lambda world: strategy("local", world), 1, learner=options)
         same = np.array_equal(one.learner.theta, alone.learner.theta)
         self.require(LOCAL, same, "30 steps on 1 rank end at another model")
         moved = (one.bytes_sent, one.bytes_received)
@@ -140,7 +149,7 @@ class Check:
         plan: dict[str, Any] = {"steps": 20, "learner": NOISY, "machine": EXACT_TIMES}
         whole = self.run(where, size, save_at=save_at, **plan)
         with self.guarded(where), self.breaking(RESUME, where):
-            resumed = fleet(self.make, size, resume=whole, **plan)
+            resumed = fleet(self.make, size, resume=whole, **self.with_layout(plan))
         self.equal(RESUME, whole, resumed, f"resumed {where}")
         for number, (one, other) in enumerate(zip(whole, resumed, strict=True)):
             for kind in ("state", "metrics"):
@@ -157,6 +166,7 @@ class Check:
         lockstep = self.is_lockstep()
         plan = draw_plan(draw, size, lockstep=lockstep)
         scatter = lockstep and draw.random() < 0.5
+        scatter = scatter and not self.has_tables  # rows are alike but for updates
         where = f"in schedule {seed} ({size} ranks)"
         ranks = self.run(where, size, world_seed=seed, scatter=scatter, **plan)
         steps = plan["steps"]
@@ -174,7 +184,11 @@ class Check:
     def run(self, where: str, size: int, **plan: Any) -> list[Rank]:
         """Return the ranks of a run; hold QUIET and DEADLOCK against it."""
         with self.guarded(where):
-            return fleet(self.make, size, **plan)
+            return fleet(self.make, size, **self.with_layout(plan))
+
+    def with_layout(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Return a plan with the learners' layout."""
+        return {**plan, "learner": {**(plan.get("learner") or {}), **self.layout}}
 
     def judge(self, ranks: list[Rank], steps: list[int], where: str) -> None:
         """Hold STEPS, FINAL and MASS against the ranks of a run."""

@@ -9,8 +9,8 @@ a message that nobody received fails the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,26 @@ LAYOUT = Layout.of(
         ("head.weight", (12,), "head"),
         ("softmax.bias", (7,), "words"),
     ]
+)
+
+
+def with_tables(layout: Layout, names: Collection[str]) -> Layout:
+    """Return a layout in which the segments `names`, the last ones, are row tables."""
+    segments = [replace(s, is_table=s.name in names) for s in layout]
+    return Layout(tuple(segments))
+
+
+ROWS = with_tables(
+    Layout.of(
+        [
+            ("lstm.weight", (9,), "lstm"),
+            ("head.weight", (12,), "head"),
+            ("embed.weight", (7, 4), "embed"),
+            ("softmax.weight", (5, 3), "softmax"),
+            ("softmax.bias", (5,), "softmax"),
+        ]
+    ),
+    {"embed.weight", "softmax.weight", "softmax.bias"},
 )
 
 
@@ -62,6 +82,9 @@ class Witness(ProtocolLearner):
         A strategy whose steps do not go through `update` returns them from `pushed`.
         """
         inner: Any = getattr(chosen, "inner", chosen)  # of `hierarchical`
+        if self.layout.tables and hasattr(inner, "pushed_rows"):
+            self.watch_rows(inner)
+            return
         if not hasattr(inner, "pushed"):
             return
         pushed = inner.pushed
@@ -73,6 +96,23 @@ class Witness(ProtocolLearner):
             return step
 
         inner.pushed = noted
+
+    def watch_rows(self, chosen: Any) -> None:
+        """Count what `chosen.pushed_rows(learner)` returns: its rows as well."""
+        pushed = chosen.pushed_rows
+
+        def noted(learner: Any) -> Any:
+            moved = self.moved.copy()
+            u, rows = pushed(learner)
+            moved[: len(u)] -= u
+            for name, (ids, values) in rows.items():
+                segment = self.layout[name]
+                table = moved[segment.slice].reshape(segment.shape[0], -1)
+                table[ids] -= values
+            self.moved = moved
+            return u, rows
+
+        chosen.pushed_rows = noted
 
 
 @dataclass

@@ -26,6 +26,7 @@ from mpilm.strategies import STRATEGIES
 from mpilm.strategies.ema import Ema, EmaConfig
 from mpilm.strategies.registry import INNER
 from mpilm.strategies.topology import TOPOLOGIES
+from mpilm.testing.fleet import ROWS
 from mpilm.testing.schedules import draw_plan, draw_size
 from tests.strategies.fleets import fleet, thetas
 from tests.strategies.laws import LAWS, SCATTERED, check_mass
@@ -194,8 +195,18 @@ def schedule(kind, seed):
         plan["steps"] = np.repeat(plan["steps"][::members], members).tolist()
     may_differ = name not in LAWS or name in SCATTERED
     plan["scatter"] = may_differ and draw.random() < 0.7
+    if takes_rows(strategy, settings) and random.Random(f"rows {seed}").random() < 0.3:
+        plan["learner"]["layout"], plan["scatter"] = ROWS, False
     plan["world_seed"] = seed
     return Schedule(kind, name, size, settings, plan)
+
+
+def takes_rows(strategy, settings):
+    """Return whether it trains row tables with these settings."""
+    cut = isinstance(settings.get("components"), int)
+    directed = settings.get("topology") == "exponential"
+    others = settings.get("leave_out") or settings.get("units", 1.0) < 1.0
+    return strategy.takes_rows and not (cut or directed or others)
 
 
 def run(kind, seed):

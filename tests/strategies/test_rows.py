@@ -91,12 +91,15 @@ TAKING = {
     "bmuf staggered": {"strategy": {"period": 3, "stagger": True}},
     "bmuf delayed": {"strategy": {"period": 4, "delay": 2}},
     "delay_by_one": {},
+    "dpsgd": {"strategy": {"topology": "random_ring"}},
+    "gossip_bmuf": {"strategy": {"period": 3}},
 }
+PAIRS = ("dpsgd", "gossip_bmuf")  # against whole models: test_row_laws.py
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("case", [c for c in TAKING if c != "allreduce"])
+@pytest.mark.parametrize("case", [c for c in TAKING if c not in ("allreduce", *PAIRS)])
 def test_rows_are_exchanged_as_whole_models_are_to_the_bit(
     run, monkeypatch, case, size
 ):
@@ -116,7 +119,9 @@ def test_rows_are_exchanged_as_whole_models_are_to_the_bit(
 
 @pytest.mark.long
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("case", [c for c in TAKING if c != "bmuf staggered"])
+@pytest.mark.parametrize(
+    "case", [c for c in TAKING if c not in ("bmuf staggered", *PAIRS)]
+)
 def test_rows_train_as_dense_gradients_do_on_several_ranks(run, case, size):
     """Row tables lie last: staggered, the components come in another order."""
     sparse, dense = (
@@ -206,7 +211,11 @@ def test_async_sgd_with_rows_goes_on_from_its_checkpoint(run):
 
 
 @pytest.mark.parametrize(
-    "name", ["model_averaging", "bmuf", "delay_by_one", "async_sgd"]
+    "name",
+    [
+        *("model_averaging", "bmuf", "delay_by_one", "async_sgd"),
+        *("dpsgd", "gossip_bmuf", "adpsgd"),
+    ],
 )
 def test_rows_that_move_by_themselves_are_refused(run, name):
     model = {**SAMPLED, "sparse": True}
