@@ -79,3 +79,24 @@ def test_xiaos_four_systems_differ_in_what_they_are_about() -> None:
     targets = naive.train.batch * naive.train.unroll
     settings = sampled.model.settings
     assert settings.sampled_frequent + settings.sampled_random >= targets
+
+
+def test_wikitext_103() -> None:
+    config = load("wt103_lstm")
+    assert num_parameters(config, 267_735, 267_735) == 141_550_551
+    train, model = config.train, config.model.settings
+    assert 16 * train.batch * train.unroll == 11_200
+    assert train.samples == 10 * 103_000_000
+    assert config.schedule.settings.warmup_samples < 0.02 * train.samples
+    sample = model.sampled_frequent + model.sampled_random + train.batch * train.unroll
+    assert round(100 * sample / 267_735, 1) == 1.8
+    assert config.optim.settings.momentum == config.optim.settings.weight_decay == 0.0
+
+
+def test_awd_lstm_on_wikitext_2() -> None:
+    config = load("wt2_awd")
+    layers = 4600 * (400 + 1150 + 2) + 2 * 4600 * (2 * 1150 + 2)
+    expected = 33_278 * 400 + 33_278 + layers + 1150 * 400
+    assert num_parameters(config, 33_278, 33_278) == expected == 42_122_078
+    assert 4 * config.train.batch == 80
+    assert config.train.samples == 750 * 2_088_628
