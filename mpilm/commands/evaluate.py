@@ -48,6 +48,9 @@ def eval_(
         if world.rank == 0:
             print(f"{split} {result}")
             if isinstance(task, LanguageTask):
+                per_word = task.word_perplexity(split, result.loss)
+                if per_word is not None:
+                    print(f"{split} perplexity per word {per_word:.2f}")
                 unigram = unigram_perplexity(task.corpus, split)
                 print(f"unigram baseline {unigram:.2f}")
             if task.floor is not None:
@@ -78,6 +81,7 @@ def generate(
         seed: of the random choice
     """
     from mpilm.data.hdf5 import UNK
+    from mpilm.data.subwords import prompt_pieces, text_of_pieces, tokenizer_of
     from mpilm.data.text import encode_prompt, text_from_ids
     from mpilm.train.run import TrainedModel
 
@@ -86,7 +90,12 @@ def generate(
         if not value >= 0:
             raise DataError(f"{option} {value}: must be 0 or more")
     model = TrainedModel.read(run)
-    ids = encode_prompt(prompt, model.vocabulary, model.level)
+    pieces = None
+    if model.level == "subword":
+        pieces = tokenizer_of(str(model.require("tokenizer")), str(run))
+        ids = prompt_pieces(prompt, model.vocabulary, pieces)
+    else:
+        ids = encode_prompt(prompt, model.vocabulary, model.level)
     unknown = [i for i, word in enumerate(model.vocabulary) if word == UNK]
     never = [] if unk or len(unknown) == len(model.vocabulary) else unknown
     import torch  # late: what is wrong with the arguments is said at once
@@ -100,5 +109,8 @@ def generate(
         never=never,
         generator=torch.Generator().manual_seed(seed),
     )
-    print(text_from_ids([*ids, *made], model.vocabulary, model.level))
+    if pieces is not None:
+        print(text_of_pieces([*ids, *made], model.vocabulary, pieces))
+    else:
+        print(text_from_ids([*ids, *made], model.vocabulary, model.level))
     return 0

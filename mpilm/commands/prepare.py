@@ -22,8 +22,9 @@ def text(
     valid: Paths = (),
     test: Paths = (),
     vocab: int | None = None,
-    level: Literal["word", "char"] = "word",
+    level: Literal["word", "char", "subword"] = "word",
     lower: bool = False,
+    tokenizer: Path | None = None,
 ) -> None:
     """Make a corpus of UTF-8 text: WikiText, Penn Treebank, or any other.
 
@@ -35,9 +36,11 @@ def text(
         out: HDF5 file to write
         valid: files; if none, taken from the end of the train text
         test: files; if none, taken from the end of the train text
-        vocab: keep the most frequent words only, <unk> and <eos> included
-        level: what a token is
+        vocab: keep the most frequent words only, <unk> and <eos> included; level
+            subword: pieces to learn
+        level: what a token is; subword: pieces of words, by the library tokenizers
         lower: lower-case the text
+        tokenizer: level subword: a tokenizer.json, in the place of one that is learned
     """
     from mpilm.data.text import prepare_text
 
@@ -50,6 +53,7 @@ def text(
             vocab=positive("--vocab", vocab),
             level=level,
             lower=lower,
+            tokenizer=tokenizer,
             progress=progress,
         )
     print_summary(summary)
@@ -147,7 +151,7 @@ def progress_bar() -> Iterator[ShowProgress]:
 
 def print_summary(summary: PrepareSummary) -> None:
     """Print what was written."""
-    what = "words" if summary.level == "word" else "characters"
+    what = {"word": "words", "char": "characters"}.get(summary.level, "pieces")
     print(f"{summary.path}: vocabulary of {summary.vocabulary:,} {what}")
     for split, num_tokens in summary.tokens.items():
         unknown = summary.unknown[split]

@@ -7,6 +7,7 @@ Layout (docs/formats.md has the table):
     /vocabulary/offsets    (V+1,) int64    word i is bytes[offsets[i]:offsets[i+1]]
     /vocabulary/counts     (V,) int64      how often each id stands in the train split
     /splits/NAME           (N,) uint16 | uint32   token ids, with checksums
+    /tokenizer             JSON text, of level "subword" only
     /provenance            JSON text
 
 A file is written under a temporary name, fsynced and renamed: it is whole or absent.
@@ -98,8 +99,8 @@ class PrepareSummary:
     """What a `prepare` command wrote.
 
     path         the corpus file
-    level        "word" or "char"
-    vocabulary   number of words (or characters), V
+    level        "word", "char" or "subword"
+    vocabulary   number of words (or characters, or pieces), V
     tokens       split -> number of tokens
     unknown      split -> share of them that is `<unk>`, 0 to 1
     floor        perplexity that no model can get below, where it is known
@@ -120,11 +121,12 @@ class Corpus:
 
     path         the file
     kind         "text"
-    level        "word" or "char"
+    level        "word", "char" or "subword"
     fingerprint  hash of the vocabulary; equal hashes mean equal ids
     floor        perplexity floor of a synthetic language, else None
     provenance   where the text came from and how it was treated
     counts       (V,) int64, how often each id stands in the train split
+    tokenizer    JSON text of the tokenizer of level "subword"; else ""
     """
 
     def __init__(self, file: h5py.File, path: Path) -> None:
@@ -139,6 +141,8 @@ class Corpus:
         self._raw: bytes = file["vocabulary/bytes"][:].tobytes()
         self._offsets: NDArray[np.int64] = file["vocabulary/offsets"][:]
         self.counts: NDArray[np.int64] = file["vocabulary/counts"][:]
+        has_own = "tokenizer" in file
+        self.tokenizer = str(file["tokenizer"].asstr()[()]) if has_own else ""
         self.splits: tuple[str, ...] = tuple(
             sorted(file["splits"], key=lambda name: (*SPLITS, name).index(name))
         )
@@ -168,6 +172,10 @@ class Corpus:
     def ids(self) -> dict[str, int]:
         """Word (or character) -> id."""
         return {word: index for index, word in enumerate(self.vocabulary)}
+
+    def num_words(self, name: str) -> int:
+        """Return words and line ends of a split of level "subword"; 0: not known."""
+        return int(self._file["splits"][name].attrs.get("num_words", 0))
 
     def split(self, name: str) -> h5py.Dataset:
         """Return the token ids of a split, an HDF5 dataset to read by slices.

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from mpilm.data.hdf5 import (
     new_hdf5,
 )
 from mpilm.data.sources import Part, Paths, count_bytes, plan_parts, read_text
+from mpilm.data.subwords import Subwords, read_tokenizer, train_bpe
 from mpilm.data.vocabulary import ENCODERS, Encoder
 from mpilm.errors import DataError
 from mpilm.storage.files import reason, require_apart
@@ -47,8 +49,9 @@ def prepare_text(
     out: str | Path,
     *,
     vocab: int | None = None,
-    level: Literal["word", "char"] = "word",
+    level: Literal["word", "char", "subword"] = "word",
     lower: bool = False,
+    tokenizer: Path | None = None,
     share: float = HELD_OUT_SHARE,
     progress: ShowProgress | None = None,
 ) -> PrepareSummary:
@@ -58,7 +61,7 @@ def prepare_text(
     space separates, as in the distributed WikiText and Penn Treebank files. At level
     "char", every character is a token, the line end being `<eos>`. A text whose lines
     end in a literal `<eos>` gives the same words as one without; its characters are
-    not the same, which is a warning.
+    not the same, which is a warning. Level "subword": see subwords.py.
 
     Args:
         train: a file, several, or a folder; a folder that holds the files of a corpus
@@ -67,21 +70,33 @@ def prepare_text(
         valid, test: the same; None: taken from the end of the train text.
         out: the HDF5 file to write; its folder is made if need be.
         vocab: keep that many most frequent words, `<unk>` and `<eos>` included;
-            None: all of the train text.
+            None: all of the train text. Level "subword": pieces to learn.
+        tokenizer: level "subword": a tokenizer.json; None: one is learned.
         share: of the train text that goes to each split that is None, 0 to 0.5.
         progress: called with bytes done and in all, counted over both passes.
 
     Raises:
-        DataError: a file is missing, empty, not UTF-8, or `out` cannot be written.
+        DataError: a file is missing, empty, not UTF-8, or `out` cannot be written; or
+            options that do not go together.
     """
-    if level not in ENCODERS:
-        raise DataError(f"level: {level!r} is not one of {', '.join(ENCODERS)}")
+    levels = (*ENCODERS, Subwords.level)
+    if level not in levels:
+        raise DataError(f"level: {level!r} is not one of {', '.join(levels)}")
+    is_subword = level == Subwords.level
+    if tokenizer and not is_subword:
+        raise DataError(f"tokenizer: goes with level subword, not {level}")
+    if is_subword and (vocab is None) == (tokenizer is None):
+        raise DataError(
+            "level subword: either vocab, the pieces to learn, or a tokenizer.json"
+        )
     if not 0.0 < share < 0.5:
         raise DataError(f"share: {share} is not between 0 and 0.5")
     out = Path(out)
     parts = plan_parts(train, valid, test, share)
     require_apart([out], (part.source.path for name in SPLITS for part in parts[name]))
     total, done = 2 * count_bytes(parts), 0
+    is_learned = is_subword and tokenizer is None
+    total += count_bytes({"train": parts["train"]}) if is_learned else 0
 
     def read(num_bytes: int) -> None:
         nonlocal done
@@ -89,7 +104,17 @@ def prepare_text(
         if progress:
             progress(done, total)
 
-    encoder = ENCODERS[level](lower)
+    encoder: Encoder
+    if is_subword:
+        made = read_tokenizer(tokenizer) if tokenizer else None
+        if made is None:
+            texts = read_text(parts["train"], read)
+            cased = (text.lower() if lower else text for text in texts)
+            made = train_bpe(cased, (vocab or 0) - 1)
+        encoder = Subwords(made, lower)
+    else:
+        encoder = ENCODERS[level](lower)
+    num_words: dict[str, int] = {}
     kept = {name: NumbersFile(out.parent) for name in SPLITS if encoder.is_slow}
     for name in SPLITS:
         for text in read_text(parts[name], read, hashing=True):
@@ -99,6 +124,8 @@ def prepare_text(
                 numbers = encoder.number(text)
             if encoder.is_slow:
                 kept[name].append(numbers)
+        if isinstance(encoder, Subwords):
+            num_words[name], encoder.num_words = encoder.num_words, 0
     options = {"vocab": vocab, "level": level, "lower": lower, "share": share}
     provenance = {
         "command": "prepare text",
@@ -111,7 +138,7 @@ def prepare_text(
             f" level char these are {len(EOS)} characters each, beside the line end",
             stacklevel=2,
         )
-    encoder.choose(vocab)
+    encoder.choose(None if is_subword else vocab)
 
     def ids(name: str) -> Iterator[NDArray[np.uint32]]:
         if not encoder.is_slow:
@@ -122,7 +149,15 @@ def prepare_text(
             yield encoder.ids_of(numbers)
             read(int(share_done * share_bytes))
 
-    return write_corpus(out, encoder, ids, provenance)
+    tokenizer_json = encoder.tokenizer.to_str() if isinstance(encoder, Subwords) else ""
+    return write_corpus(
+        out,
+        encoder,
+        ids,
+        provenance,
+        tokenizer_json=tokenizer_json,
+        num_words=num_words,
+    )
 
 
 class NumbersFile:
@@ -169,12 +204,17 @@ def write_corpus(
     encoder: Encoder,
     ids: Callable[[str], Iterator[NDArray[np.uint32]]],
     provenance: dict[str, Any],
+    *,
+    tokenizer_json: str = "",
+    num_words: Mapping[str, int] = MappingProxyType({}),
 ) -> PrepareSummary:
     """Write the blocks of each split, encoded; return what the file holds.
 
     Args:
         encoder: has counted the train text and chosen its vocabulary.
         ids: split -> its token ids, in blocks.
+        tokenizer_json: of level "subword", and
+        num_words: split -> its words, see subwords.py.
 
     Raises:
         DataError: nothing but white space, or the text changed since it was counted.
@@ -193,6 +233,10 @@ def write_corpus(
         for name in SPLITS:
             for block in ids(name):
                 writer.append(name, block)
+        if tokenizer_json:
+            file["tokenizer"] = tokenizer_json
+        for name, number in num_words.items():
+            file["splits"][name].attrs["num_words"] = number
         summary = writer.finish(out, provenance | {"train": words})
         if summary.tokens["train"] != int(encoder.counts.sum()):
             raise DataError(f"{_named(provenance)} changed while it was read")

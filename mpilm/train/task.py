@@ -5,6 +5,7 @@ The trainer knows nothing else of words or frames.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -159,8 +160,22 @@ class LanguageTask(Task):
         tokens = self.corpus.split(split)
         return EvaluationStreams(tokens, train.eval_streams, train.unroll, rank, size)
 
+    def word_perplexity(self, split: str, loss: float) -> float | None:
+        """Return the perplexity of a word, of pieces whose mean loss is known (nats).
+
+        exp(loss * (N - 1) / (w - 1)): N tokens, w words and line ends, as level "word"
+        counts them; of neither the first is predicted. None: tokens are no pieces.
+        """
+        num_words = self.corpus.num_words(split)
+        if num_words < 2:
+            return None
+        return math.exp(loss * (len(self.corpus.split(split)) - 1) / (num_words - 1))
+
     def description(self) -> dict[str, Any]:
-        return {"level": self.corpus.level, "words": self.corpus.vocabulary}
+        found = {"level": self.corpus.level, "words": self.corpus.vocabulary}
+        if self.corpus.tokenizer:
+            found["tokenizer"] = self.corpus.tokenizer
+        return found
 
 
 class FrameTask(Task):
