@@ -12,8 +12,8 @@ Update      M <- mu M + (1 - mu) G                                             (
             W <- (1 - lr lambda) W - lr 0.2 sqrt(max(A, B)) O                  (3)
             all else: adamw, (4) and (5) of build.py, with the same lr and lambda
 Departs     (1) to (3) are torch.optim.Muon's. The four gates of an LSTM are one matrix
-            (4H, H), as nn.LSTM has them. MuLoCo's text could not be had: that its
-            momentum and rate outside are DiLoCo's is from memory.
+            (4H, H), as nn.LSTM has them. Of MuLoCo the abstract was read: its
+            momentum and rate outside are not known, the preset has DiLoCo's.
 
 (3) makes an update of the size that AdamW's has (root mean square 0.2), so that one
 learning rate does for both kinds.

@@ -37,8 +37,11 @@ SETTINGS = {
     "sparta": {"share": 0.2},
     "des_loc": {"period": 4, "period_first": 2, "period_second": 3},
 }
-NEAR = {"async_sgd": (0.05, 150, 0.1), "sparse_loco": (0.03, 480, 0.1)}
-NEAR["divshare"] = (0.03, 480, 0.1)
+NEAR = {
+    "async_sgd": (0.05, 150, 0.1),
+    "sparse_loco": (0.03, 480, 0.1),
+    "divshare": (0.01, 480, 0.15),
+}
 CASES = [*INNER, "dpsgd-late"]
 
 
