@@ -237,6 +237,7 @@ def main() -> None:
     arguments = parser(__doc__, warmup=1, loops=5)
     arguments.add_argument("--unroll", type=int, default=35, help="T, time steps")
     arguments.add_argument("--batch", type=int, default=20, help="B, sequences")
+    arguments.add_argument("--only", type=int, help="V: only how long its steps are")
     arguments.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     args = arguments.parse_args()
     args.sizes = SIZES
@@ -248,8 +249,11 @@ def main() -> None:
         return
     goals: list[str] = []
     args.load = os.getloadavg()  # of the whole machine, before
-    memory(args, goals)
-    compare_v(args, goals)
+    if args.only:
+        args.sizes = [size for size in args.sizes if size[0] == args.only]
+    else:
+        memory(args, goals)
+        compare_v(args, goals)
     compare(args, goals)
     print("\n".join(goals))
 

@@ -1,7 +1,7 @@
 """Xiao et al.'s four systems, to one perplexity: what does sampling save?
 
     python benchmarks/bench_xiao.py --out benchmarks/results/xiao.json
-    python benchmarks/bench_xiao.py --vocab 33278 --rate 1gbit --out ...
+    python benchmarks/bench_xiao.py --vocab 33278 --samples 60000 --out ...
 
     naive                 one rank, all words, dense gradients
     asynchronous          async_sgd on some ranks, the same model
@@ -14,13 +14,16 @@ vocabulary, or, with --vocab, a synthetic language of Zipf's law.
 learn  every system once, for the same samples, evaluated by the full softmax as it
        goes. The target is the worst last perplexity of the four: all reach it. How many
        samples each took is interpolated; the load of the machine has no part in it.
-time   short runs of all systems in turns, some rounds; seconds of a sample are those of
-       steps 3 and on, the median of the rounds. With --rate the asynchronous systems
-       also run on emulated nodes, one rank each, with links of that rate.
+       --curves FILE keeps what was learned: a later call goes on from there.
+time   the four in turns in one run (xiao_steps.py), some rounds of some seconds each;
+       the median of the rounds: on a quiet machine, please.
+network  the same of the two asynchronous systems on emulated nodes, one rank each, with
+       links of --rate; it needs root and iproute2 (tools/emulated_cluster.py).
+bytes  one sampler after the other: what a rank sends in a step, samples to the target.
+       Rows of the embedding are exact, so they are not trained to the target anew.
 
-Seconds to the target = samples to the target x seconds of a sample. The ablation adds
-one sampler after the other. Where only exact rows are added (embedding) or the softmax
-is full, it is not trained anew to the target. --smoke: tiny, and means nothing.
+Seconds to the target = samples to the target x seconds of a sample. --smoke: tiny, and
+means nothing.
 """
 
 from __future__ import annotations
@@ -32,21 +35,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from fleets import ENVIRONMENT
 from harness import parser, report
 
 from mpilm.data.synthetic import prepare_synthetic
 from mpilm.data.text import prepare_text
 from mpilm.storage.runlog import read_run
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 CONFIGS = ROOT / "jobs" / "configs"
 DATA = Path(os.environ.get("MPILM_DATA", ROOT.parent / "shared" / "data"))
 WIKITEXT = DATA / "wikitext2-sample"
@@ -56,6 +60,9 @@ BRANCHING = 32  # words that may follow one in the synthetic language
 # of the paper's abstract: sampled asynchronous over these
 OVER_ASYNCHRONOUS, OVER_NAIVE = 2.1, 4.2
 OVER_NETWORK = 10.0  # over asynchronous, 1 Gbit/s: issue E
+PARTS = ("learn", "time", "network", "bytes")
+
+Curves = dict[str, list[tuple[float, float]]]  # system -> (samples, perplexity)
 
 ALL_UNITS = ("strategy.units=1", "strategy.units_random=0")
 
@@ -77,9 +84,6 @@ SYSTEMS = {
     "sampled asynchronous": System("xiao_sampled_async", 0),
 }
 ABLATION = {
-    "hidden units only": System(
-        "xiao_async", 0, ("strategy.units=0.25", "strategy.units_random=0.05"), False
-    ),
     "rows of the embedding": System(
         "xiao_sampled_async", 0, ("model.softmax=full", *ALL_UNITS), False
     ),
@@ -114,9 +118,11 @@ class Bench:
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.folder, self.args, self.number = folder, args, 0
+        self.kept: Path | None = args.curves
+        args.curves = None  # not where it lies: what it holds is in the result
         self.corpus = folder / "corpus.h5"
         if args.vocab:
-            tokens = max(args.samples // 4, 10_000)
+            tokens = max(args.samples, 10_000)
             prepare_synthetic(
                 self.corpus,
                 vocab=args.vocab,
@@ -126,12 +132,29 @@ class Bench:
         else:
             prepare_wikitext(self.corpus)
 
-    def run(self, system: System, sets: Sequence[str], cluster: Any = None) -> Path:
-        """Train; return the folder of the run.
+    def start(self, ranks: int, command: Sequence[object], cluster: Any = None) -> None:
+        """Run a command on some ranks, of this machine or of an emulated cluster.
 
         Raises:
             SystemExit: it failed; its output is in the message.
         """
+        arguments = [*("-n", str(ranks)), *map(str, command)]
+        if cluster is not None:
+            done = cluster.mpirun(arguments, limit_s=900.0)
+        else:
+            launcher = Path(sys.executable).with_name("mpirun")
+            done = subprocess.run(
+                [str(launcher), "--oversubscribe", "--bind-to", "none", *arguments],
+                env={**os.environ, **ENVIRONMENT},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        if done.returncode:
+            raise SystemExit(f"{arguments}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+    def run(self, system: System, sets: Sequence[str]) -> Path:
+        """Train; return the folder of the run."""
         self.number += 1
         out = self.folder / f"run-{self.number}"
         settings = [
@@ -139,32 +162,12 @@ class Bench:
             *("train.test=false", "train.worst_rank=false", "train.log_every=1"),
             *("checkpoint.every=0", *self.args.set, *system.sets, *sets),
         ]
-        ranks = system.ranks or self.args.ranks
         command = [
-            *("-n", ranks, sys.executable, "-m", "mpilm", "train"),
+            *(sys.executable, "-m", "mpilm", "train"),
             *(CONFIGS / f"{system.config}.toml", "--out", out),
             *(word for setting in settings for word in ("--set", setting)),
         ]
-        if cluster is None:
-            environment = {
-                "OMPI_ALLOW_RUN_AS_ROOT": "1",
-                "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                "OMP_NUM_THREADS": "1",
-                **os.environ,
-            }
-            launcher = Path(sys.executable).with_name("mpirun")
-            mpirun = [str(launcher), "--oversubscribe", "--bind-to", "none"]
-            done = subprocess.run(
-                [*mpirun, *map(str, command)],
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        else:
-            done = cluster.mpirun(list(map(str, command)), limit_s=900.0)
-        if done.returncode:
-            raise SystemExit(f"{system}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        self.start(system.ranks or self.args.ranks, command)
         return out
 
     def learn(self, system: System) -> list[tuple[float, float]]:
@@ -180,20 +183,6 @@ class Bench:
             found.append(last)
         ends = [(n + 1) * every for n in range(len(found) - 1)]
         return list(zip([*ends, self.args.samples], found, strict=True))
-
-    def time(self, system: System, cluster: Any = None) -> tuple[float, float]:
-        """Return seconds of a sample, and bytes that a rank sends in a step."""
-        ranks = system.ranks or self.args.ranks
-        tokens = self.args.steps * ranks * self.args.minibatch
-        out = self.run(system, [f"train.samples={tokens}"], cluster)
-        rate = 0.0
-        for log in read_run(out).values():
-            seconds, samples = log.rows["seconds"], log.rows["samples"]
-            if len(seconds) > 3:  # the pool gives a rank what it asks for
-                rate += (samples[-1] - samples[2]) / (seconds[-1] - seconds[2])
-        summary = json.loads((out / "summary.json").read_text())
-        steps = summary["samples"] / self.args.minibatch
-        return 1.0 / rate if rate else math.nan, summary["bytes_sent"] / steps
 
 
 def samples_to(target: float, curve: Sequence[tuple[float, float]]) -> float:
@@ -214,81 +203,119 @@ def samples_to(target: float, curve: Sequence[tuple[float, float]]) -> float:
     return math.nan
 
 
-def in_turns(
-    bench: Bench, clusters: Sequence[Any]
-) -> Iterator[tuple[str, int, tuple[float, float]]]:
-    """Yield (system, number of its network, what `time` found), round by round."""
-    for index in range(bench.args.warmup + bench.args.loops):
-        for name, system in {**SYSTEMS, **ABLATION}.items():
-            for number, cluster in enumerate(clusters):
-                if cluster is not None and system.ranks == 1:
-                    continue
-                found = bench.time(system, cluster)
-                if index >= bench.args.warmup:
-                    yield name, number, found
+def learned(bench: Bench) -> Curves:
+    """Return the curves of all that is trained to the target, kept ones as they are."""
+    kept = bench.kept
+    curves: Curves = {}
+    if kept is not None and kept.exists():
+        curves = json.loads(kept.read_text())
+    for name, system in {**SYSTEMS, **ABLATION}.items():
+        if not system.learns or name in curves or "learn" not in bench.args.parts:
+            continue
+        curves[name] = bench.learn(system)
+        if kept is not None:
+            kept.write_text(json.dumps(curves, indent=1) + "\n")
+    return curves
 
 
-def row_of(
-    name: str,
-    curve: Sequence[tuple[float, float]],
-    target: float,
-    timings: dict[tuple[str, int], list[tuple[float, float]]],
-    networks: Sequence[str],
-) -> dict[str, Any]:
-    """Return a row of either table, with seconds to the target on each network."""
-    samples = samples_to(target, curve)
-    row: dict[str, Any] = {"system": name, "last perplexity": curve[-1][1]}
-    row["samples to target"] = samples
-    for number, network in enumerate(networks):
-        found = timings.get((name, number))
-        sample_s = median(s for s, _ in found) if found else math.nan
-        if number == 0 and found:
-            row["MB sent a step"] = median(sent for _, sent in found) / 1e6
-        row[f"us a sample{network}"] = 1e6 * sample_s
-        row[f"s to target{network}"] = samples * sample_s
-    return row
-
-
-def compare(bench: Bench, clusters: Sequence[Any]) -> list[str]:
-    """Report both tables; return the ratios against the goals."""
+def timed(
+    bench: Bench, systems: dict[str, System], cluster: Any = None
+) -> dict[str, list[tuple[float, float]]]:
+    """Return (seconds of a sample, bytes a rank sends in a step) of each round."""
     args = bench.args
-    networks = ["", *([f", {args.rate}"] if len(clusters) > 1 else [])]
-    everything = {**SYSTEMS, **ABLATION}
-    curves = {n: bench.learn(s) for n, s in everything.items() if s.learns}
-    args.curves = curves
-    target = max(curves[name][-1][1] for name in SYSTEMS)
-    timings: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for name, number, found in in_turns(bench, clusters):
-        timings.setdefault((name, number), []).append(found)
-    args.rounds = {f"{n}{networks[i]}": found for (n, i), found in timings.items()}
-    rows = {
-        # a full softmax is trained as the asynchronous system, to rounding
-        name: row_of(name, curves.get(name, curves["asynchronous"]), target, timings,
-                     networks)
-        for name in everything
-    }  # fmt: skip
-    corpus = f"synthetic, V={args.vocab}" if args.vocab else "WikiText-2 sample"
-    title = f"The four systems, {corpus}, {args.ranks} ranks, to {target:.1f}"
-    report("xiao", title, [rows[name] for name in SYSTEMS], args)
-    added = ("asynchronous", *ABLATION, "sampled asynchronous")
-    title = f"One sampler after the other, {corpus}, {args.ranks} ranks"
-    report("xiao", title, [rows[name] for name in added], args)
-    fast = rows["sampled asynchronous"]
-    goals = [
-        ("naive", "", OVER_NAIVE),
-        ("asynchronous", "", OVER_ASYNCHRONOUS),
-        *(("asynchronous", network, OVER_NETWORK) for network in networks[1:]),
+    ranks = 1 if all(system.ranks == 1 for system in systems.values()) else args.ranks
+    of_each = {
+        name: {
+            "config": str(CONFIGS / f"{system.config}.toml"),
+            "ranks": system.ranks,
+            "sets": [f"data.corpus={bench.corpus}", *args.set, *system.sets],
+        }
+        for name, system in systems.items()
+    }
+    result = bench.folder / "steps.json"
+    arguments = [
+        *("--corpus", bench.corpus, "--systems", json.dumps(of_each)),
+        *("--seconds", args.seconds, "--rounds", args.warmup + args.loops),
+        *("--result", result),
     ]
-    lines = []
-    for name, network, goal in goals:
-        key = f"s to target{network}"
-        ratio = rows[name][key] / fast[key]
-        verdict = "met" if ratio >= goal else "MISSED"
-        lines.append(
-            f"goal {verdict}: sampled asynchronous {ratio:.1f} x {name}{network},"
-            f" >= {goal}"
-        )
+    command = [sys.executable, HERE / "xiao_steps.py", *arguments]
+    bench.start(ranks, command, cluster)
+    found: dict[str, list[tuple[float, float]]] = json.loads(result.read_text())
+    return {name: rounds[args.warmup :] for name, rounds in found.items()}
+
+
+def compare(bench: Bench) -> list[str]:
+    """Report what was asked for; return the ratios against the goals."""
+    args = bench.args
+    curves = learned(bench)
+    args.learned = curves
+    target = max(curves[name][-1][1] for name in SYSTEMS)
+    corpus = f"synthetic, V={args.vocab}" if args.vocab else "WikiText-2 sample"
+    about = f"{corpus}, {args.ranks} ranks, to perplexity {target:.1f}"
+    lines: list[str] = []
+    if "time" in args.parts:
+        rows = rows_of(timed(bench, SYSTEMS), curves, target)
+        report("xiao", f"The four systems, {about}", list(rows.values()), args)
+        lines += [
+            verdict(rows, "naive", OVER_NAIVE),
+            verdict(rows, "asynchronous", OVER_ASYNCHRONOUS),
+        ]
+    if "network" in args.parts:
+        sys.path.insert(0, str(ROOT / "tools"))
+        from emulated_cluster import EmulatedCluster
+
+        there = {name: s for name, s in SYSTEMS.items() if not s.ranks}
+        with EmulatedCluster(args.ranks, rate=args.rate) as cluster:
+            rows = rows_of(timed(bench, there, cluster), curves, target)
+        report("xiao", f"Over {args.rate}, {about}", list(rows.values()), args)
+        lines.append(verdict(rows, "asynchronous", OVER_NETWORK))
+    if "bytes" in args.parts:
+        rows = ablation(bench, curves, target)
+        title = f"One sampler after the other, {about}"
+        report("xiao", title, list(rows.values()), args)
     return lines
+
+
+def rows_of(
+    found: dict[str, list[tuple[float, float]]], curves: Curves, target: float
+) -> dict[str, dict[str, Any]]:
+    """Return a row for each system that was timed."""
+    rows = {}
+    for name, rounds in found.items():
+        samples = samples_to(target, curves[name])
+        sample_s = median(s for s, _ in rounds)
+        rows[name] = {
+            "system": name,
+            "last perplexity": curves[name][-1][1],
+            "samples to target": samples,
+            "MB sent a step": median(sent for _, sent in rounds) / 1e6,
+            "us a sample": 1e6 * sample_s,
+            "least": 1e6 * min(s for s, _ in rounds),
+            "most": 1e6 * max(s for s, _ in rounds),
+            "s to target": samples * sample_s,
+        }
+    return rows
+
+
+def verdict(rows: dict[str, dict[str, Any]], name: str, goal: float) -> str:
+    """Return a line for a ratio and its goal."""
+    ratio = rows[name]["s to target"] / rows["sampled asynchronous"]["s to target"]
+    word = "met" if ratio >= goal else "MISSED"
+    return f"goal {word}: sampled asynchronous {ratio:.1f} x {name}, >= {goal}"
+
+
+def ablation(bench: Bench, curves: Curves, target: float) -> dict[str, dict[str, Any]]:
+    """Return rows: one sampler after the other."""
+    names = ("asynchronous", *ABLATION, "sampled asynchronous")
+    systems = {name: {**SYSTEMS, **ABLATION}[name] for name in names}
+    rows = {}
+    for name, found in timed(bench, systems).items():
+        row = {"sampled": name, "MB sent a step": found[0][1] / 1e6}
+        curve = curves.get(name)
+        row["last perplexity"] = curve[-1][1] if curve else "not trained"
+        row["samples to target"] = samples_to(target, curve) if curve else "-"
+        rows[name] = row
+    return rows
 
 
 def main() -> None:
@@ -297,31 +324,24 @@ def main() -> None:
     arguments.add_argument("--ranks", type=int, default=4)
     arguments.add_argument("--samples", type=int, default=210_000, help="to learn from")
     arguments.add_argument("--points", type=int, default=7, help="evaluations of each")
-    arguments.add_argument("--steps", type=int, default=30, help="of a timed rank")
+    arguments.add_argument("--seconds", type=float, default=3.0, help="of a round")
     arguments.add_argument("--vocab", type=int, default=0, help="synthetic corpus")
-    arguments.add_argument("--rate", default="", help="of emulated links: 1gbit")
+    arguments.add_argument("--rate", default="1gbit", help="of emulated links")
+    arguments.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    arguments.add_argument("--curves", type=Path, help="JSON file of what is learned")
     arguments.add_argument("--set", nargs="*", default=[], help="section.key=value")
     args = arguments.parse_args()
-    args.minibatch = 10 * 20
     if args.smoke:
-        args.vocab, args.loops, args.ranks, args.steps = 2000, 1, 2, 4
-        args.samples, args.points, args.minibatch, args.rate = 800, 2, 40, ""
+        args.vocab, args.loops, args.ranks, args.seconds = 2000, 1, 2, 0.1
+        args.samples, args.points, args.parts = 800, 2, ["learn", "time", "bytes"]
         args.set = ["model.embed=8", "model.hidden=8", "train.batch=4"]
         args.set += ["train.unroll=10", "data.chunk_windows=2"]
     if not args.vocab and not WIKITEXT.is_dir():
         print(f"skipped: no {WIKITEXT} (set MPILM_DATA, or give --vocab)")
         return
     args.load = os.getloadavg()  # of the whole machine, before
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xiao.")))
-        clusters: list[Any] = [None]
-        if args.rate:
-            sys.path.insert(0, str(ROOT / "tools"))
-            from emulated_cluster import EmulatedCluster
-
-            clusters.append(EmulatedCluster(args.ranks, rate=args.rate))
-            stack.enter_context(clusters[1])
-        print("\n".join(compare(Bench(folder, args), clusters)))
+    with tempfile.TemporaryDirectory(prefix="xiao.") as folder:
+        print("\n".join(compare(Bench(Path(folder), args))))
 
 
 if __name__ == "__main__":
