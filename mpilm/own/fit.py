@@ -31,9 +31,11 @@ from mpilm.storage.checkpoint import load_shared
 from mpilm.storage.files import text_of
 from mpilm.storage.saved import under
 from mpilm.train.folder import RunFolder
+from mpilm.train.gpu_messages import choose_messages
 from mpilm.train.run import no_optimizer
 from mpilm.train.signals import StopRequest
 from mpilm.world.base import World
+from mpilm.world.mpi import MpiWorld, abort_on_error
 
 Section = str | Mapping[str, Any]
 
@@ -83,6 +85,7 @@ def fit(
     log_every: int = 10,
     resume: bool = False,
     faults: Mapping[str, Any] | None = None,
+    gpu_messages: str = "staged",
     world: World | None = None,
 ) -> Fitted:
     """Train a model on all ranks that mpirun started; keep it in a run folder.
@@ -125,6 +128,7 @@ def fit(
         log_every: minibatches between two rows of the log.
         resume: go on from the newest checkpoint in `out`, if there is one.
         faults: section [faults].
+        gpu_messages: "staged", "direct" or "auto", see section [world].
         world: of this rank, inside `run_mpi` or `run_virtual`; None: MPI's, and an
             error on one rank ends all of them.
 
@@ -137,8 +141,6 @@ def fit(
     given_world = own.pop("world")
     if given_world is not None:
         return fit_in(given_world, None, **own)
-    from mpilm.world.mpi import MpiWorld, abort_on_error
-
     with StopRequest() as stop, MpiWorld() as found, abort_on_error(found):
         fitted = fit_in(found, stop, **own)
     if not fitted.finished:
@@ -167,6 +169,8 @@ def fit_in(
         if hasattr(world, "configure"):
             world.configure(faults=config.faults)
     assert config is not None
+    if isinstance(world, MpiWorld):
+        choose_messages(world, config)
     folder = Path(out)
     with hooks(given, config):
         trainer = OwnTrainer(
@@ -266,6 +270,7 @@ def config_of(
     threads: int,
     log_every: int,
     faults: Mapping[str, Any] | None,
+    gpu_messages: str,
     **_: Any,
 ) -> Config:
     """Return the configuration of a run, as its folder keeps it.
@@ -316,6 +321,7 @@ def config_of(
         "checkpoint": {"every": checkpoint_every, "keep": keep},
         "ema": dict(ema or {}),
         "faults": dict(faults or {}),
+        "world": {"gpu_messages": gpu_messages},
     }
     return resolve(document, origin="fit")
 

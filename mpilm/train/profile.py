@@ -250,6 +250,8 @@ def merged(traces: Iterable[dict[str, Any]]) -> dict[str, Any]:
             events.append(new)
         for old, number in pids.items():
             name = f"rank {rank}" if number == 0 else f"rank {rank}, GPU {old}"
+            if old < 0:  # what the profiler itself took
+                name = f"rank {rank}, profiler"
             common = {"ph": "M", "pid": 1000 * rank + number, "tid": 0}
             events.append({**common, "name": "process_name", "args": {"name": name}})
             order = {"sort_index": 1000 * rank + number}

@@ -56,6 +56,7 @@ def test_a_section_that_fails_is_a_line_and_the_rest_goes_on(tmp_path: Path) -> 
     assert "| float32 |" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.long
 def test_a_section_that_hangs_is_ended_and_what_it_found_is_kept(
     gpu: ModuleType, tmp_path: Path
 ) -> None:

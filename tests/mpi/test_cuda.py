@@ -6,6 +6,8 @@ too: the same code gives them to MPI, by DLPack.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,6 +176,21 @@ def exchange(comm: Comm, device: str, agree: list[bool]) -> None:
         request = comm.Iallreduce(IN_PLACE, sent)
         request.Wait()
         agree.append(sent.tolist() == total)
+
+
+def test_the_progress_thread_is_told_of_the_card_once(
+    world: MpiWorld, agree: list[bool]
+) -> None:
+    seen: list[str] = []
+    world.progress.enter = lambda: seen.append(threading.current_thread().name)
+    world.comm.Barrier()
+    deadline_s = time.monotonic() + 60.0
+    while not seen and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    world.comm.Barrier()
+    time.sleep(0.05)
+    agree.append(seen == ["mpilm progress"])
+    world.progress.enter = None
 
 
 def test_direct_messages_are_refused_on_the_cpu(

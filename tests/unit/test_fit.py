@@ -303,6 +303,7 @@ WRONG = {
     "newbob without valid": ({"schedule": "newbob"}, "give valid"),
     "float16": ({"autocast": "float16"}, "bfloat16 only"),
     "a clip": ({"clip": -1.0}, r"optim\.clip"),
+    "GPU messages": ({"gpu_messages": "pinned"}, r"world\.gpu_messages"),
     "accumulate": ({"accumulate": 0}, r"optim\.accumulate"),
     "valid is an iterator": ({"valid": iter([1])}, "valid: an iterator is used up"),
     "valid is a number": ({"valid": 3}, "valid: of type int"),
