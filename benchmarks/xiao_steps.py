@@ -49,12 +49,11 @@ class Trained:
         learner.gradient()
         learner.update()
 
-    def samples_per_s(self, seconds: float) -> tuple[float, float]:
-        """Return this rank's samples per second, and bytes that it sends in a step."""
+    def train(self, seconds: float) -> tuple[float, int, int]:
+        """Return this rank's samples per second, its steps, and bytes sent for all."""
         world, learner = self.world, self.learner
         if self.alone and world.rank:
-            world.comm.Barrier()
-            return 0.0, 0.0
+            return 0.0, 0, 0
         chosen = None if self.alone else self.make()
         step = self.step_alone if chosen is None else chosen.step
         if chosen is not None:
@@ -62,18 +61,21 @@ class Trained:
             chosen.start(learner)
         for _ in range(WARMUP):
             step(learner)
+        if chosen is not None:
+            world.comm.Barrier()  # all have had the answers of their warm-up
         began_s, before = world.now_s(), replace(world.traffic)
         done = 0
         while world.now_s() - began_s < seconds:
             step(learner)
             done += 1
         took_s = world.now_s() - began_s
-        sent = world.traffic.bytes_sent - before.bytes_sent
         if chosen is not None:
             chosen.retire(learner)
+            world.comm.Barrier()  # all questions are answered: whose steps they are of
+        sent = world.traffic.bytes_sent - before.bytes_sent
+        if chosen is not None:
             chosen.finish(learner)
-        world.comm.Barrier()
-        return done * self.minibatch / took_s, sent / done
+        return done * self.minibatch / took_s, done, sent
 
 
 def main() -> None:
@@ -95,11 +97,9 @@ def main() -> None:
         trained = {n: Trained(world, corpus, s) for n, s in systems.items()}
         for _ in range(args.rounds):
             for name, system in trained.items():
-                each = world.comm.allgather(system.samples_per_s(args.seconds))
-                sending = 1 if system.alone else world.size
-                rate = sum(rate for rate, _ in each)
-                sent = sum(sent for _, sent in each) / sending
-                found[name].append((1.0 / rate, sent))
+                each = world.comm.allgather(system.train(args.seconds))
+                rate, steps, sent = (sum(part) for part in zip(*each, strict=True))
+                found[name].append((1.0 / rate, sent / steps))
         answer(world, args.result, found)
 
 
