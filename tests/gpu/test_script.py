@@ -24,6 +24,7 @@ def gpu() -> ModuleType:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)  # several programs with torch, on a busy machine
 def test_a_section_that_fails_is_a_line_and_the_rest_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     only = ["--only", "peak", "messages"]
