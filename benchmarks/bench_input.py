@@ -9,7 +9,7 @@ Reader    CPU time of drawing a minibatch, beside that of a step that trains on 
           sampled softmax with rows, two layers.
 Ahead     wall time in `next()` while a learner computes (`busy`, 1 ms, in its place),
           the corpus thrown out of memory before: with and without reading ahead by the
-          system (`will_read`), and the slowest call.
+          system (`Announcer`), and the slowest call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from harness import parser, report
 from zipf import TOKENS, write_zipf
 
 from mpilm.data import streams as streams_module
-from mpilm.data.hdf5 import Corpus
+from mpilm.data.hdf5 import Announcer, Corpus
 from mpilm.data.streams import Streams
 
 GOAL_TOKENS_PER_S, GOAL_FEED = 1e6, 20.0
@@ -44,10 +44,11 @@ BUSY_S = 1e-3
 def prepared(text: Path, out: Path) -> dict[str, Any]:
     """Return what `prepare text` of a folder took."""
     code = (
-        "import resource, sys; from mpilm.data.text import prepare_text;"
+        "import sys; from mpilm.data.text import prepare_text;"
         "made = prepare_text(sys.argv[1], None, None, sys.argv[2]);"
         "print(sum(made.tokens.values()), made.vocabulary);"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "status = open('/proc/self/status').read();"  # ru_maxrss has the parent's, too
+        "print(status.split('VmHWM:')[1].split()[0])"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", code, str(text), str(out)]
@@ -103,12 +104,12 @@ def forget(path: Path) -> None:
 @contextmanager
 def without_reading_ahead() -> Iterator[None]:
     """Let nothing be announced in the block."""
-    real = streams_module.will_read
-    streams_module.will_read = lambda *_: None  # type: ignore[assignment]
+    real = Announcer.will_read
+    Announcer.will_read = lambda *_: None  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        streams_module.will_read = real
+        Announcer.will_read = real  # type: ignore[method-assign]
 
 
 def cold(path: Path, args: argparse.Namespace) -> dict[str, Any]:

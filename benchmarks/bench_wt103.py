@@ -10,9 +10,8 @@ warm-up. --corpus takes one that is there, --corpus NAME makes it where it is no
 step      wall and CPU time of `strategy.step` of each rank, the rounds that exchange
           included; ranks share the cores that there are
 memory    resident while it trains, less what a process had before its model was made;
-          beside the parameters, what the strategy keeps (bmuf: the model and the
-          momentum of the blocks), and the activations of a step, as torch's allocator
-          counts them
+          beside the parameters, what a checkpoint holds of the strategy (the start and
+          the momentum of blocks), and what torch hands out in a step
 learns    perplexity on the valid split before, of a unigram model, and afterwards
 """
 
@@ -105,14 +104,16 @@ def main() -> None:
             changes += ["model.sampled_frequent=500", "model.sampled_random=500"]
         config = read_config(PRESET, changes)
         warm = argparse.Namespace(vocab=3000, embed=8, hidden=8, layers=2)
-        vars(warm).update(dropout=0.0, unroll=35, batch=20)
+        vars(warm).update(dropout=0.0, unroll=35, batch=20, device="cpu")
         stepping(make_learner(warm, sampled=True))()  # torch's libraries
         trainer = Measured(config, world, folder / "run")
         trainer.train()
         learner = trainer.learner
         activations = allocated_bytes(learner.gradient)
         theta = 4 * learner.layout.size
-        kept = 2 * theta if config.strategy.name in ("bmuf", "gossip_bmuf") else 0
+        kept = sum(
+            getattr(value, "nbytes", 0) for value in trainer.strategy.state().values()
+        )
         row = {
             "rank": world.rank,
             "step (ms, median)": 1e3 * median(trainer.wall_s),
@@ -152,8 +153,8 @@ def main() -> None:
         worst = max(r["resident / (parameters + strategy)"] for r in rows)
         verdict = "met" if worst <= GOAL_MEMORY else "MISSED"
         print(f"goal {verdict}: memory {worst:.2f} <= {GOAL_MEMORY}")
-        verdict = "met" if totals.valid_perplexity < unigram else "MISSED"
-        print(f"goal {verdict}: perplexity below a unigram model's")
+        verdict = "met" if totals.valid_perplexity <= args.vocab / 10 else "MISSED"
+        print(f"goal {verdict}: perplexity at most a tenth of what it was")
         shutil.rmtree(folder, ignore_errors=True)
 
 

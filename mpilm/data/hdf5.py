@@ -61,23 +61,42 @@ def read_tokens(tokens: Any, start: int, stop: int) -> NDArray[Any]:
         raise DataError(f"{origin(tokens)} is damaged: {reason(error)}") from error
 
 
-def will_read(tokens: Any, start: int, stop: int) -> None:
-    """Let the system begin to read tokens[start:stop] of a split; returns at once.
+class Announcer:
+    """Lets the system begin to read parts of a split, beside the learner.
 
     By the time that they are wanted they are in memory: the disk, or the network behind
-    it, works beside the learner. Only a hint: where it is not possible nothing happens.
+    it, has worked meanwhile. Only a hint: where it is not possible nothing happens.
     """
-    if not isinstance(tokens, h5py.Dataset) or not hasattr(os, "posix_fadvise"):
-        return
-    try:
-        descriptor = tokens.file.id.get_vfd_handle()
-        length = tokens.chunks[0]
-        for first in range(start // length * length, min(stop, len(tokens)), length):
-            chunk = tokens.id.get_chunk_info_by_coord((first,))
-            place = chunk.byte_offset, chunk.size
-            os.posix_fadvise(descriptor, *place, os.POSIX_FADV_WILLNEED)
-    except (OSError, RuntimeError, TypeError):  # no file on a disk, no chunks
-        return
+
+    def __init__(self, tokens: Any) -> None:
+        self.tokens = tokens
+        self._places: dict[int, tuple[int, int]] | None = None  # of chunks in the file
+
+    def will_read(self, start: int, stop: int) -> None:
+        """Announce tokens[start:stop]; returns at once."""
+        if not isinstance(self.tokens, h5py.Dataset):
+            return
+        try:
+            descriptor = self.tokens.file.id.get_vfd_handle()
+            length = self.tokens.chunks[0]
+            if self._places is None:
+                self._places = self._find()
+            for first in range(start // length * length, stop, length):
+                if first in self._places:
+                    place = self._places[first]
+                    os.posix_fadvise(descriptor, *place, os.POSIX_FADV_WILLNEED)
+        except (AttributeError, OSError, RuntimeError, TypeError):
+            return  # no file on a disk, no chunks, another system
+
+    def _find(self) -> dict[int, tuple[int, int]]:
+        """Return the places of all chunks; one by one each takes 0.3 ms (measured)."""
+        found: dict[int, tuple[int, int]] = {}
+
+        def note(chunk: Any) -> None:
+            found[chunk.chunk_offset[0]] = chunk.byte_offset, chunk.size
+
+        self.tokens.id.chunk_iter(note)
+        return found
 
 
 def origin(tokens: Any) -> str:

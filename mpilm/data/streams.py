@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mpilm.data.batch import Batch, Batches
 from mpilm.data.counts import counts_of
-from mpilm.data.hdf5 import origin, read_tokens, will_read
+from mpilm.data.hdf5 import Announcer, origin, read_tokens
 from mpilm.errors import DataError
 from mpilm.world.base import World
 
@@ -34,7 +34,7 @@ READ_AHEAD_TOKENS = 1 << 20
 class RowWindows:
     """Windows of T + 1 tokens of several rows, read ahead in blocks.
 
-    When a block is taken, the system is told to read the next one (`will_read`).
+    When a block is taken, the system is told to read the next one (`Announcer`).
 
     starts_B   first token of each row
     targets_B  targets of each row: it holds targets_B + 1 tokens
@@ -53,6 +53,7 @@ class RowWindows:
         self.num_windows = -(-longest // steps)
         ahead = READ_AHEAD_TOKENS // max(1, len(starts_B) * steps)
         self.num_ahead = max(1, min(ahead, self.num_windows))
+        self._announcer = Announcer(tokens)
         self._first = 0
         self._block = np.zeros((len(starts_B), 0), tokens.dtype)
 
@@ -94,8 +95,8 @@ class RowWindows:
             return  # all of it is here
         rows = zip(self.starts_B.tolist(), self.targets_B.tolist(), strict=True)
         for start, num_targets in rows:
-            will_read(
-                self.tokens, start + begin, start + min(begin + length, num_targets + 1)
+            self._announcer.will_read(
+                start + begin, start + min(begin + length, num_targets + 1)
             )
 
 

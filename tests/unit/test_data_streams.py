@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mpilm.data import streams as streams_module
 from mpilm.data.batch import Batch
-from mpilm.data.hdf5 import SPLITS, Corpus, CorpusWriter, new_hdf5, will_read
+from mpilm.data.hdf5 import SPLITS, Announcer, Corpus, CorpusWriter, new_hdf5
 from mpilm.data.streams import EvaluationStreams, Streams
 from mpilm.data.synthetic import prepare_synthetic
 from mpilm.errors import DataError
@@ -290,8 +290,10 @@ def test_the_next_block_is_announced_before_it_is_read(tmp_path, monkeypatch):
 
 def test_arrays_and_files_in_memory_are_not_announced(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fadvise", None)
-    will_read(np.arange(10), 0, 10)
+    Announcer(np.arange(10)).will_read(0, 10)
     monkeypatch.undo()
     with h5py.File(tmp_path / "x.h5", "w", driver="core", backing_store=False) as file:
-        will_read(file.create_dataset("x", data=np.arange(10), chunks=(5,)), 0, 10)
-        will_read(file.create_dataset("y", data=np.arange(10)), 0, 10)
+        Announcer(file.create_dataset("x", data=np.arange(10), chunks=(5,))).will_read(
+            0, 10
+        )
+        Announcer(file.create_dataset("y", data=np.arange(10))).will_read(0, 10)
