@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import os
 import shutil
 import tempfile
@@ -145,9 +144,9 @@ def main() -> None:
             "after": totals.valid_perplexity,
             "floor": floor,
             "sent by rank 0 (MB)": totals.bytes_sent / 1e6,
-            "share of whole models": totals.bytes_sent
-            / (2 * theta * (world.size - 1) / world.size)
-            / math.ceil(totals.step / config.strategy.settings.period),
+            # gossip_bmuf sends models and starts, bmuf sends and receives models
+            "share of two models a block": totals.bytes_sent
+            / (2 * theta * (totals.step // config.strategy.settings.period)),
         }
         report("wt103", f"A run on {world.size} ranks, {about}", [learned], args)
         worst = max(r["resident / (parameters + strategy)"] for r in rows)
