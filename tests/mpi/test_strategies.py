@@ -18,6 +18,7 @@ import pytest
 
 from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies import STRATEGIES, Strategy, strategy
+from mpilm.testing.fleet import ROWS
 from mpilm.world.base import World
 from mpilm.world.mpi import MpiWorld
 from mpilm.world.virtual import run_virtual
@@ -229,6 +230,33 @@ def test_a_wire_format_loses_no_mass_out_of_lockstep(
     wanted = first + shares * moved
     limit = 2e-5 * max(1.0, float(np.abs(wanted).max()))
     agree.append(float(np.abs(shares * kept - wanted).max()) <= limit)
+
+
+@pytest.mark.mpich
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["dpsgd", "gossip_bmuf", "adpsgd", "async_sgd"])
+def test_rows_lose_no_mass(
+    world: MpiWorld, name: str, wire: str, agree: list[bool]
+) -> None:
+    learner = Witness(
+        ROWS.size, compute=world.compute, seed=world.rank, layout=ROWS, noise=0.1
+    )
+    settings = {"group_size": 2} if name == "gossip_bmuf" and world.size > 1 else {}
+    method = strategy(name, world, wire=wire, **settings)
+    method.require(learner)
+    method.start(learner)
+    learner.watch(method)
+    before = method.conserved(learner)
+    for _ in range(21):
+        method.step(learner)
+    method.retire(learner)
+    method.finish(learner)
+    agree.append(is_quiet(world))
+    found = world.comm.allgather((before, learner.moved, method.conserved(learner)))
+    before, moved, after = (np.mean(each, axis=0) for each in zip(*found, strict=True))
+    limit = 2e-5 * max(1.0, float(np.abs(after).max()))
+    agree.append(float(np.abs(after - before - moved).max()) <= limit)
+    agree.append(float(np.abs(moved[ROWS.num_dense :]).max()) > 0.1)
 
 
 @pytest.mark.mpich
