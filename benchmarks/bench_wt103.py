@@ -80,7 +80,7 @@ def main() -> None:
     arguments.add_argument("--lr", type=float, help="in the preset's place")
     args = arguments.parse_args()
     args.vocab, args.tokens = (3000, 60_000) if args.smoke else (VOCAB, TOKENS)
-    args.samples = 12_000 if args.smoke else args.samples
+    args.samples = 36_000 if args.smoke else args.samples
     with MpiWorld() as world:
         name = tempfile.mkdtemp() if world.rank == 0 else ""
         folder = Path(world.comm.allgather(name)[0])
