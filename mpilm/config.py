@@ -115,6 +115,8 @@ class WorldConfig:
     gpu_messages: Literal["staged", "direct", "auto"] = "staged"
     """buffers on a GPU: through pinned host memory, or by an MPI that takes them; auto:
     direct where a trial in a child process works"""
+    on_death: Literal["end", "go_on"] = "end"
+    """when a rank dies: all end; or the others go on (under mpirun --with-ft ulfm)"""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 # exit codes
 ERROR = 1  # not foreseen: with a traceback
@@ -43,6 +44,19 @@ class ModelError(MpilmError):
 
 class WorldError(MpilmError):
     """Ranks cannot communicate as asked (thread level, deadlock, a lost rank)."""
+
+
+class RanksDiedError(WorldError):
+    """Ranks have died; the others can go on without them, see `World.shrink`.
+
+    ranks  their numbers, as far as they are known here
+    """
+
+    def __init__(self, ranks: Sequence[int] = ()) -> None:
+        self.ranks = tuple(ranks)
+        names = " and ".join(map(str, self.ranks)) or "unknown"
+        is_one = len(self.ranks) == 1
+        super().__init__(f"rank{'' if is_one else 's'} {names} died")
 
 
 class DivergenceError(MpilmError):

@@ -64,7 +64,7 @@ def resume(
     ] = (),
     profile: bool = False,
 ) -> int:
-    """Go on with a run, on as many ranks as before.
+    """Go on with a run, on as many ranks as before or on others.
 
     It goes on as it was last trained, from the newest checkpoint in its folder. A run
     that has ended is left as it is.

@@ -74,7 +74,7 @@ class Batches(ABC):
         """Go on where ranks of another number have stood; no communication.
 
         Args:
-            places: where each of them was (`state`).
+            places: where each of them was (`state`, `survive`); empty: it has died.
             rank, size: of this world.
 
         Raises:
@@ -154,6 +154,10 @@ class Batches(ABC):
         """
         return self.counts.synchronise(own)
 
+    def survive(self) -> dict[str, Any]:
+        """Return where this rank stands, after others have died. No communication."""
+        return {**self.place(), **self._geometry}
+
     @property
     def traffic(self) -> Traffic:
         """What counting samples has taken of the world's bytes and messages."""
@@ -185,7 +189,7 @@ class Batches(ABC):
         Every rank is taken to have done an equal share of the samples.
 
         Args:
-            places: `state` of each of those ranks.
+            places: `state` or `survive` of each of those ranks; empty: it has died.
             rank, size: of this world.
             samples: of all of them.
 
@@ -193,7 +197,7 @@ class Batches(ABC):
             DataError: they are of other data or another geometry.
         """
         mine = {n: v for n, v in self._geometry.items() if n not in {"ranks", "rows"}}
-        require_geometry(mine, places[0])
+        require_geometry(mine, next(place for place in places if place))
         self.resize(places, rank, size)
         self.counts.rest = samples % size
 

@@ -134,7 +134,8 @@ class FrameShards(Batches):
 
     def resize(self, places: Sequence[Mapping[str, Any]], rank: int, size: int) -> None:
         """Go on at the same share of the epoch, in shares of another length."""
-        place = places[rank % len(places)]
+        left = [place for place in places if place]
+        place = left[rank % len(left)]
         loads = np.bincount(partition(self._items_U, len(places)), self._items_U)
         num_batches = max(1, int(loads.min()) // self._batch)
         index = int(place["index"]) * self.num_batches // num_batches

@@ -17,6 +17,7 @@ Invariants  Every lease is given once. In C leases in a row every chunk is visit
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from mpilm.world.base import World
 # ranks takes some milliseconds, pauses between two looks (world/mpi/progress.py).
 # Chosen, not tuned.
 AHEAD = 2
+NUM_KNOWN = 1024  # leases that a rank remembers; chosen, not tuned
 
 
 class LeasedBatches(Batches):
@@ -55,6 +57,7 @@ class LeasedBatches(Batches):
         self._windows = self._window = windows
         self._is_open = False
         self._left: list[tuple[int, int]] = []  # leases that others had begun
+        self._taken: deque[int] = deque(maxlen=NUM_KNOWN)  # the latest leases
 
     @abstractmethod
     def open(self, lease: int) -> None:
@@ -82,6 +85,7 @@ class LeasedBatches(Batches):
                 self.lease, self._window = self._left.pop(0)
             else:
                 self.lease, self._window = self.counts.take(), 0
+                self._taken.append(self.lease)
             self._is_open = False
         if not self._is_open:
             self.open(self.lease)
@@ -97,6 +101,12 @@ class LeasedBatches(Batches):
         left = {"left": np.array(self._left, np.int64)} if self._left else {}
         return {**held, **left, **self.counts.state()}
 
+    def survive(self) -> dict[str, Any]:
+        held = {"lease": self.lease, "window": self._window}
+        taken = np.array(self._taken, np.int64)
+        left = np.array(self._left, np.int64)
+        return {**held, "left": left, "taken": taken, **self._geometry}
+
     def go_to(self, place: dict[str, Any]) -> None:
         self.lease, self._window = int(place["lease"]), int(place["window"])
         self._is_open = False
@@ -108,18 +118,35 @@ class LeasedBatches(Batches):
 
         Nothing is left out, nothing seen twice.
         """
-        held = [(int(p["lease"]), int(p["window"])) for p in places]
+        left = [place for place in places if place]
+        held = [(int(p["lease"]), int(p["window"])) for p in left]
         begun = [h for h in held if h[0] >= 0 and h[1] < self._windows]
-        begun += [lease for place in places for lease in left_in(place)]
-        next_K = [int(place["next_lease"]) for place in places]
-        unbegun = {int(n) for place in places for n in place.get("returned", ())}
-        for next_ in next_K:  # in lockstep each has leases of its own
-            unbegun |= set(range(next_, max(next_K), len(places)))
+        begun += [lease for place in left for lease in left_in(place)]
+        if len(left) < len(places):
+            first, unbegun = not_taken(left)
+        else:
+            next_K = [int(place["next_lease"]) for place in places]
+            first = max(next_K)
+            unbegun = {int(n) for place in places for n in place.get("returned", ())}
+            for next_ in next_K:  # in lockstep each has leases of its own
+                unbegun |= set(range(next_, first, len(places)))
         begun += [(lease, 0) for lease in sorted(unbegun)]
         self.lease, self._window = max(lease for lease, _ in held), self._windows
         self._is_open = False
         self._left = begun[rank::size]
-        self.counts.go_on(max(next_K))
+        self.counts.go_on(first)
+
+
+def not_taken(places: Sequence[Mapping[str, Any]]) -> tuple[int, set[int]]:
+    """Return the first lease nobody has had, and those before it to give again.
+
+    Those that nobody who is left has taken, since the oldest that one of them holds:
+    ranks that have died had them, or may have.
+    """
+    taken = {int(lease) for place in places for lease in place["taken"]}
+    held = [int(place["lease"]) for place in places if int(place["lease"]) in taken]
+    first = max(taken, default=-1) + 1
+    return first, set(range(min(held, default=first), first)) - taken
 
 
 def left_in(place: Mapping[str, Any]) -> list[tuple[int, int]]:

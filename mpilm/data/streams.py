@@ -167,7 +167,8 @@ class Streams(Batches):
 
     def resize(self, places: Sequence[Mapping[str, Any]], rank: int, size: int) -> None:
         """Go on at the same share of the epoch, in rows of another length."""
-        place = places[rank % len(places)]
+        left = [place for place in places if place]
+        place = left[rank % len(left)]
         num_windows = (self._num_tokens - 1) // (int(place["rows"]) * self._steps)
         window = int(place["window"]) * self.num_windows // num_windows
         self._passes, self._window = int(place["passes"]), window

@@ -83,6 +83,7 @@ class Learner:
     rows     gradients of the row tables by segment: ids and values, see `Rows`
     compute  runs the work of a gradient
     spent    where the time of its gradients went
+    used     samples until the last `update`
     skipped  whether `update` did nothing, as the last gradient was not finite. On a GPU
              it is not looked at: that would wait for it
     refresh  called when a gradient is complete and before an update: the trainer sets
@@ -116,7 +117,7 @@ class Learner:
         require_ready(model)
         self.model = model.to(self.device)
         self.batches = batches
-        self.samples = 0
+        self.samples = self.used = 0
         self.skipped = False
         self.spent = Spent()
         self._clock = clock
@@ -277,6 +278,7 @@ class Learner:
         see `skipped`. So ranks with the same gradient leave out the same steps.
         """
         self.refresh()
+        self.used = self.samples
         if not self._has_finite_gradient():
             self.skipped = True
             carry(self.model, ())  # it may be what is not finite
@@ -371,12 +373,16 @@ class Learner:
                 f" {self.layout.size}"
             )
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, data: bool = True) -> dict[str, Any]:
         """Return what a checkpoint must hold to go on, to the bit: name -> value.
 
         theta, samples; optimizer/settings, optimizer/PARAMETER/KEY; random/DEVICE;
         rows/count, rows/KEY/SEGMENT;
         carried/N; model/NAME for buffers and frozen parameters; batches/NAME.
+
+        Args:
+            data: whether with the place in the data, which all ranks may have to agree
+                on.
         """
         self._parameters.check()
         state = {"theta": stored(self.theta), "samples": self.samples}
@@ -385,7 +391,7 @@ class Learner:
             state |= nested("rows", self._row_optimizer.state())
         state |= nested("carried", stored_parts(carried_by(self.model)))
         state |= nested("model", self.rest.state())
-        if hasattr(self.batches, "state"):
+        if data and hasattr(self.batches, "state"):
             state |= nested("batches", self.batches.state())
         return {**state, **self._random.state()}
 
@@ -420,7 +426,7 @@ class Learner:
                 " load_state"
             )
         self.load_theta(state["theta"])  # all was looked at: nothing changed so far
-        self.samples = int(state["samples"])
+        self.samples = self.used = int(state["samples"])
         self._optimizer.load_state(optimizer, settings=settings)
         if self._row_optimizer is not None:
             self._row_optimizer.load_state(rows)

@@ -35,7 +35,7 @@ class Merged:
     means    (1): name -> (P,)
     nearest  (2): name -> value
     held     the states that only this rank has read, without (1): rank -> state
-    places   of all of them in the data, by rank
+    places   of all of them in the data, by rank; of those that have died: empty
     """
 
     size: int
@@ -105,7 +105,7 @@ class Gathered:
             means,
             {name: value for name, value in nearest.items() if name not in means},
             self.held,
-            [places[rank] for rank in range(size)],
+            [places.get(rank, {}) for rank in range(size)],
         )
 
 

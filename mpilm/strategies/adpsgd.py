@@ -74,6 +74,7 @@ class Adpsgd(Strategy):
 
     name = "adpsgd"
     Config = AdpsgdConfig
+    survives = True
     lockstep = False
     takes_rows = True
     saves: tuple[str, ...] = ("service.partners", "service.round", "staleness")
@@ -146,6 +147,11 @@ class Adpsgd(Strategy):
         """
         super().finish(learner)
         if self.comm.size > 1:
+            learner.theta[:] = self.service.x
+
+    def survive(self, learner: Learner) -> None:
+        """Let theta be x, if an exchange has moved it; deltas under way are lost."""
+        if self.service.x is not None and self.service.is_running:
             learner.theta[:] = self.service.x
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:

@@ -52,6 +52,8 @@ class Allreduce(Strategy):
 
     name = "allreduce"
     Config = AllreduceConfig
+    survives = True
+    same_optimizer = True
     synchronises = True
     takes_rows = True
     saves = ("error", "rounds", "rows.moved")

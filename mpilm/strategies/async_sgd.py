@@ -79,6 +79,7 @@ class AsyncSgd(Strategy):
 
     name = "async_sgd"
     Config = AsyncSgdConfig
+    survives = True
     lockstep = False
     takes_rows = True
     saves: tuple[str, ...] = (
@@ -234,28 +235,48 @@ class AsyncSgd(Strategy):
         others = ITEM_BYTES * layout.size - own
         return sent + finished * own, received + finished * others
 
+    @property
+    def left(self) -> tuple[str, ...]:
+        return () if self.is_local else ("service.values", "service.velocity")
+
+    def survive(self, learner: Learner) -> None:
+        """Keep w_hat, a copy of the shards of those that have died, a step old."""
+
     def take_over(self, learner: Learner, merged: Merged) -> None:
         """Cut the model, and the velocity of its shards, into as many as are here.
 
-        In another wire format than float32 the last errors are dropped.
+        After a death theta is the mean of all w_hat; shards whose ranks are left are
+        put in their places, the others stay restored from these copies; their velocity
+        begins at 0. In another wire format than float32 the last errors are dropped.
 
-        Communicates: with `momentum` collective, an Allreduce of 4P bytes, blocking.
+        Communicates: collective, with `momentum` or after a death Allreduces of 4P
+        bytes, blocking.
         """
         if self.is_local:
             return
         service, layout = self.service, learner.layout
-        service.load(learner.theta)
-        if not self.config.momentum:
-            return
-        name, whole_P = "service/velocity", np.zeros(layout.size, np.float32)
         before = shards(layout, merged.size)
+        if not all(merged.places):
+            values_P = self.together(merged, "service/values", before, layout.size)
+            for where, place in zip(before, merged.places, strict=True):
+                if place:
+                    fill_(learner.theta[where], values_P[where])
+        service.load(learner.theta)
+        if self.config.momentum:
+            whole_P = self.together(merged, "service/velocity", before, layout.size)
+            fill_(service.velocity, whole_P[service.own])
+
+    def together(
+        self, merged: Merged, name: str, before: list[slice], size: int
+    ) -> Any:
+        """Return a vector of which ranks had their shards, (P,); 0 where it is lost."""
+        whole_P = np.zeros(size, np.float32)
         for rank, state in merged.held.items():
             if name in state:
                 whole_P[before[rank]] = state[name]
         if self.comm.size > 1:
             self.comm.exact.Allreduce(IN_PLACE, whole_P)
-        whole_P = merged.means.get(name, whole_P)  # one rank had all of it
-        fill_(service.velocity, whole_P[service.own])
+        return merged.means.get(name, whole_P)  # or one rank had all of it
 
     def conserved(self, learner: Learner) -> Any:
         """Return the own shard's (1 - m) x - m v, to which (3) adds -u."""

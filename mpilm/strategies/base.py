@@ -139,6 +139,8 @@ class Strategy(ABC):
     takes_rows    it trains models with row tables (`learner.rows`)
     saves         names of the attributes that a checkpoint holds, see storage/saved.py
     lasting       those of `saves` that go on at another number of ranks
+    survives      it goes on when ranks die (`world.on_death`)
+    same_optimizer  all ranks have the same state of the local optimiser
     service       its background activity, if it has one
     pace          see `Pace`
     leaving       which models are left out of a mean; None: none
@@ -155,6 +157,8 @@ class Strategy(ABC):
     takes_rows: bool = False
     saves: tuple[str, ...] = ()
     lasting: tuple[str, ...] = ()
+    survives: bool = False
+    same_optimizer: bool = False
     service: Service | None = None
     leaving: Any = None  # a LeaveOut
     on_synchronised: Observer | None = None
@@ -321,6 +325,18 @@ class Strategy(ABC):
             CheckpointError: it was made with other settings.
         """
         restore_state_(self, self.saves, state, f"strategy {self.name}")
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Names of the attributes that are merged after a death."""
+        return self.lasting
+
+    def survive(self, learner: Learner) -> None:
+        """Bring theta to what is known here, after others have died. No communication.
+
+        A minibatch whose gradient no update has used does not count.
+        """
+        learner.samples = getattr(learner, "used", learner.samples)
 
     def take_over(self, learner: Learner, merged: Merged) -> None:
         """Go on from what ranks of another number have left: `lasting`, if they had it.

@@ -57,6 +57,7 @@ class BlockStrategy(Strategy):
     """
 
     synchronises = True
+    survives = True
 
     def __init__(
         self, world: World, config: Any, *, parts: str | int, filtered: bool
@@ -212,6 +213,12 @@ class BlockStrategy(Strategy):
         """Return the state; it waits for what is under way, on all ranks alike."""
         self.receive_all()
         return super().state()
+
+    def survive(self, learner: Learner) -> None:
+        """Forget the means under way: what was learned stays in theta."""
+        super().survive(learner)
+        self.applies_at[list(self.under_way)] = -1
+        self.under_way.clear()
 
     def take_over(self, learner: Learner, merged: Merged) -> None:
         """Go on from the means of g and Delta, so that W stays, whatever eta is now."""

@@ -46,6 +46,7 @@ class DelayByOne(Strategy):
 
     name = "delay_by_one"
     Config = DelayByOneConfig
+    survives = True
     synchronises = True
     takes_rows = True
     saves = ("moved", "rounds", "rows.moved", "rows.touched")

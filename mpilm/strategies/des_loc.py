@@ -53,6 +53,7 @@ class DesLoc(Strategy):
 
     name = "des_loc"
     Config = DesLocConfig
+    survives = True
     synchronises = True
     saves = ("moved", "steps")
     lasting = ("steps",)

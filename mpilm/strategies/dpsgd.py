@@ -73,6 +73,7 @@ class Dpsgd(Strategy):
     name = "dpsgd"
     Config: ClassVar[type] = DpsgdConfig
     takes_rows = True
+    survives = True
     saves: tuple[str, ...] = ("num_sent", "partners", "round")
 
     def __init__(self, world: World, config: Any) -> None:

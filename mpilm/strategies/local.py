@@ -27,6 +27,7 @@ class Local(Strategy):
 
     name = "local"
     Config = LocalConfig
+    survives = True
     takes_rows = True
 
     def step(self, learner: Learner) -> Any:

@@ -67,6 +67,7 @@ class ModelAveraging(Strategy):
 
     name = "model_averaging"
     Config = ModelAveragingConfig
+    survives = True
     synchronises = True
     takes_rows = True
     saves: tuple[str, ...] = (

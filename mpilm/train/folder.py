@@ -112,6 +112,15 @@ class RunFolder:
                 " another --out starts a new one"
             )
 
+    def inherit(self, rank: int) -> None:
+        """Own the folder on rank 0, if the one that did has died.
+
+        Raises:
+            CheckpointError: another run has taken it.
+        """
+        if rank == 0 and self.owner is None:
+            self.owner = Owner(self.path).take()
+
     def __enter__(self) -> RunFolder:
         return self
 

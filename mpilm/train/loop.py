@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpilm.config import Config
-from mpilm.errors import CheckpointError, DivergenceError, MpilmError
+from mpilm.errors import (
+    CheckpointError,
+    DivergenceError,
+    MpilmError,
+    RanksDiedError,
+)
 from mpilm.optim.schedules import Schedule
 from mpilm.storage.runlog import RunLog
 from mpilm.storage.saved import State, nested
@@ -20,13 +26,14 @@ from mpilm.strategies import Strategy, find_strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
 from mpilm.train.consensus import measure_consensus
+from mpilm.train.deaths import go_on, same_optimizer
 from mpilm.train.evaluate import Quality, evaluate, final_model, swapped
 from mpilm.train.failure import Failure
 from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import introduction
 from mpilm.train.profile import StepProfile
-from mpilm.train.resume_point import Stateful
+from mpilm.train.resume_point import ResumePoint, Stateful
 from mpilm.train.run import learner_of, make_schedule, without_init
 from mpilm.train.saving import Saving
 from mpilm.train.screen import Screen
@@ -72,6 +79,7 @@ class Trainer:
         self.config, self.world = config, world
         self.folder = RunFolder(out, resumed_by=self.resumed_by)
         self.profile: StepProfile | None = None
+        self.death = ""  # what a person is told of the last one
         try:
             self.set_up(resume=resume)
             if profile and not self.has_ended:
@@ -102,6 +110,11 @@ class Trainer:
         with world.all_or_none():
             self.learner = self.make_learner(is_new=place is None)
             self.strategy.require(self.learner)
+        self.assemble(place)
+
+    def assemble(self, place: ResumePoint | None) -> None:
+        """Make what belongs to these ranks, of a new run or at a place. Collective."""
+        config, world = self.config, self.world
         self.totals = Totals()
         self.batches.start(config.train.samples)
         if place:
@@ -148,9 +161,44 @@ class Trainer:
             perplexity=self.task.sample == "token",
             virtual=world.is_virtual,
         )
+        if self.death:
+            self.screen.line(self.death)
+            return
         lines = introduction(config, self.task, self.strategy, self.learner)
         for line in (*lines, *(place.lines() if place else ())):
             self.screen.line(line)
+
+    def regroup(self) -> bool:
+        """Go on without the ranks that have died; return whether there is more to do.
+
+        Raises:
+            MpilmError: fewer ranks cannot train so.
+
+        Communicates: collective among the ranks that are left.
+        """
+        config, world = self.config, self.world
+        place = go_on(self)
+        if place is None:
+            return False
+        assert place.merged is not None
+        if self.strategy.same_optimizer:
+            merged = same_optimizer(world.comm, place.merged)
+            place = replace(place, own=merged.state, merged=merged)
+        kind = find_strategy(config.strategy.name)
+        self.strategy = kind(world, config.strategy.settings)
+        self.timeline = Timeline(world, config.train.trace_steps)
+        with world.all_or_none():
+            lockstep = self.strategy.lockstep
+            self.batches = self.task.batches(config, world, lockstep=lockstep)
+            self.learner.batches = self.batches
+            self.learner.compute = self.timeline.compute
+            self.schedule = self.make_schedule()
+            self.strategy.require(self.learner)
+            self.folder.inherit(world.rank)
+        self.saving = Saving(config, self.task, self.folder, world)
+        self.assemble(place)
+        self.totals.step = place.step
+        return True
 
     # what is made of a configuration
     def open_task(self) -> Task:
@@ -193,13 +241,29 @@ class Trainer:
                     f"{self.folder.path}: the run has ended; more train.samples go on"
                 )
                 return True
-            has_finished = self.run(stop or StopRequest())
-            if self.profile:
-                self.screen.line(f"timeline of the ranks: {self.profile.merge()}")
-            if not has_finished:
-                return False
+            stop = stop or StopRequest()
+            while True:
+                try:
+                    return self.run_once(stop)
+                except RanksDiedError:
+                    if not (self.goes_on and self.strategy.survives):
+                        raise
+                if not self.regroup():
+                    return True
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the others go on when a rank dies."""
+        return self.config.world.on_death == "go_on" and self.world.can_shrink
+
+    def run_once(self, stop: StopRequest) -> bool:
+        """Run and conclude. As `train`."""
+        has_finished = self.run(stop)
+        if self.profile:
+            self.screen.line(f"timeline of the ranks: {self.profile.merge()}")
+        if has_finished:
             self.conclude()
-        return True
+        return has_finished
 
     def run(self, stop: StopRequest) -> bool:
         """Take steps to the end, or until a stop; save. As `train`."""

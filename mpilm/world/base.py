@@ -234,6 +234,7 @@ class World(ABC):
     comm: Comm
     background: bool  # whether activities may communicate beside the learner
     is_virtual = False  # whether its seconds are those of a declared machine
+    can_shrink = False  # whether it can go on without ranks that have died
 
     @property
     def rank(self) -> int:
@@ -311,6 +312,23 @@ class World(ABC):
         nothing: that is left to this world.
         """
         return Within(self, comm)
+
+    def shrink(self) -> list[int]:
+        """Go on without the ranks that have died, after a `RanksDiedError`.
+
+        `comm` is a new one, and with it rank and size. What was made of the old one
+        (communicators, requests, activities) is no more.
+
+        Returns:
+            the ranks here, by the numbers that they had until now; empty: one of them
+            has come to `close`, so all is done.
+
+        Raises:
+            WorldError: this world cannot.
+
+        Communicates: collective among the ranks that are left.
+        """
+        raise WorldError("this world cannot go on without the ranks that have died")
 
     @abstractmethod
     def close(self) -> None:

@@ -29,7 +29,10 @@ def run(corpus, tmp_path):
 
     number = itertools.count()
 
-    def train(size, name, *, steps=50, batch=4, out=None, resume=False, **sections):
+    def train(
+        size, name, *, steps=50, batch=4, out=None, resume=False, can_shrink=False,
+        **sections,
+    ):  # fmt: skip
         document = {
             "data": {"corpus": str(corpus)},
             "model": {"embed": 12, "hidden": 16},
@@ -53,6 +56,7 @@ def run(corpus, tmp_path):
             trainer.train()
             return trainer
 
-        return run_virtual(main, size, machine=config.machine, faults=config.faults)
+        world = {"machine": config.machine, "faults": config.faults}
+        return run_virtual(main, size, **world, can_shrink=can_shrink)
 
     return train

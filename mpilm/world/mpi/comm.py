@@ -24,6 +24,7 @@ from mpilm.world.base import (
     Request,
 )
 from mpilm.world.mpi.large import Several, num_bytes, pieces, posted
+from mpilm.world.mpi.membership import guarded
 from mpilm.world.mpi.requests import CollectiveQueue, Transfer, perform
 from mpilm.world.mpi.resources import Resources
 from mpilm.world.mpi.slow_links import collective_delay_s
@@ -60,18 +61,23 @@ class MpiComm(Comm):
         resources.inspector.register(self)
 
     # point to point
+    @guarded
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
         return self._send(buf, dest, tag, waited_for=False)
 
+    @guarded
     def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
         self._send(buf, dest, tag, waited_for=True).Wait()
 
+    @guarded
     def Irecv(self, buf: Any, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Request:
         return self._receive(buf, source, tag, waited_for=False)
 
+    @guarded
     def Recv(self, buf: Any, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> None:
         self._receive(buf, source, tag, waited_for=True).Wait()
 
+    @guarded
     def Sendrecv(  # noqa: PLR0917  (mpi4py's order)
         self,
         sendbuf: Any,
@@ -135,6 +141,7 @@ class MpiComm(Comm):
             waited_for=waited_for,
         )
 
+    @guarded
     def Improbe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Message | None:
         self.progress.check()
         status = MPI.Status()
@@ -142,6 +149,7 @@ class MpiComm(Comm):
         return None if message is None else MpiMessage(self, message, status)
 
     # collective
+    @guarded
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: Op = SUM) -> Request:
         send, recv, stages = self._reduction("Iallreduce", sendbuf, recvbuf)
         if self.progress.background:
@@ -164,10 +172,12 @@ class MpiComm(Comm):
             waiting=Waiting("Iallreduce", self, self.entered),
         )
 
+    @guarded
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Op = SUM) -> None:
         send, recv, stages = self._reduction("Allreduce", sendbuf, recvbuf)
         self._do("Allreduce", partial(self._reduce, send, recv, op), stages, recv)
 
+    @guarded
     def Bcast(self, buf: Any, root: int = 0) -> None:
         self._check(root, "root")
         stage = self.staging.stage(buf, fetch=self.rank == root)
@@ -183,6 +193,7 @@ class MpiComm(Comm):
 
         self._do("Bcast", call, (stage,), None if self.rank == root else stage)
 
+    @guarded
     def Ibarrier(self) -> Request:
         self.meter.count(messages=1)
         if self._queue is not None and not self._queue.idle:
@@ -195,19 +206,23 @@ class MpiComm(Comm):
             waiting=Waiting("Ibarrier", self, self.entered),
         )
 
+    @guarded
     def Barrier(self) -> None:
         self.meter.count(messages=1)
         self._do("Barrier", lambda: None)  # to enter is all there is to it
 
+    @guarded
     def allgather(self, value: T) -> list[T]:
         self.meter.count(messages=1)
         return self._do("allgather", lambda: self.handle.allgather(value))
 
     # groups
+    @guarded
     def Dup(self) -> MpiComm:
         name = self._child_name("Dup")
         return MpiComm(self.resources, self._do("Dup", self.handle.Dup), name)
 
+    @guarded
     def Split(self, color: int | None, key: int = 0) -> MpiComm | None:
         name = self._child_name("Split")
         number = MPI.UNDEFINED if color is None else color
@@ -216,6 +231,7 @@ class MpiComm(Comm):
             return None
         return MpiComm(self.resources, handle, name)
 
+    @guarded
     def Split_node(self) -> MpiComm:
         name = self._child_name("Split_node")
         handle = self._do(
@@ -288,8 +304,16 @@ class MpiComm(Comm):
         return send.host, recv, [send, recv]
 
     def _reduce(self, send: Any, recv: Stage, op: Op) -> None:
-        for x, y in pieces(send, recv.host):
-            self.handle.Allreduce(x, y, OPS[op])
+        # what a reduction in place leaves when a rank dies in it is nobody's model
+        is_kept = send is MPI.IN_PLACE and self.resources.has_ulfm
+        kept = recv.host.copy() if is_kept else None
+        try:
+            for x, y in pieces(send, recv.host):
+                self.handle.Allreduce(x, y, OPS[op])
+        except MPI.Exception:
+            if kept is not None:
+                recv.host[:] = kept
+            raise
 
     def _child_name(self, kind: str) -> str:
         """Return the same name on all ranks of this group, for a new group."""
@@ -311,10 +335,11 @@ class MpiMessage(Message):
     """A matched message; nobody else can receive it."""
 
     def __init__(self, comm: MpiComm, message: MPI.Message, status: MPI.Status) -> None:
-        self.comm, self.message = comm, message
+        self.comm, self.message, self.resources = comm, message, comm.resources
         self.source, self.tag = status.Get_source(), status.Get_tag()
         self.nbytes = num_bytes(status)
 
+    @guarded
     def Recv(self, buf: Any) -> None:
         comm = self.comm
         stage = comm.staging.stage(buf, fetch=False)

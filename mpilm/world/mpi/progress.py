@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from mpilm.errors import WorldError
 from mpilm.world.base import Traffic
 from mpilm.world.mpi.clock import (
     BESIDE_PAUSE_S,
@@ -42,6 +43,17 @@ class Pending(Protocol):
 
     def look(self) -> bool:
         """Return whether it is done. Never blocks."""
+
+
+class Deaths(Protocol):
+    """What is known of ranks that have died, see membership.py."""
+
+    @property
+    def death(self) -> WorldError | None:
+        """What the learner must be told of; None: nobody has died."""
+
+    def translate(self, error: BaseException) -> BaseException:
+        """Return what an error means."""
 
 
 class Stopped(BaseException):
@@ -120,6 +132,7 @@ class Progress:
     """
 
     computing = False
+    membership: Deaths | None = None
     enter: Callable[[], None] | None = None
     watch: Callable[[str], Callable[[], None]] | None = None
 
@@ -264,12 +277,26 @@ class Progress:
             Stopped: the world is gone.
             BaseException: what an activity of this rank raised; in the learner only.
         """
+        death = self.membership.death if self.membership else None
         if self.is_learner():
+            if death is not None:
+                raise death
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure
-        elif self._stopping:
+        elif self._stopping or death is not None:
             raise Stopped
+
+    def meaning(self, error: BaseException) -> BaseException:
+        """Return an error of MPI, or what it says: that a rank has died."""
+        return self.membership.translate(error) if self.membership else error
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until nothing is pending: after a death MPI ends all of it."""
+        deadline_s = clock() + timeout_s
+        while self._pending and clock() < deadline_s:
+            self.poll()
+            time.sleep(LAST_PAUSE_S)
 
     def stop(self, timeout_s: float) -> bool:
         """End the threads; return whether all of them ended in time."""
@@ -302,7 +329,7 @@ class Progress:
                     self.poll()
                 self._tick()
             except BaseException as error:
-                self.fail(error)
+                self.fail(self.meaning(error))
                 return
             if not self._pending:
                 self._needed.wait(TICK_S)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from mpi4py import MPI
 
-from mpilm.errors import WorldError
+from mpilm.errors import RanksDiedError, WorldError
 from mpilm.world.base import Request
 from mpilm.world.mpi.large import num_bytes
 from mpilm.world.mpi.progress import Progress, Stopped
@@ -119,7 +119,9 @@ class Transfer(Operation):
             if self.target is not None:
                 self.target.deliver()
         except MPI.Exception as failed:
-            error = WorldError(f"{self.what}: {failed.Get_error_string()}")
+            error = self.progress.meaning(failed)
+            if error is failed:
+                error = WorldError(f"{self.what}: {failed.Get_error_string()}")
         for stage in self.stages:
             stage.release()
         self.complete(error)
@@ -183,7 +185,7 @@ class QueuedCollective(Operation):
         try:
             self.result = self.work()
         except BaseException as failed:
-            error = failed
+            error = self.progress.meaning(failed)
         self.complete(error)
 
 
@@ -216,5 +218,5 @@ class CollectiveQueue:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job.run()
-            if isinstance(job.error, Stopped):
+            if isinstance(job.error, Stopped | RanksDiedError):
                 return

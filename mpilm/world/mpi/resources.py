@@ -7,6 +7,7 @@ from collections.abc import Callable
 from mpi4py import MPI
 
 from mpilm.world.faults import Faults
+from mpilm.world.mpi.membership import Membership, has_ulfm
 from mpilm.world.mpi.progress import Meter, Progress
 from mpilm.world.mpi.slow_links import SlowLinks
 from mpilm.world.mpi.staging import Staging
@@ -24,6 +25,8 @@ class Resources:
     slow_links  declared slow links that end here
     faults      what is wrong with the ranks; None: nothing
     handles     mpi4py's communicators, to be freed at the end
+    membership  which ranks have died
+    has_ulfm    whether ranks go on after a death
 
     Args:
         stall_s: a wait of so many seconds is reported; 0: never.
@@ -51,3 +54,6 @@ class Resources:
         self.staging = Staging()
         self.slow_links = SlowLinks(self.progress)
         self.handles: list[MPI.Comm] = []
+        self.has_ulfm = has_ulfm()
+        self.membership = Membership(control, self.handles)
+        self.progress.membership = self.membership

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,7 +20,14 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpilm.errors import BAD_INPUT, DIED, STALLED, WorldError, say
+from mpilm.errors import (
+    BAD_INPUT,
+    DIED,
+    STALLED,
+    RanksDiedError,
+    WorldError,
+    say,
+)
 from mpilm.launch import check_launch
 from mpilm.world.base import Activity, Notify, World, require_ended
 from mpilm.world.faults import Faults
@@ -50,6 +58,7 @@ FORWARD_S = 0.5  # for mpirun to read our last line; without it, 1 of 40 was los
 LEAVE_S = 10.0  # how long a rank that exits without close() waits for the others
 CRASH_S = 1.0  # the same after an uncaught exception
 JOIN_S = 5.0  # for threads at the end
+SETTLE_S = 1.0  # for requests under way when a rank has died
 
 
 class MpiWorld(World):
@@ -82,18 +91,32 @@ class MpiWorld(World):
         if comm is None:
             comm = mpi.COMM_WORLD
             check_launch(comm.size)
-        from mpilm.world.mpi.comm import MpiComm  # they import mpi4py
-        from mpilm.world.mpi.resources import Resources
+        from mpilm.world.mpi.membership import has_ulfm  # it imports mpi4py
 
         self.background = mpi.Query_thread() >= mpi.THREAD_MULTIPLE
         self.step_s = step_s
         self.on_failure: Callable[[BaseException], None] | None = None
+        self.number = comm.rank  # of this rank, whoever dies
+        self._limits = {"stall_s": stall_s, "stall_abort_s": stall_abort_s}
+        self._num_steps = 0
+        self._is_closing = self._closed = False
+        self._before: list[Any] = []  # of worlds with more ranks: MPI may use them yet
+        self.can_shrink = has_ulfm()
+        self._begin(comm, faults)
+        atexit.register(self._leave)
+        self._start_s = clock()
+
+    def _begin(self, comm: MPI.Comm, faults: Faults | None) -> None:
+        """Make what belongs to these ranks. Collective."""
+        mpi = start_mpi()
+        from mpilm.world.mpi.comm import MpiComm
+        from mpilm.world.mpi.resources import Resources
+
         self.control: MPI.Comm = comm.Dup()
         self.resources = Resources(
             self.control,
             faults,
-            stall_s=stall_s,
-            stall_abort_s=stall_abort_s,
+            **self._limits,
             abort=lambda: self.abort(STALLED),
             background=self.background,
         )
@@ -103,12 +126,8 @@ class MpiWorld(World):
         node.Free()
         self.comm: MpiComm = MpiComm(self.resources, comm.Dup(), "world")
         self.activities: list[ThreadActivity] = []
-        self._num_steps = 0
-        self._closed = False
         self.progress.begin()
-        atexit.register(self._leave)
         self.control.Barrier()
-        self._start_s = clock()
 
     def __enter__(self) -> MpiWorld:
         return self
@@ -196,9 +215,9 @@ class MpiWorld(World):
         start_s = self.now_s()
         factor = 1.0
         if self.faults is not None:
-            if self.faults.fails(self.rank, step):
+            if self.faults.fails(self.number, step):
                 self._die(step)
-            factor = self.faults.slowdown(self.rank, start_s, step)
+            factor = self.faults.slowdown(self.number, start_s, step)
         if factor <= 1.0 and self.step_s <= 0.0:
             return self._work(work, ready or _ignore)
         parts: list[Any] = []
@@ -235,17 +254,49 @@ class MpiWorld(World):
             self.abort(BAD_INPUT)
         for activity in list(self.activities):
             activity.join()
+        self._is_closing = True
+        while True:
+            try:
+                self._wait_for_all()
+                break
+            except Exception as error:
+                if not isinstance(self.progress.meaning(error), RanksDiedError):
+                    raise
+                self.shrink()
+        self._closed = True
+        atexit.unregister(self._leave)
+        self.progress.stop(JOIN_S)
+        for handle in (*reversed(self.resources.handles), self.control):
+            handle.Free()
+
+    def _wait_for_all(self) -> None:
+        """Wait until all ranks close, and nothing is on its way."""
         self.comm.entered += 1
         waiting = Waiting("close", self.comm, self.comm.entered)
         self.progress.wait(self.control.Ibarrier().Test, waiting)
         # nobody asks any more; when all have their answers, nothing is on its way
         self.progress.wait(lambda: self.resources.inspector.idle)
         self.progress.wait(self.control.Ibarrier().Test)
-        self._closed = True
-        atexit.unregister(self._leave)
-        self.progress.stop(JOIN_S)
-        for handle in (*reversed(self.resources.handles), self.control):
-            handle.Free()
+
+    def shrink(self) -> list[int]:
+        if not self.can_shrink:
+            return super().shrink()
+        faults, control = self.resources.faults, self.control
+        while True:
+            self.resources.membership.revoke()
+            self.progress.stop(JOIN_S)
+            self.progress.settle(SETTLE_S)
+            self._before.append((self.resources, self.comm))
+            comm = self.control.Shrink()
+            try:
+                self._begin(comm, faults)
+                are_closing = self.comm.allgather(self._is_closing)
+            except Exception as error:  # another one has died meanwhile
+                if not isinstance(self.progress.meaning(error), RanksDiedError):
+                    raise
+                continue
+            survivors = world_ranks_of(comm, control)
+            return [] if any(are_closing) else survivors
 
     def require_ended(self) -> None:
         """Raise if an activity would never end.
@@ -259,6 +310,8 @@ class MpiWorld(World):
         """End this process as an accident would. Does not return."""
         say(f"rank {self.rank}: dies before step {step}, as [faults] declares")
         time.sleep(FORWARD_S)
+        if self.can_shrink:  # an exit code ends the others even there
+            os.kill(os.getpid(), signal.SIGKILL)
         os._exit(DIED)  # no clean-up, no MPI_Finalize: mpirun ends the others
 
     def abort(self, code: int) -> None:
@@ -290,6 +343,13 @@ class MpiWorld(World):
         self.progress.stop(JOIN_S)
 
 
+def world_ranks_of(comm: MPI.Comm, before: MPI.Comm) -> list[int]:
+    """Return the ranks that those of `comm` had in `before`."""
+    from mpilm.world.mpi.comm import world_ranks
+
+    return world_ranks(comm, before)
+
+
 def run_mpi(main: Callable[[MpiWorld], T], *, faults: Faults | None = None) -> T:
     """Return what `main(world)` returned on this rank; the world is closed after it.
 
@@ -318,7 +378,7 @@ class ThreadActivity(Activity):
     def _run(self) -> None:
         try:
             self.work()
-        except Stopped:
+        except (Stopped, RanksDiedError):
             pass
         except BaseException as error:
             self.error = error

@@ -26,6 +26,7 @@ class Group:
 
     name  of the communicator, in reports of deadlocks
     how   what its collectives cost: by the slowest link between two of its ranks
+    is_void  a rank of it has died: nothing of it happens any more
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Group:
     ) -> None:
         self.engine, self.states = engine, states
         self.machine, self.how, self.name = machine, how, name
+        self.is_void = False
 
 
 class Call(NamedTuple):
@@ -127,6 +129,8 @@ class Collective(ABC):
         engine.at(end_s, NETWORK, self._finish, None)
 
     def _finish(self, _: Any) -> None:
+        if self.group.is_void:
+            return
         requests, self.requests = self.requests, []  # no cycle: memory is freed at once
         for request in requests:
             assert request is not None

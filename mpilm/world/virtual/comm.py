@@ -43,7 +43,13 @@ from mpilm.world.virtual.collectives import (
     Group,
     Reduction,
 )
-from mpilm.world.virtual.engine import NETWORK, Engine, RankState, VirtualRequest
+from mpilm.world.virtual.engine import (
+    NETWORK,
+    Died,
+    Engine,
+    RankState,
+    VirtualRequest,
+)
 
 T = TypeVar("T")
 
@@ -69,6 +75,7 @@ class Network:
         return [
             message.envelope
             for communicator in self.communicators
+            if not communicator.is_void
             for comm in communicator.comms
             for message in comm.arrived
         ]
@@ -118,6 +125,8 @@ class VirtualMessage(Message):
 
     def arrive(self, _: Any) -> None:
         """Take the receiver's port, in the order of arrival."""
+        if self.comm.group.is_void:
+            return
         engine, state = self.comm.engine, self.comm.state
         start_s = max(engine.now_s - self.burst_s, state.receive_free_s)
         state.receive_free_s = start_s + self.transfer_s
@@ -127,6 +136,8 @@ class VirtualMessage(Message):
     def deliver(self, _: Any) -> None:
         """Go to the first receive that wants it, or wait."""
         comm = self.comm
+        if comm.group.is_void:
+            return
         for index, receive in enumerate(comm.receives):
             if wanted(self, receive.source, receive.tag):
                 del comm.receives[index]
@@ -170,7 +181,10 @@ class SendRequest(VirtualRequest):
 
     def __init__(self, comm: VirtualComm, message: VirtualMessage) -> None:
         super().__init__(comm.engine, comm.state)
-        self.message = message
+        self.message, self.group = message, comm.group
+
+    def is_void(self) -> bool:
+        return self.group.is_void
 
     def __str__(self) -> str:
         envelope = self.message.envelope
@@ -186,6 +200,9 @@ class ReceiveRequest(VirtualRequest):
     def __init__(self, comm: VirtualComm, buf: Any, source: int, tag: int) -> None:
         super().__init__(comm.engine, comm.state)
         self.comm, self.buf, self.source, self.tag = comm, buf, source, tag
+
+    def is_void(self) -> bool:
+        return self.comm.group.is_void
 
     def __str__(self) -> str:
         states = self.comm.group.states
@@ -213,6 +230,7 @@ class VirtualComm(Comm):
 
     # point to point
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
+        self._require_alive()
         self._check(dest, "dest")
         state, engine, machine = self.state, self.engine, self.machine
         peer = self.group.comms[dest]
@@ -246,6 +264,7 @@ class VirtualComm(Comm):
         return request
 
     def Irecv(self, buf: Any, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Request:
+        self._require_alive()
         if source != ANY_SOURCE:
             self._check(source, "source")
         described(buf)
@@ -262,7 +281,7 @@ class VirtualComm(Comm):
     def Improbe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Message | None:
         if source != ANY_SOURCE:
             self._check(source, "source")
-        self.engine.active(self.state)
+        self._require_alive()
         message = self._take(source, tag)
         if message is None:
             self.engine.polled()
@@ -275,6 +294,13 @@ class VirtualComm(Comm):
                 return self.arrived.pop(index)
         return None
 
+    def _require_alive(self) -> None:
+        """Raise if a rank has died and is not left behind yet; or if dead itself."""
+        activity = self.engine.active(self.state)
+        if self.state.is_dead:
+            raise Died
+        self.state.require_alive(learner=activity.is_learner)
+
     def _check(self, rank: int, what: str) -> None:
         if not 0 <= rank < self.size:
             raise WorldError(f"{what} {rank} is not one of {self.size} ranks")
@@ -283,6 +309,7 @@ class VirtualComm(Comm):
     def _come(
         self, kind: type[Collective], call: Call, value: Any = None, buf: Any = None
     ) -> CollectiveRequest:
+        self._require_alive()
         number = self.num_collectives
         self.num_collectives += 1
         open_ = self.group.open

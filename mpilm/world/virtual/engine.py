@@ -23,14 +23,19 @@ from greenlet import (  # type: ignore[import-untyped]
     greenlet,
 )
 
-from mpilm.errors import MpilmError, WorldError
+from mpilm.errors import MpilmError, RanksDiedError, WorldError
 from mpilm.world.base import Activity, Request, Traffic
 
 T = TypeVar("T")
 
 NETWORK, ACTIVITY = 0, 1  # priorities
+CLOCK = "the clock"
 MAX_POLLS = 100_000  # answers "not yet" to an activity that never lets time pass
 MAX_REPORTED = 64  # ranks in a report of a deadlock
+
+
+class Died(BaseException):
+    """Ends an activity whose rank has died, or whose world is no more."""
 
 
 class Engine:
@@ -87,6 +92,9 @@ class Engine:
 
     def resume(self, activity: VirtualActivity) -> None:
         """Let `activity` go on until it blocks or ends."""
+        activity.is_woken = False
+        if activity.state.is_dead:
+            return
         self.current = activity
         activity.greenlet.switch()
         self.current = None
@@ -128,6 +136,8 @@ class Engine:
         """Return one line for each rank with an activity that cannot go on."""
         lines = []
         for state in self.ranks:
+            if state.is_dead:
+                continue
             waits = [
                 f"{activity.name} waits for {activity.waits_for}"
                 for activity in state.activities
@@ -139,7 +149,7 @@ class Engine:
 
     def _raise_unless_finished(self) -> None:
         for state in self.ranks:
-            for activity in state.activities:
+            for activity in () if state.is_dead else state.activities:
                 if activity.error is not None and not activity.reported:
                     raise_failure(activity, activity.error)
         lines = self.blocked()
@@ -173,6 +183,8 @@ class RankState:
     activities  its learner, and whatever else has not ended or ended in an error
     ports       send_free_s, receive_free_s: when its two ports are free again, seconds
     watchers    activities in `world.wait`, to be woken by any change on this rank
+    is_dead     it takes part in nothing any more
+    death       what its activities are told, until it has left the dead behind
     in_flight   num_in_flight, in_flight_since_s: the learner's calls under way
     """
 
@@ -182,6 +194,8 @@ class RankState:
         self.traffic = Traffic()
         self.activities: list[VirtualActivity] = []
         self.watchers: list[VirtualActivity] = []
+        self.is_dead = False
+        self.death: RanksDiedError | None = None
         self.send_free_s = 0.0
         self.receive_free_s = 0.0
         self.last_arrival_s: dict[int, float] = {}  # by destination
@@ -192,6 +206,25 @@ class RankState:
         # apart, so that a rank's steps do not depend on what it sends
         self.step_random = random.Random(f"mpilm step {seed} {rank}").random
         self.link_random = random.Random(f"mpilm link {seed} {rank}").random
+
+    def tell(self, death: RanksDiedError) -> None:
+        """Let all that it waits for be over: a rank has died."""
+        self.death = death
+        self.watchers.clear()
+        for activity in self.activities:
+            activity.joiners.clear()
+            if activity.waits_for != CLOCK and not activity.is_woken:
+                activity.wake()
+
+    def require_alive(self, *, learner: bool) -> None:
+        """Raise if a rank has died and is not left behind yet.
+
+        Raises:
+            RanksDiedError: in the learner.
+            Died: in its other activities, which end.
+        """
+        if self.death is not None:
+            raise self.death if learner else Died
 
     def changed(self) -> None:
         """Let every activity in `world.wait` look again."""
@@ -221,6 +254,7 @@ class VirtualActivity(Activity):
         self.reported = False  # somebody has seen the error
         self.finished = False
         self.waits_for: Any = "its start"
+        self.is_woken = False
         self.num_polls = 0
         self.joiners: list[VirtualActivity] = []
         self._inside = ""  # where blocking is forbidden
@@ -233,6 +267,8 @@ class VirtualActivity(Activity):
             torch._C._set_grad_enabled(True)
         try:
             self.result = self.work()
+        except Died:
+            pass
         except BaseException as error:  # the engine raises it again
             self.error = error
         self.finished = True
@@ -245,6 +281,7 @@ class VirtualActivity(Activity):
     def wake(self) -> None:
         """Announce that it goes on now."""
         engine = self.engine
+        self.is_woken = True
         engine.at(engine.now_s, ACTIVITY, engine.resume, self)
 
     def may_block(self) -> None:
@@ -255,6 +292,8 @@ class VirtualActivity(Activity):
         """
         if self.engine.ended:
             raise GreenletExit
+        if self.state.is_dead:
+            raise Died
         if self._inside:
             raise WorldError(f"a blocking call inside {self._inside}")
         torch = sys.modules.get("torch")
@@ -265,7 +304,12 @@ class VirtualActivity(Activity):
                 raise WorldError("a blocking call inside torch.inference_mode")
 
     def block(
-        self, waits_for: Any, *, counts: bool = False, only_looked: bool = False
+        self,
+        waits_for: Any,
+        *,
+        counts: bool = False,
+        only_looked: bool = False,
+        despite_death: bool = False,
     ) -> None:
         """Let others run until woken; the caller has asked `may_block`.
 
@@ -274,6 +318,7 @@ class VirtualActivity(Activity):
             counts: it is communication that the activity waits for.
             only_looked: it did nothing since it last blocked that could concern the
                 others of its rank.
+            despite_death: it is what ends the time after one.
         """
         engine, state = self.engine, self.state
         if not only_looked:
@@ -293,11 +338,13 @@ class VirtualActivity(Activity):
             state.traffic.blocked_s += waited_s
             if state.traffic.on_blocked is not None and waited_s > 0.0:
                 state.traffic.on_blocked(waited_s)
+        if waits_for != CLOCK and not despite_death:
+            state.require_alive(learner=self.is_learner)
 
     def block_until(self, time_s: float) -> None:
         """Let others run until `time_s`; the caller has asked `may_block`."""
         self.engine.at(time_s, ACTIVITY, self.engine.resume, self)
-        self.block("the clock")
+        self.block(CLOCK)
 
     def not_blocking(self, inside: str, call: Callable[..., T], *args: Any) -> T:
         """Return `call(*args)`, in which nothing may block."""
@@ -333,6 +380,8 @@ class VirtualRequest(Request):
 
     def complete(self, _: Any = None) -> None:
         """Mark it done; wake whoever waits for it."""
+        if self.is_void():
+            return
         self.done = True
         state = self.state
         if self.is_learners:
@@ -344,8 +393,13 @@ class VirtualRequest(Request):
             activity.wake()
         state.changed()
 
+    def is_void(self) -> bool:
+        """Return whether it belongs to a world that is no more."""
+        return False
+
     def Test(self) -> bool:
         if not self.done:
+            self.state.require_alive(learner=self.is_learners)
             self.engine.polled()
         return self.done
 
@@ -357,6 +411,7 @@ class VirtualRequest(Request):
         activity = self.engine.active(self.state)
         activity.may_block()
         if not self.done:
+            self.state.require_alive(learner=activity.is_learner)
             self.waiting.append(activity)
             activity.block(self, counts=counts)
 

@@ -18,15 +18,24 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-from mpilm.errors import WorldError
+from mpilm.errors import RanksDiedError, WorldError
 from mpilm.world.base import Activity, Notify, World, require_ended
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.parts import completion_shares
 from mpilm.world.virtual.comm import Communicator, Envelope, Network, VirtualComm
-from mpilm.world.virtual.engine import Engine, RankState, VirtualActivity
+from mpilm.world.virtual.engine import (
+    NETWORK,
+    Died,
+    Engine,
+    RankState,
+    VirtualActivity,
+)
 
 T = TypeVar("T")
+# from a death until the others are told: some milliseconds between real ranks, with a
+# core each (docs/mpi-world.md). Chosen, not tuned.
+DETECT_S = 0.01
 
 
 def run_virtual(
@@ -36,6 +45,7 @@ def run_virtual(
     machine: Machine | None = None,
     faults: Faults | None = None,
     seed: int = 0,
+    can_shrink: bool = False,
 ) -> list[T]:
     """Return what `main(world)` returned on each of `size` virtual ranks.
 
@@ -45,13 +55,18 @@ def run_virtual(
         machine: what messages and computing cost.
         faults: what is wrong with which ranks.
         seed: of the machine's jitter.
+        can_shrink: whether the others can go on when a rank dies (`World.shrink`);
+            what it returned is None.
 
     Raises:
         WorldError: a deadlock (who waits for what, a line per rank), or an error on a
             rank that is no MpilmError.
         MpilmError: one on a rank, with the rank's number in front.
     """
-    return Simulation(size, machine=machine, faults=faults, seed=seed).run(main)
+    simulation = Simulation(
+        size, machine=machine, faults=faults, seed=seed, can_shrink=can_shrink
+    )
+    return simulation.run(main)
 
 
 class Simulation:
@@ -64,18 +79,56 @@ class Simulation:
         machine: Machine | None = None,
         faults: Faults | None = None,
         seed: int = 0,
+        can_shrink: bool = False,
     ) -> None:
         if size < 1:
             raise WorldError(f"{size} ranks cannot run")
         self.machine = machine or Machine()
         self.faults = faults or Faults()
         self.faults.check(size)
+        self.can_shrink = can_shrink
+        self.shrinking: list[VirtualWorld] = []  # have come to `shrink`
         self.engine = Engine()
         states = [RankState(r, self.machine.node(r), seed) for r in range(size)]
         self.engine.ranks = states
         self.network = Network(self.engine, self.machine, self.faults)
         comms = Communicator(self.network, states, "world").comms
         self.worlds = [VirtualWorld(self, comm) for comm in comms]
+
+    # deaths
+    def die(self, state: RankState) -> None:
+        """Let a rank be dead; the others are told a moment later."""
+        state.is_dead = True
+        at_s = self.engine.now_s + DETECT_S
+        self.engine.at(at_s, NETWORK, self.detect, None)
+        self.shrink_if_all_came()
+
+    def detect(self, _: Any) -> None:
+        """Tell all ranks who still count a dead one among theirs."""
+        for world in self.living:
+            dead = [n for n, s in enumerate(world.comm.group.states) if s.is_dead]
+            if dead and world.state.death is None:
+                for communicator in self.network.communicators:
+                    members = communicator.states
+                    communicator.is_void |= any(s.is_dead for s in members)
+                world.state.tell(RanksDiedError(dead))
+
+    @property
+    def living(self) -> list[VirtualWorld]:
+        """The worlds of the ranks that have not died, in their order."""
+        return [world for world in self.worlds if not world.state.is_dead]
+
+    def shrink_if_all_came(self) -> None:
+        """Give the ranks that are left a communicator of their own, if all wait."""
+        if not self.shrinking or len(self.shrinking) < len(self.living):
+            return
+        self.shrinking = []
+        worlds = self.living
+        group = Communicator(self.network, [w.state for w in worlds], "world")
+        for world, comm in zip(worlds, group.comms, strict=True):
+            world.comm, world.state.death = comm, None
+            if world.waits_in_shrink is not None:
+                world.waits_in_shrink.wake()
 
     def run(self, main: Callable[[VirtualWorld], T]) -> list[T]:
         """Run `main` on every rank, once; return the results. See `run_virtual`."""
@@ -111,7 +164,9 @@ class VirtualWorld(World):
         self.simulation, self.comm = simulation, comm
         self.engine = simulation.engine
         self.state = comm.state
-        self._closed = False
+        self.can_shrink = simulation.can_shrink
+        self.waits_in_shrink: VirtualActivity | None = None
+        self._is_closing = self._closed = False
 
     def begin(self, main: Callable[[VirtualWorld], T]) -> VirtualActivity:
         """Announce `main` as the learner of this rank."""
@@ -142,6 +197,7 @@ class VirtualWorld(World):
         activity.may_block()
         did = -1
         while True:
+            state.require_alive(learner=activity.is_learner)
             found = activity.not_blocking("ready() of wait", ready)
             if found is not None and found is not False:
                 return found
@@ -164,6 +220,9 @@ class VirtualWorld(World):
         activity, state, simulation = self._me(), self.state, self.simulation
         activity.may_block()
         if simulation.faults.fails(state.rank, state.num_steps):
+            if self.can_shrink:
+                simulation.die(state)
+                raise Died
             raise WorldError(
                 f"dies before step {state.num_steps}, as [faults] declares, at"
                 f" {self.engine.now_s:.6g} s of virtual time"
@@ -190,12 +249,33 @@ class VirtualWorld(World):
     def close(self) -> None:
         if self._closed:
             return
-        self._closed = True
+        self._is_closing = self._closed = True
         require_ended(self.state.activities)
-        for activity in list(self.state.activities):
-            if not activity.is_learner:
-                activity.join()
-        self.comm.close()
+        while True:
+            try:
+                for activity in list(self.state.activities):
+                    if not activity.is_learner:
+                        activity.join()
+                self.comm.close()
+                return
+            except RanksDiedError:
+                self.shrink()
+
+    def shrink(self) -> list[int]:
+        if not self.can_shrink:
+            return super().shrink()
+        activity, simulation, before = self._me(), self.simulation, self.comm.group
+        activity.may_block()
+        simulation.shrinking.append(self)
+        simulation.shrink_if_all_came()
+        if self.comm.group is before:
+            self.waits_in_shrink = activity
+            activity.block("the others after a death", despite_death=True)
+            self.waits_in_shrink = None
+        numbers = [state.rank for state in before.states]
+        left = [numbers.index(state.rank) for state in self.comm.group.states]
+        are_closing = self.comm.allgather(self._is_closing)
+        return [] if any(are_closing) else left
 
 
 class VirtualLock(AbstractContextManager[Any]):
@@ -218,7 +298,9 @@ class VirtualLock(AbstractContextManager[Any]):
             activity.block(self)
 
     def __exit__(self, *_: object) -> None:
-        self.holder = self.queue.pop(0) if self.queue else None
+        waiting = [a for a in self.queue if a.state.death is None]
+        self.holder = waiting.pop(0) if waiting else None
+        self.queue = waiting
         if self.holder is not None:
             self.holder.wake()
 

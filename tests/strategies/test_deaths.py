@@ -1,0 +1,50 @@
+"""Ranks die in training, and the others go on: in the virtual world."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mpilm.strategies import STRATEGIES
+
+SURVIVING = [name for name, kind in STRATEGIES.items() if kind.survives]
+SETTINGS = {
+    "model_averaging": {"period": 3},
+    "bmuf": {"period": 4, "delay": 2},
+    "gossip_bmuf": {"period": 3, "delay": 1},
+    "async_sgd": {"momentum": 0.5},
+    "des_loc": {"period": 3},
+}
+
+
+@pytest.fixture
+def train(run):
+    """Return a function: train where these ranks die before these steps."""
+
+    def train(name, deaths, *, size=4, out=None, **sections):
+        profile = [{"kind": "fail_at", "rank": r, "step": s} for r, s in deaths]
+        settings = {
+            "strategy": SETTINGS.get(name, {}),
+            "faults": {"profile": profile},
+            "machine": {"step_s": 0.1},
+            "world": {"on_death": "go_on"},
+            "train": {"test": False, "worst_rank": False, "samples": 4000},
+        }
+        for section, values in sections.items():
+            settings[section] = {**settings.get(section, {}), **values}
+        return run(size, name, out=out, can_shrink=True, **settings)
+
+    return train
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SURVIVING)
+def test_the_others_go_on(train, tmp_path, capsys, name):
+    trainers = train(name, [(2, 12)], out="x")
+    assert [t is None for t in trainers] == [False, False, True, False]
+    summary = json.loads((tmp_path / "x/summary.json").read_text())
+    assert summary["ranks"] == 3
+    assert 4000 <= summary["samples"] < 4300
+    assert summary["valid_perplexity"] < 40
+    assert "rank 2 died; 3 go on from the mean" in capsys.readouterr().out
