@@ -198,13 +198,13 @@ def sparse_loco(**settings: Any) -> Case:
 def fragments(rank: Any, size: int, steps: int) -> tuple[int, int]:
     """A quarter of a model each, and a byte back for it: docs/divshare.md.
 
-    To all others, so that the sum of models is conserved while ranks are in step. All
+    To all of up to 5 others: so the sum of models is conserved in step. All
     are sent, but for those of the last round that `finish` finds in the queue.
     """
     once, came = MODEL_BYTES // 4, int(rank.strategy.partners.sum())
     sent, left = divmod(rank.strategy.service.sent - came, once)
     assert left == 0
-    round_ = 4 * (size - 1)
+    round_ = 4 * min(5, size - 1)
     assert round_ * (steps // 2 - 1) <= sent <= round_ * (steps // 2)
     return sent * once + came, came * once + sent
 
