@@ -107,3 +107,46 @@ def as_ids(ids: Any, like: Any) -> Any:
     if not hasattr(like, "new_tensor"):
         return ids
     return sys.modules["torch"].from_numpy(ids).to(like.device)
+
+
+class SparseVector:
+    """A numpy vector that keeps no zeros: counts of ranks, of whom few are not 0.
+
+    K ranks with a dense one each are K^2 numbers: 840 MB at K = 10,240.
+
+    >>> counts = SparseVector(4, np.int64)
+    >>> counts[[1, 3]] += 1
+    >>> counts[3] += 2
+    >>> counts.copy(), int(counts.sum())
+    (array([0, 1, 0, 3]), 4)
+    """
+
+    def __init__(self, size: int, dtype: Any) -> None:
+        self.shape, self.dtype = (size,), np.dtype(dtype)
+        self._values: dict[int, Any] = {}
+
+    def __getitem__(self, where: int | Sequence[int]) -> Any:
+        zero = self.dtype.type(0)
+        if isinstance(where, Sequence):
+            return np.array([self._values.get(i, zero) for i in where], self.dtype)
+        return self._values.get(where, zero)
+
+    def __setitem__(self, where: int | Sequence[int] | slice, new: Any) -> None:
+        if isinstance(where, slice):  # all of it
+            assert where == slice(None), "only [:]"
+            where = np.flatnonzero(new).tolist()
+            self._values, new = {}, np.asarray(new, self.dtype)[where]
+        if isinstance(where, Sequence):
+            self._values.update(zip(where, new, strict=True))
+        else:
+            self._values[where] = new
+
+    def sum(self) -> Any:
+        """Return the sum of all elements."""
+        return sum(self._values.values(), self.dtype.type(0))
+
+    def copy(self) -> Any:
+        """Return it as a dense numpy array."""
+        dense = np.zeros(self.shape, self.dtype)
+        dense[list(self._values)] = list(self._values.values())
+        return dense

@@ -42,7 +42,7 @@ from mpilm.strategies.mixing import Mean
 from mpilm.strategies.row_mixing import RowMean, agree_in_pairs
 from mpilm.strategies.shared_rows import SharedRows, require_resting_rows
 from mpilm.strategies.topology import TOPOLOGIES, destinations, mixing_matrix
-from mpilm.vectors import copy_of
+from mpilm.vectors import SparseVector, copy_of
 from mpilm.world.base import World
 
 
@@ -81,7 +81,7 @@ class Dpsgd(Strategy):
         self.pace.moves_first = not getattr(config, "overlap", True)
         self.round = self.num_sent = 0
         self.received: list[Any] = []
-        self.partners = np.zeros(self.comm.size, np.int64)
+        self.partners = SparseVector(self.comm.size, np.int64)
         matrix = mixing_matrix(config.topology, self.comm.size, config.seed)
         self.weight = float(matrix.diagonal().min())  # 1 on a rank without partner
 
@@ -143,7 +143,7 @@ class Dpsgd(Strategy):
             "mixes": int(self.partners.sum()),
             "partners": self.partners.copy(),
             "rounds": self.round,
-            "weights": self.weight * self.partners,
+            "weights": self.weight * self.partners.copy(),
         }
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:

@@ -58,7 +58,7 @@ from mpilm.strategies.mixing import Mean
 from mpilm.strategies.row_mixing import RowMean, agree_in_pairs
 from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.strategies.topology import num_groups, random_group
-from mpilm.vectors import copy_of
+from mpilm.vectors import SparseVector, copy_of
 from mpilm.world.base import World
 
 VECTORS = {"models": 1, "starts": 2, "momenta": 3}
@@ -125,8 +125,8 @@ class GossipBmuf(BlockStrategy):
         super().__init__(world, config, parts=config.components, filtered=config.filter)
         self.saves += ("partners", "weights")
         self.num_vectors = VECTORS[config.mix] if config.filter else 1
-        self.partners = np.zeros(size, np.int64)
-        self.weights = np.zeros(size)
+        self.partners = SparseVector(size, np.int64)
+        self.weights = SparseVector(size, np.float64)
         self.inboxes: list[list[Any]] = []
 
     def automatic_eta(self, size: int) -> float:

@@ -38,7 +38,7 @@ from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.mixing import Mean
 from mpilm.strategies.topology import random_pairs
-from mpilm.vectors import chunked, copy_of, to_array
+from mpilm.vectors import SparseVector, chunked, copy_of, to_array
 from mpilm.world.base import World
 
 
@@ -79,7 +79,7 @@ class Noloco(Strategy):
         self.phi: Any = None
         self.delta: Any = None
         self.received: list[Any] = []
-        self.partners = np.zeros(self.comm.size, np.int64)
+        self.partners = SparseVector(self.comm.size, np.int64)
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
@@ -127,7 +127,7 @@ class Noloco(Strategy):
             "mixes": int(self.partners.sum()),
             "partners": self.partners.copy(),
             "rounds": self.steps // self.config.period,
-            "weights": 0.5 * self.partners,
+            "weights": 0.5 * self.partners.copy(),
         }
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:

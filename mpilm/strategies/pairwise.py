@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.strategies.base import Learner
-from mpilm.vectors import copy_of
+from mpilm.vectors import SparseVector, copy_of
 from mpilm.world.base import Comm, Message, Request, World
 from mpilm.world.service import Service, Work
 
@@ -75,7 +75,7 @@ class Pairwise(Service):
         self.peer = self.piece = 0  # of the own exchange
         self.credit = 0.0
         self.num_unread = self.round = 0
-        self.partners = np.zeros(comm.size, np.int64)
+        self.partners = SparseVector(comm.size, np.int64)
 
     def renew(self) -> None:
         """Start from theta; a checkpoint of this moment holds no credit."""

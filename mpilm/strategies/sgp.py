@@ -37,7 +37,7 @@ from mpilm.learner.flat import Layout
 from mpilm.storage.merged import Merged
 from mpilm.strategies.base import Learner, Strategy, WireConfig
 from mpilm.strategies.topology import destinations
-from mpilm.vectors import copy_of, fill_
+from mpilm.vectors import SparseVector, copy_of, fill_
 from mpilm.world.base import World
 
 WEIGHT_BYTES = 8  # of float64
@@ -73,8 +73,8 @@ class Sgp(Strategy):
         self.weight, self.round = 1.0, 0
         self.total: Any = None
         self.received: Any = None
-        self.partners = np.zeros(self.comm.size, np.int64)
-        self.weights = np.zeros(self.comm.size)
+        self.partners = SparseVector(self.comm.size, np.int64)
+        self.weights = SparseVector(self.comm.size, np.float64)
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
