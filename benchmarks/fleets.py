@@ -22,6 +22,7 @@ from typing import Any
 
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import strategy
+from mpilm.strategies.rows import num_servers
 from mpilm.train.signals import Agreement
 from mpilm.world.base import World
 from mpilm.world.faults import Faults
@@ -108,6 +109,9 @@ def run(
     kind, settings = VARIANTS[variant]
     if kind == "allreduce":
         settings = {**settings, "bucket_bytes": max(1, round(BUCKET_BYTES / scale))}
+    if kind == "async_sgd":
+        servers = num_servers(world.size, round(learner.layout.size * scale))
+        settings = {**settings, "servers": servers}
     chosen = strategy(kind, world, **settings)
     chosen.require(learner)
     chosen.start(learner)

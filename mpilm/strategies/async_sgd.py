@@ -1,4 +1,4 @@
-"""Asynchronous SGD: a parameter server sharded over all ranks.
+"""Asynchronous SGD: a parameter server sharded over ranks.
 
 Source      J. Dean et al., "Large Scale Distributed Deep Networks", NIPS 2012 (Downpour
             SGD); Q. Ho et al., "More Effective Distributed ML via a Stale Synchronous
@@ -12,7 +12,8 @@ Notation    x      -> service.values, on each rank a shard of the model
 Update      worker  w_hat <- x, when its clock is at most s ahead              (1)
                     g at w_hat;  u = lr * P(g)                                 (2)
             server  v <- m v + u;  x <- x - v         on arrival of each u     (3)
-Messages    8 bytes and 4P/K back for every other shard in (1), 4P/K there in (3).
+Messages    8 bytes and 4P/S back for every other shard in (1), 4P/S there in (3).
+            S is K while K is small: three messages for each of S K pairs a step.
 
             Of row tables only the rows that the minibatch reads: row_server.py. Of
             hidden matrices all is pulled, and pushed what units.py chooses.
@@ -42,7 +43,7 @@ from mpilm.storage.merged import Merged
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, WireConfig
 from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.strategies.row_server import RowServer
-from mpilm.strategies.rows import rows_in, shards
+from mpilm.strategies.rows import rows_in, shards_of
 from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.strategies.units import Units, unit_matrices
 from mpilm.vectors import copy_of, fill_, rows_at, to_array
@@ -57,6 +58,8 @@ class AsyncSgdConfig(WireConfig):
     """steps that a rank may be ahead of the slowest; -1: any number"""
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """of the server's update, beside that of [optim]"""
+    servers: Annotated[int, Meta(ge=0)] = 0
+    """ranks that hold a shard; 0: all, of more than 16 one for every 64 KiB of model"""
     units: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """share of a hidden matrix's units that is pushed: those with the largest step"""
     units_random: Annotated[float, Meta(ge=0, lt=1)] = 0.0
@@ -106,7 +109,11 @@ class AsyncSgd(Strategy):
         super().start(learner)
         config, layout = self.config, learner.layout
         place = (self.world, self.comm, layout)
-        settings = {"momentum": config.momentum, "bound": config.staleness_bound}
+        settings: dict[str, Any] = {
+            "momentum": config.momentum,
+            "bound": config.staleness_bound,
+            "servers": config.servers,
+        }
         if config.units < 1.0:
             self.units = Units(layout, config, self.comm.rank, like=learner.grad)
             if self.units.kept is not None:
@@ -179,6 +186,12 @@ class AsyncSgd(Strategy):
 
     def require(self, learner: Learner) -> None:
         super().require(learner)
+        servers, size = self.config.servers, self.comm.size
+        if servers > size:
+            raise ConfigError(
+                f"strategy.servers: {servers} of {size} ranks cannot hold a shard: at"
+                f" most {size}"
+            )
         require_resting_rows(self.name, learner)
         if self.config.units < 1.0 and not unit_matrices(learner.layout):
             raise ConfigError(
@@ -255,7 +268,7 @@ class AsyncSgd(Strategy):
         if self.is_local:
             return
         service, layout = self.service, learner.layout
-        before = shards(layout, merged.size)
+        before = shards_of(layout, merged.size, self.config.servers)
         if not all(merged.places):
             values_P = self.together(merged, "service/values", before, layout.size)
             for where, place in zip(before, merged.places, strict=True):

@@ -1,4 +1,4 @@
-"""The parameter server of async_sgd, sharded over all ranks: pull, push.
+"""The parameter server of async_sgd, sharded over ranks: pull, push.
 
 Notation    x -> values, this rank's shard;  v -> velocity;  u -> a pushed step
             c -> clock, steps that a rank has done;  s -> bound
@@ -22,7 +22,7 @@ import numpy as np
 
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import NUM_BINS
-from mpilm.strategies.rows import shards
+from mpilm.strategies.rows import shards_of
 from mpilm.vectors import copy_of, zeros
 from mpilm.world.base import Comm, Message, Request, World
 from mpilm.world.service import Service, Work
@@ -33,7 +33,8 @@ PULL, PUSH, END = range(1, 4)  # tags
 class ParameterServer(Service):
     """One rank's shard, its server activity, and its way to the other shards.
 
-    shards     where each rank's shard lies in the flat vector; rows are never cut
+    shards     where each rank's shard lies in the flat vector; rows are never cut;
+               empty on a rank that is no server
     peers      other ranks with a shard, the next one first: not all ask the same first
     values     the own shard, under the lock
     error      (P,), what of the own pushes has not travelled yet; None: all did
@@ -46,6 +47,7 @@ class ParameterServer(Service):
     Args:
         momentum: m; 0: plain SGD, no velocity.
         bound: s, steps; negative: none.
+        servers: ranks with a shard; 0: as `shards_of` says.
 
     Communicates: collective when made: it duplicates the communicator.
     """
@@ -53,13 +55,20 @@ class ParameterServer(Service):
     waits_for = "a pull or push"
 
     def __init__(
-        self, world: World, comm: Comm, layout: Layout, *, momentum: float, bound: int
+        self,
+        world: World,
+        comm: Comm,
+        layout: Layout,
+        *,
+        momentum: float,
+        bound: int,
+        servers: int = 0,
     ) -> None:
         super().__init__(world, comm, "parameter server")
         self.layout = layout
         self.answers = comm.Dup()
         self.momentum, self.bound = momentum, bound
-        self.shards = shards(layout, comm.size)
+        self.shards = shards_of(layout, comm.size, servers)
         self.own = self.shards[comm.rank]
         ring = (*range(comm.rank + 1, comm.size), *range(comm.rank))
         self.peers = [p for p in ring if self.shards[p].stop > self.shards[p].start]
@@ -90,7 +99,8 @@ class ParameterServer(Service):
     def pull(self, out: Any, clock: int) -> None:
         """Read the whole model into `out`, (P,), before step number `clock`.
 
-        Communicates: pairwise with every rank: 8 bytes there, its shard back; blocking.
+        Communicates: pairwise with every server: 8 bytes there, its shard back;
+            blocking.
         """
         question = np.array([clock], np.int64)
         under_way: list[Request] = []
@@ -113,7 +123,7 @@ class ParameterServer(Service):
         `step` is read until the next `pull` or `settle` has returned; in another wire
         format than float32 the error is added to it.
 
-        Communicates: pairwise with every rank: its shard there; does not block.
+        Communicates: pairwise with every server: its shard there; does not block.
         """
         for peer in self.peers:
             part = step[self.shards[peer]]
@@ -136,19 +146,19 @@ class ParameterServer(Service):
         self.ended[:] = False
 
     def retire(self) -> None:
-        """Serve, and tell all ranks, once, that this one pulls and pushes no more.
+        """Serve, and tell the servers, once, that this rank pulls and pushes no more.
 
-        Communicates: pairwise with every rank: 8 bytes there and back; blocking.
+        Communicates: pairwise with every server: 8 bytes there and back; blocking.
         """
         self.begin()
-        rank, size = self.comm.rank, self.comm.size
-        if self.ended[rank] or size == 1:
+        rank = self.comm.rank
+        if self.ended[rank] or self.comm.size == 1:
             return
         finish_all(self.sends)
         with self.lock:
             self.ended[rank] = True
         question, answer = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        for peer in (*range(rank), *range(rank + 1, size)):
+        for peer in sorted(self.peers):
             receive = self.answers.Irecv(answer, peer, END)
             self.comm.Send(question, peer, END)
             receive.Wait()
@@ -172,12 +182,17 @@ class ParameterServer(Service):
         """
         own = self.comm.item_bytes * (self.own.stop - self.own.start)
         others = self.comm.item_bytes * self.layout.size - own
-        ends = 2 * 8 * self.num_ends * (self.comm.size - 1)
+        ends = self.end_bytes()
         pushes = int(self.partners[self.comm.rank])
         sent = self.num_pulls * 8 * len(self.peers)
         sent += pushes * others + self.num_served * own
         received = self.num_pulls * others + (int(self.partners.sum()) - pushes) * own
         return sent + ends, received + self.num_served * 8 + ends
+
+    def end_bytes(self) -> int:
+        """Return the bytes of ENDs and of their answers, sent and as many received."""
+        answered = self.comm.size - 1 if self.own.stop > self.own.start else 0
+        return 8 * self.num_ends * (len(self.peers) + answered)
 
     # the activity
     def own_work(self) -> Work | None:

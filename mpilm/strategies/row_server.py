@@ -54,9 +54,12 @@ class RowServer(ParameterServer):
         *,
         momentum: float,
         bound: int,
+        servers: int = 0,
         units: tuple[Segment, ...] = (),
     ) -> None:
-        super().__init__(world, comm, layout, momentum=momentum, bound=bound)
+        super().__init__(
+            world, comm, layout, momentum=momentum, bound=bound, servers=servers
+        )
         tables = layout.tables
         self.in_rows = {PULL_PART: tables, PUSH_PART: (*units, *tables)}
         self.dense = {
@@ -224,5 +227,5 @@ class RowServer(ParameterServer):
 
     def moved_bytes(self) -> tuple[int, int]:
         """Return the bytes of parts and ENDs, sent and received."""
-        ends = 2 * 8 * self.num_ends * (self.comm.size - 1)
+        ends = self.end_bytes()
         return self.sent + ends, self.received + ends

@@ -16,6 +16,10 @@ import numpy as np
 from mpilm.learner.flat import Layout, Segment
 from mpilm.vectors import end_to_end, rows_at, set_rows_
 
+# Of every rank a server gets three messages a step. Chosen, not tuned: of so many ranks
+# all are servers, and of more as many as have so many bytes each (machine.eager_bytes).
+FEW_RANKS, SHARD_BYTES = 16, 65_536
+
 
 def shards(layout: Layout, num_ranks: int) -> list[slice]:
     """Return equal slices of the flat vector, one a rank, cut between rows.
@@ -30,6 +34,35 @@ def shards(layout: Layout, num_ranks: int) -> list[slice]:
         segment = layout.segments[bisect_left(starts, place + 1) - 1]
         cuts.append(place - (place - segment.start) % segment.row_width)
     return [slice(*ends) for ends in zip(cuts, [*cuts[1:], layout.size], strict=True)]
+
+
+def shards_of(layout: Layout, num_ranks: int, servers: int = 0) -> list[slice]:
+    """Return the same for `servers` of the ranks, evenly spread; others' are empty.
+
+    Args:
+        servers: how many, all ranks at most; 0: as `num_servers` says.
+
+    >>> shards_of(Layout.of([("embed", (3, 4), "embed")]), 4, 2)
+    [slice(0, 4, None), slice(4, 4, None), slice(4, 12, None), slice(12, 12, None)]
+    """
+    number = min(num_ranks, servers or num_servers(num_ranks, layout.size))
+    cut = iter(shards(layout, number))
+    chosen = {server * num_ranks // number for server in range(number)}
+    found: list[slice] = []
+    for rank in range(num_ranks):
+        end = found[-1].stop if found else 0
+        found.append(next(cut) if rank in chosen else slice(end, end))
+    return found
+
+
+def num_servers(num_ranks: int, num_elements: int) -> int:
+    """Return how many ranks have a shard of so many float32, unless one says.
+
+    >>> num_servers(16, 100), num_servers(1024, 100), num_servers(1024, 2_700_000)
+    (16, 16, 164)
+    """
+    most = 4 * num_elements // SHARD_BYTES
+    return min(num_ranks, max(FEW_RANKS, most))
 
 
 def by_owner(

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpilm.errors import WorldError
+from mpilm.errors import ConfigError, WorldError
 from mpilm.learner.flat import Layout, Segment
 from mpilm.learner.quadratic import ProtocolLearner, layers
+from mpilm.strategies import strategy
 from mpilm.strategies.async_sgd import AsyncSgd, AsyncSgdConfig
 from mpilm.strategies.row_server import RowServer
-from mpilm.strategies.rows import shards
+from mpilm.strategies.rows import shards, shards_of
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, run_virtual
@@ -84,6 +85,46 @@ def test_nobody_is_further_ahead_than_the_bound(bound):
     ranks = train(4, 12, settings={"staleness_bound": bound}, **run)
     assert lead(ranks) == bound
     assert lead(train(4, 12, **run)) > 4
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+def test_few_ranks_hold_the_model(servers):
+    ranks = train(
+        5, 6, settings={"servers": servers, "staleness_bound": 2},
+        machine=Machine(step_s=STEP_S, jitter=0.2),
+    )  # fmt: skip
+    services = [rank.strategy.service for rank in ranks]
+    held = [server.own.stop - server.own.start for server in services]
+    assert sum(held) == 23
+    assert sum(length > 0 for length in held) == servers
+    for server, length in zip(services, held, strict=True):
+        assert server.partners.tolist() == [6 if length else 0] * 5
+    pushed = sum(rank.learner.moved for rank in ranks)
+    for rank in ranks:
+        np.testing.assert_allclose(rank.final, ranks[0].first + pushed, atol=1e-5)
+        moved = rank.strategy.moved_bytes(LAYOUT)
+        assert moved == (rank.bytes_sent, rank.bytes_received)
+
+
+def test_more_servers_than_ranks_are_refused():
+    def main(world):
+        learner = ProtocolLearner(23, compute=world.compute, seed=0)
+        strategy("async_sgd", world, servers=5).require(learner)
+
+    with pytest.raises(ConfigError, match=r"servers: 5 of 4 ranks .* at most 4"):
+        run_virtual(main, 4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "elements", "servers"),
+    [(16, 23, 16), (17, 23, 16), (40, 16_384 * 30, 30), (40, 16_384 * 99, 40)],
+)
+def test_every_server_of_many_ranks_has_enough_to_serve(ranks, elements, servers):
+    layout = layers(elements)
+    found = shards_of(layout, ranks)
+    assert sum(shard.stop > shard.start for shard in found) == servers
+    assert [found[0].start, found[-1].stop] == [0, elements]
+    assert all(one.stop == other.start for one, other in pairwise(found))
 
 
 @pytest.mark.long
