@@ -40,7 +40,7 @@ class ParameterServer(Service):
     error      (P,), what of the own pushes has not travelled yet; None: all did
     clocks     steps that each rank had done when it last pulled here
     ended      ranks that will not pull before they `begin` again
-    partners   int64 (K,): pushes of each rank to this shard
+    partners   int64 (K,): pushes of each rank to this shard, and this rank's own
     staleness  int64 (17,): pushes of others between the own pull and push
     num_pulls, num_served, num_ends  own pulls; pulls of others answered; own ENDs
 
