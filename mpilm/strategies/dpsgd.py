@@ -80,6 +80,7 @@ class Dpsgd(Strategy):
         super().__init__(world, config)
         self.pace.moves_first = not getattr(config, "overlap", True)
         self.round = self.num_sent = 0
+        self.rows = SharedRows(self.comm, Layout(()))  # until `start` knows them
         self.received: list[Any] = []
         self.partners = SparseVector(self.comm.size, np.int64)
         matrix = mixing_matrix(config.topology, self.comm.size, config.seed)
