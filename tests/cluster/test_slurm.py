@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections import Counter
@@ -75,9 +76,13 @@ def wait_for_training(cluster: Cluster, project: Project, job: str) -> None:
 def test_time_limit_requeue_resume(cluster: Cluster, project: Project) -> None:
     """A job on two nodes is cut by its time limit, requeues, goes on and finishes.
 
+    One node is slow: the second start is without it.
+
     SLURM looks at its clock every 30 s, so the signal comes 30 to 60 s after the start.
     """
-    job = submit(cluster, project, "--time=2", "--signal=B:USR1@60")
+    limit = ("--time=2", "--signal=B:USR1@60")
+    slow = {"SETTINGS": "faults.slow={2=20.0,3=20.0}", "EXCLUDE": "5"}
+    job = submit(cluster, project, *limit, **slow)
     wait_for_training(cluster, project, job)
     nodes = Counter(env["SLURMD_NODENAME"] for env in ranks_of(project).values())
     assert nodes == {"n1": 2, "n2": 2}
@@ -86,6 +91,12 @@ def test_time_limit_requeue_resume(cluster: Cluster, project: Project) -> None:
     requeued = cluster.wait_for(job, "PENDING", *END, timeout_s=120)
     assert requeued["JobState"] == "PENDING", log_of(project)
     assert requeued["Restarts"] == "1"
+    assert "slow nodes: the next start is without n2" in log_of(project)
+    wait_until(
+        lambda: cluster.job(job)["ExcNodeList"] == "n2",
+        "n2 to be excluded",
+        timeout_s=9,
+    )
     assert len(project.checkpoints()) == 1
     assert not (project.run / "summary.json").exists()
     done = samples_at_stop(log_of(project))
@@ -102,7 +113,7 @@ def test_time_limit_requeue_resume(cluster: Cluster, project: Project) -> None:
     log = log_of(project)
     assert ended["JobState"] == "COMPLETED", f"{ended}\n{log}\n{cluster.logs()}"
     assert log.count("train.sbatch: time is nearly up") == 1
-    assert "restart 1" in log
+    assert re.search(r"restart 1, 4 ranks on n\[[134][,-][34]\]", log)
     summary = json.loads((project.run / "summary.json").read_text())
     assert summary["ranks"] == 4
     assert done + MORE <= summary["samples"] < done + 2 * MORE
