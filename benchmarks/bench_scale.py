@@ -43,8 +43,12 @@ def play(name: str, scale: int) -> dict[str, Any]:
     kind, settings, ranks, steps = ROWS[name]
     ranks = max(2, ranks // scale)
 
+    lr = 0.1 / ranks if kind == "async_sgd" else 0.1  # its server adds all up
+
     def main(world: VirtualWorld) -> float:
-        learner = ProtocolLearner(PARAMETERS, compute=world.compute, seed=world.rank)
+        learner = ProtocolLearner(
+            PARAMETERS, compute=world.compute, seed=world.rank, lr=lr
+        )
         chosen = strategy(kind, world, **settings)
         chosen.start(learner)
         for _ in range(steps):
