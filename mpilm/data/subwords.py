@@ -179,7 +179,7 @@ def text_of_pieces(
     for index in found:
         if vocabulary[index] == EOS:
             lines.append([])
-        else:
-            lines[-1].append(tokenizer.token_to_id(vocabulary[index]))
+        elif (piece := tokenizer.token_to_id(vocabulary[index])) is not None:
+            lines[-1].append(piece)
     texts = (tokenizer.decode(line, skip_special_tokens=False) for line in lines)
     return re.sub(r"\n+", "\n", "\n".join(texts)).strip("\n")

@@ -249,7 +249,7 @@ class AsyncSgd(Strategy):
         return sent + finished * own, received + finished * others
 
     @property
-    def left(self) -> tuple[str, ...]:
+    def inherited(self) -> tuple[str, ...]:
         return () if self.is_local else ("service.values", "service.velocity")
 
     def survive(self, learner: Learner) -> None:

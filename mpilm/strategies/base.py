@@ -327,7 +327,7 @@ class Strategy(ABC):
         restore_state_(self, self.saves, state, f"strategy {self.name}")
 
     @property
-    def left(self) -> tuple[str, ...]:
+    def inherited(self) -> tuple[str, ...]:
         """Names of the attributes that are merged after a death."""
         return self.lasting
 

@@ -74,7 +74,7 @@ def left_here(trainer: Any) -> tuple[State, int]:
     strategy.survive(learner)
     state = nested("learner", learner.state(data=False))
     state |= nested("learner/batches", trainer.batches.survive())
-    state |= nested("strategy", saved_state(strategy, strategy.left))
+    state |= nested("strategy", saved_state(strategy, strategy.inherited))
     state |= nested("totals", asdict(trainer.totals))
     for name, part in trainer.parts.items():
         if name not in {"learner", "strategy"}:
