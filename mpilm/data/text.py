@@ -115,7 +115,7 @@ def prepare_text(
     else:
         encoder = ENCODERS[level](lower)
     num_words: dict[str, int] = {}
-    kept = {name: NumbersFile(out.parent) for name in SPLITS if encoder.is_slow}
+    kept = {name: NumbersFile(out) for name in SPLITS if encoder.is_slow}
     for name in SPLITS:
         for text in read_text(parts[name], read, hashing=True):
             if name == "train":
@@ -164,26 +164,26 @@ class NumbersFile:
     """Numbers of tokens, in a file without a name: it goes when the program does.
 
     Args:
-        folder: where it lies, or the first folder above that is there.
+        out: the corpus that is made of them; it lies in the same folder, or in the
+            first one above that is there.
 
     Raises:
         DataError: it cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        above = folder.absolute()
-        self.folder = next(p for p in (above, *above.parents) if p.is_dir())
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        folder = next(path for path in out.absolute().parents if path.is_dir())
         with self._named():
-            self._file = TemporaryFile(dir=self.folder)  # noqa: SIM115
+            self._file = TemporaryFile(dir=folder)  # noqa: SIM115
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise DataError(
-                f"{self.folder}: a file beside the corpus: {reason(error)}"
-            ) from error
+            problem = f"cannot be written: {reason(error)}"
+            raise DataError(f"{self.out} {problem}") from error
 
     def append(self, numbers: NDArray[np.uint32]) -> None:
         """Write numbers, (n,), behind those that are there."""

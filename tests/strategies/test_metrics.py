@@ -24,6 +24,7 @@ from mpilm.world.machine import Machine
 from .fleets import fleet
 
 CLOCKS = {"seconds", "blocked_s", "in_flight_s", "overlap", "idle"}
+CLOCKS |= {"data_s", "forward_s", "backward_s"}
 
 
 def metrics_of(ranks):
