@@ -10,7 +10,7 @@ Notation    x      -> service.values, on each rank a shard of the model
             m      -> momentum;  s -> staleness_bound
             P      the optimiser of [optim], its moments this rank's own; plain SGD: g
 Update      worker  w_hat <- x, when its clock is at most s ahead              (1)
-                    g at w_hat;  u = lr * P(g)                                 (2)
+                    g at w_hat;  u = lr * P(g)                       pushed.py (2)
             server  v <- m v + u;  x <- x - v         on arrival of each u     (3)
 Messages    8 bytes and 4P/S back for every other shard in (1), 4P/S there in (3).
             S is K while K is small: three messages for each of S K pairs a step.
@@ -27,6 +27,8 @@ Invariants  every push is applied once. Size 1 without momentum is `local`, to t
 Departs     from the papers in: all ranks are workers and servers; the learning rate is
             the worker's; so is the optimiser, where there is more to it than lr * g:
             momentum, clipping, weight decay, AdamW, ...
+Length      some 270 lines: row tables, units, other numbers of ranks and what is
+            conserved take a method each beside (1) to (3).
 """
 
 from __future__ import annotations
@@ -42,12 +44,13 @@ from mpilm.learner.flat import Layout
 from mpilm.storage.merged import Merged
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, WireConfig
 from mpilm.strategies.parameter_server import ParameterServer
+from mpilm.strategies.pushed import Pushed
 from mpilm.strategies.row_server import RowServer
-from mpilm.strategies.rows import rows_in, shards_of
+from mpilm.strategies.rows import shards_of, together
 from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.strategies.units import Units, unit_matrices
-from mpilm.vectors import copy_of, fill_, rows_at, to_array
-from mpilm.world.base import IN_PLACE, World
+from mpilm.vectors import fill_, to_array
+from mpilm.world.base import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class AsyncSgd(Strategy):
         super().__init__(world, config)
         self.pace.moves_first = True
         self.clock = 0
-        self.kept: Any = None  # w_hat, beside the learner's update of it
+        self.pushed = Pushed()
         self.units: Units | None = None  # all are pushed
 
     def start(self, learner: Learner) -> None:
@@ -143,7 +146,7 @@ class AsyncSgd(Strategy):
             return self.step_of_rows(service, learner)
         service.pull(learner.theta, self.clock)  # (1)
         loss = learner.gradient()
-        service.push(self.pushed(learner))  # (2), (3)
+        service.push(self.pushed.of(learner))  # (2), (3)
         self.clock += 1
         return loss
 
@@ -154,35 +157,12 @@ class AsyncSgd(Strategy):
             ids = {name: to_array(read) for name, read in learner.draw().items()}
         service.pull_part(learner.theta, ids, self.clock)  # (1)
         loss = learner.gradient()
-        u, rows = self.pushed_rows(learner)
+        u, rows = self.pushed.of_rows(learner)
         if self.units:
             rows |= self.units.chosen(u, self.clock)
         service.push_part(u, rows)  # (2), (3)
         self.clock += 1
         return loss
-
-    def pushed_rows(self, learner: Learner) -> tuple[Any, dict[str, Any]]:
-        """Return u before the row tables, and of the rows in `rows`: (2)."""
-        if learner.is_plain_sgd:
-            u, rows = learner.grad, dict(learner.rows)
-            u *= learner.lr
-            for _, g in rows.values():
-                g *= learner.lr
-            return u, rows
-        before = self.touched(learner)
-        learner.update()
-        after = self.touched(learner)
-        u = before[0] - after[0]
-        return u, {n: (i, x - after[1][n][1]) for n, (i, x) in before[1].items()}
-
-    def touched(self, learner: Learner) -> tuple[Any, dict[str, tuple[Any, Any]]]:
-        """Return copies of all before the row tables, and of the rows in `rows`."""
-        layout, theta = learner.layout, learner.theta
-        rows = {}
-        for name, (ids, _) in learner.rows.items():
-            table, _ = rows_in(theta, 0, layout[name])
-            rows[name] = (ids, rows_at(table, to_array(ids)))
-        return copy_of(theta[: layout.num_dense]), rows
 
     def require(self, learner: Learner) -> None:
         super().require(learner)
@@ -198,18 +178,6 @@ class AsyncSgd(Strategy):
                 f"strategy.units = {self.config.units:g}: the model has no hidden"
                 " matrix to push a part of; take 1"
             )
-
-    def pushed(self, learner: Learner) -> Any:
-        """Return u, (P,): (2)."""
-        if learner.is_plain_sgd:
-            learner.grad *= learner.lr
-            return learner.grad
-        if self.kept is None:
-            self.kept = copy_of(learner.theta)
-        self.kept[:] = learner.theta
-        learner.update()
-        self.kept -= learner.theta
-        return self.kept
 
     def finish(self, learner: Learner) -> None:
         """Serve until nobody asks; theta is the model of the servers.
@@ -270,26 +238,14 @@ class AsyncSgd(Strategy):
         service, layout = self.service, learner.layout
         before = shards_of(layout, merged.size, self.config.servers)
         if not all(merged.places):
-            values_P = self.together(merged, "service/values", before, layout.size)
+            values_P = together(self.comm, merged, "service/values", before)
             for where, place in zip(before, merged.places, strict=True):
                 if place:
                     fill_(learner.theta[where], values_P[where])
         service.load(learner.theta)
         if self.config.momentum:
-            whole_P = self.together(merged, "service/velocity", before, layout.size)
+            whole_P = together(self.comm, merged, "service/velocity", before)
             fill_(service.velocity, whole_P[service.own])
-
-    def together(
-        self, merged: Merged, name: str, before: list[slice], size: int
-    ) -> Any:
-        """Return a vector of which ranks had their shards, (P,); 0 where it is lost."""
-        whole_P = np.zeros(size, np.float32)
-        for rank, state in merged.held.items():
-            if name in state:
-                whole_P[before[rank]] = state[name]
-        if self.comm.size > 1:
-            self.comm.exact.Allreduce(IN_PLACE, whole_P)
-        return merged.means.get(name, whole_P)  # or one rank had all of it
 
     def conserved(self, learner: Learner) -> Any:
         """Return the own shard's (1 - m) x - m v, to which (3) adds -u."""

@@ -37,6 +37,8 @@ Departs     the abstract leaves open what a neighbourhood is (here: the ranks cu
             1 - groups/K: 1 - 1/k where K is a multiple of k. Of row tables two members
             average the rows that one of them has touched since its last block of this
             component (row_mixing.py): w, g and Delta of others stay, and are filtered.
+Length      some 270 lines: four options (components, mix, delay, leave_out) and row
+            tables meet in the mean of one part, which is one screen.
 Cost        two extra copies of the model, and |S|-1 of its largest component to receive
             into; with `delay` one more for w and |S|-1 for every mixed vector.
 """

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpilm.learner.flat import Layout, Segment
+from mpilm.storage.merged import Merged
 from mpilm.vectors import end_to_end, rows_at, set_rows_
+from mpilm.world.base import IN_PLACE, Comm
 
 # Of every rank a server gets three messages a step. Chosen, not tuned: of so many ranks
 # all are servers, and of more as many as have so many bytes each (machine.eager_bytes).
@@ -177,3 +179,17 @@ def spans_between(
             found.append(slice(start, min(segment.start, stop)))
         start = max(start, segment.stop)
     return (*found, slice(start, stop)) if start < stop else tuple(found)
+
+
+def together(comm: Comm, merged: Merged, name: str, shards: list[slice]) -> Any:
+    """Return a vector of which ranks had their shards, (P,); 0 where it is lost.
+
+    Communicates: collective, one Allreduce of 4P bytes, blocking.
+    """
+    whole_P = np.zeros(shards[-1].stop, np.float32)
+    for rank, state in merged.held.items():
+        if name in state:
+            whole_P[shards[rank]] = state[name]
+    if comm.size > 1:
+        comm.exact.Allreduce(IN_PLACE, whole_P)
+    return merged.means.get(name, whole_P)  # or one rank had all of it

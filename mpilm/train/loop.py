@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,37 +18,26 @@ from mpilm.errors import (
     MpilmError,
     RanksDiedError,
 )
-from mpilm.optim.schedules import Schedule
-from mpilm.storage.runlog import RunLog
 from mpilm.storage.saved import State, nested
-from mpilm.strategies import Strategy, find_strategy
+from mpilm.strategies import Strategy
 from mpilm.strategies.ema import Ema
-from mpilm.train.best_model import BestModel
+from mpilm.train.assembly import Assembly
 from mpilm.train.consensus import measure_consensus
-from mpilm.train.deaths import go_on, same_optimizer
 from mpilm.train.evaluate import Quality, evaluate, final_model, swapped
-from mpilm.train.failure import Failure
 from mpilm.train.folder import RunFolder
-from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
-from mpilm.train.notes import introduction
 from mpilm.train.profile import StepProfile
-from mpilm.train.resume_point import ResumePoint, Stateful
-from mpilm.train.run import learner_of, make_schedule, without_init
-from mpilm.train.saving import Saving
 from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.train.summary import closing_lines, summarise
-from mpilm.train.task import Task, open_task
-from mpilm.train.timeline import Timeline
 from mpilm.world.base import World
 
 if TYPE_CHECKING:
-    from mpilm.learner.learner import Learner
+    pass
 
 COUNTS = ("mixes", "staleness")  # of a strategy's metrics, in a row of the log
 
 
-class Trainer:
+class Trainer(Assembly):
     """One rank's part in a run.
 
     Args:
@@ -76,10 +64,8 @@ class Trainer:
         resume: bool = False,
         profile: bool = False,
     ) -> None:
-        self.config, self.world = config, world
-        self.folder = RunFolder(out, resumed_by=self.resumed_by)
+        super().__init__(config, world, RunFolder(out, resumed_by=self.resumed_by))
         self.profile: StepProfile | None = None
-        self.death = ""  # what a person is told of the last one
         try:
             self.set_up(resume=resume)
             if profile and not self.has_ended:
@@ -88,145 +74,6 @@ class Trainer:
         except BaseException:
             self.folder.release()
             raise
-
-    def set_up(self, *, resume: bool) -> None:
-        """Make the parts, or take them up where they were. Collective."""
-        config, world = self.config, self.world
-        kind = find_strategy(config.strategy.name)
-        self.strategy = kind(world, config.strategy.settings)
-        lockstep = self.strategy.lockstep
-        with world.all_or_none():
-            self.task = self.open_task()
-            self.batches = self.task.batches(config, world, lockstep=lockstep)
-            self.task.require_evaluated(config.train, world.rank, world.size)
-            self.schedule = self.make_schedule()
-            self.folder.claim(world.rank, resume=resume)
-        self.saving = Saving(config, self.task, self.folder, world)
-        place = self.saving.find() if resume else None
-        self.has_ended = place is not None and place.is_end
-        if self.has_ended:
-            return
-        self.timeline = Timeline(world, config.train.trace_steps)
-        with world.all_or_none():
-            self.learner = self.make_learner(is_new=place is None)
-            self.strategy.require(self.learner)
-        self.assemble(place)
-
-    def assemble(self, place: ResumePoint | None) -> None:
-        """Make what belongs to these ranks, of a new run or at a place. Collective."""
-        config, world = self.config, self.world
-        self.totals = Totals()
-        self.batches.start(config.train.samples)
-        if place:
-            place.begin_(self.learner, world)
-        self.strategy.start(self.learner)
-        if place and place.merged:
-            with world.all_or_none():
-                merged = place.merged.under("strategy")
-                self.strategy.take_over(self.learner, merged)
-        with world.all_or_none():
-            self.ema: Ema | None = None
-            if config.ema.on:
-                of = self.strategy, self.learner
-                self.ema = Ema(config.ema, *of, done=self.batches.done)
-            self.best = BestModel(self.learner) if self.schedule.rejects else None
-            before = place.samples if place else 0
-            self.validations = Milestones(config.train.valid_every, before)
-            if place:
-                self.totals = place.restore_(self.parts)
-            if world.rank == 0:
-                self.folder.describe(config, self.task, place)
-        self.failure = Failure(
-            self.totals,
-            self.folder.checkpoints,
-            max_bad_steps=config.train.max_bad_steps,
-            max_bad_rounds=config.train.max_bad_rounds,
-            is_nats=self.task.measure == "perplexity",
-        )
-        self.batches.synchronise(self.learner.samples)
-        self.before = self.learner.samples  # this step, on this rank
-        self.learner.refresh = self.refresh_lr
-        self.recorder = MetricsRecorder(world, self.totals, self.learner.spent)
-        self.savings = Milestones(config.checkpoint.every, self.samples)
-        self.is_validated = False  # the model has not changed since it was
-        self.is_saved = place is not None
-        with world.all_or_none():
-            path, step = self.folder.log(world.rank), self.totals.step
-            self.log = RunLog(path, world.rank, LOG_FIELDS, from_step=step)
-        self.screen = Screen(
-            config.train.samples,
-            samples=self.samples,
-            train_seconds=self.totals.train_seconds,
-            speaks=world.rank == 0,
-            perplexity=self.task.sample == "token",
-            virtual=world.is_virtual,
-        )
-        if self.death:
-            self.screen.line(self.death)
-            return
-        lines = introduction(config, self.task, self.strategy, self.learner)
-        for line in (*lines, *(place.lines() if place else ())):
-            self.screen.line(line)
-
-    def regroup(self) -> bool:
-        """Go on without the ranks that have died; return whether there is more to do.
-
-        Raises:
-            MpilmError: fewer ranks cannot train so.
-
-        Communicates: collective among the ranks that are left.
-        """
-        config, world = self.config, self.world
-        place = go_on(self)
-        if place is None:
-            return False
-        assert place.merged is not None
-        if self.strategy.same_optimizer:
-            merged = same_optimizer(world.comm, place.merged)
-            place = replace(place, own=merged.state, merged=merged)
-        kind = find_strategy(config.strategy.name)
-        self.strategy = kind(world, config.strategy.settings)
-        self.timeline = Timeline(world, config.train.trace_steps)
-        with world.all_or_none():
-            lockstep = self.strategy.lockstep
-            self.batches = self.task.batches(config, world, lockstep=lockstep)
-            self.learner.batches = self.batches
-            self.learner.compute = self.timeline.compute
-            self.schedule = self.make_schedule()
-            self.strategy.require(self.learner)
-            self.folder.inherit(world.rank)
-        self.saving = Saving(config, self.task, self.folder, world)
-        self.assemble(place)
-        self.totals.step = place.step
-        return True
-
-    # what is made of a configuration
-    def open_task(self) -> Task:
-        """Return what is learned. No communication."""
-        return open_task(self.config.data.corpus, self.config.model)
-
-    def make_schedule(self) -> Schedule:
-        """Return the learning rate as a function of global samples."""
-        return make_schedule(self.config, self.world.size)
-
-    def make_learner(self, *, is_new: bool) -> Learner:
-        """Return this rank's learner, of a run that begins or not. No communication."""
-        config = self.config if is_new else without_init(self.config)
-        compute = self.timeline.compute
-        return learner_of(config, self.task, self.batches, self.world, compute)
-
-    @property
-    def samples(self) -> int:
-        """Samples that all ranks have processed, as known here."""
-        return self.batches.done(self.learner.samples)
-
-    def refresh_lr(self) -> None:
-        """Set the learning rate to the one after the samples of all ranks so far.
-
-        In lockstep those before this step. Otherwise the others go on while this rank
-        computes, and its update takes the rate of the moment in which it is made.
-        """
-        self.learner.lr = self.schedule.lr(self.batches.done(self.before))
 
     def train(self, stop: StopRequest | None = None) -> bool:
         """Train to the end; return False if `stop` was requested on some rank.
@@ -492,21 +339,6 @@ class Trainer:
                 models |= self.final_model(self.ema, "theta_ema")
             self.saving.write(models, self.parts, self.totals, self.samples)
         self.is_saved = True
-
-    @property
-    def parts(self) -> dict[str, Stateful]:
-        """What has a state, by its name in a checkpoint."""
-        parts: dict[str, Stateful] = {
-            "learner": self.learner,
-            "strategy": self.strategy,
-            "schedule": self.schedule,
-            "validations": self.validations,
-        }
-        if self.best:
-            parts["best"] = self.best
-        if self.ema:
-            parts["ema"] = self.ema
-        return parts
 
     @contextmanager
     def paused(self, name: str) -> Iterator[None]:
