@@ -46,7 +46,7 @@ from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, WireConfig
 from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.strategies.pushed import Pushed
 from mpilm.strategies.row_server import RowServer
-from mpilm.strategies.rows import shards_of, together
+from mpilm.strategies.rows import from_shards, shards_of
 from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.strategies.units import Units, unit_matrices
 from mpilm.vectors import fill_, to_array
@@ -105,7 +105,7 @@ class AsyncSgd(Strategy):
         super().__init__(world, config)
         self.pace.moves_first = True
         self.clock = 0
-        self.pushed = Pushed()
+        self.own_steps = Pushed()
         self.units: Units | None = None  # all are pushed
 
     def start(self, learner: Learner) -> None:
@@ -146,7 +146,7 @@ class AsyncSgd(Strategy):
             return self.step_of_rows(service, learner)
         service.pull(learner.theta, self.clock)  # (1)
         loss = learner.gradient()
-        service.push(self.pushed.of(learner))  # (2), (3)
+        service.push(self.pushed(learner))  # (2), (3)
         self.clock += 1
         return loss
 
@@ -157,12 +157,20 @@ class AsyncSgd(Strategy):
             ids = {name: to_array(read) for name, read in learner.draw().items()}
         service.pull_part(learner.theta, ids, self.clock)  # (1)
         loss = learner.gradient()
-        u, rows = self.pushed.of_rows(learner)
+        u, rows = self.pushed_rows(learner)
         if self.units:
             rows |= self.units.chosen(u, self.clock)
         service.push_part(u, rows)  # (2), (3)
         self.clock += 1
         return loss
+
+    def pushed(self, learner: Learner) -> Any:
+        """Return u, (P,): (2)."""
+        return self.own_steps.of(learner)
+
+    def pushed_rows(self, learner: Learner) -> tuple[Any, dict[str, Any]]:
+        """Return u before the row tables, and of the rows in `rows`: (2)."""
+        return self.own_steps.of_rows(learner)
 
     def require(self, learner: Learner) -> None:
         super().require(learner)
@@ -238,13 +246,13 @@ class AsyncSgd(Strategy):
         service, layout = self.service, learner.layout
         before = shards_of(layout, merged.size, self.config.servers)
         if not all(merged.places):
-            values_P = together(self.comm, merged, "service/values", before)
+            values_P = from_shards(self.comm, merged, "service/values", before)
             for where, place in zip(before, merged.places, strict=True):
                 if place:
                     fill_(learner.theta[where], values_P[where])
         service.load(learner.theta)
         if self.config.momentum:
-            whole_P = together(self.comm, merged, "service/velocity", before)
+            whole_P = from_shards(self.comm, merged, "service/velocity", before)
             fill_(service.velocity, whole_P[service.own])
 
     def conserved(self, learner: Learner) -> Any:

@@ -181,7 +181,7 @@ def spans_between(
     return (*found, slice(start, stop)) if start < stop else tuple(found)
 
 
-def together(comm: Comm, merged: Merged, name: str, shards: list[slice]) -> Any:
+def from_shards(comm: Comm, merged: Merged, name: str, shards: list[slice]) -> Any:
     """Return a vector of which ranks had their shards, (P,); 0 where it is lost.
 
     Communicates: collective, one Allreduce of 4P bytes, blocking.
