@@ -84,6 +84,17 @@ def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:
         )
     if size == 1:
         return
+    if config.world.on_death == "go_on":
+        if not strategy.survives:
+            yield (
+                f'world.on_death = "go_on": {strategy.name} ends when a rank dies'
+                " (docs/reliability.md says which go on)"
+            )
+        elif not strategy.world.can_shrink:
+            yield (
+                'world.on_death = "go_on": this MPI ends when a rank dies; Open MPI 5'
+                " goes on under mpirun --with-ft ulfm"
+            )
     is_own = config.model.name == OWN
     if not strategy.lockstep and is_own:
         yield (

@@ -38,6 +38,12 @@ NOTED = {
         "gossip_bmuf",
         {"schedule": TIMES, "strategy": {"group_size": 2, "filter": False}}, None,
     ),
+    "deaths that this world cannot survive": (
+        "bmuf", {"world": {"on_death": "go_on"}}, "this MPI ends when a rank dies",
+    ),
+    "deaths that this strategy cannot survive": (
+        "sgp", {"world": {"on_death": "go_on"}}, "sgp ends when a rank dies",
+    ),
     "averages": ("model_averaging", {"schedule": TIMES}, None),
     "ranks counted twice in pushes": (
         "async_sgd", {"schedule": TIMES, "data": {"source": "pool"}},
