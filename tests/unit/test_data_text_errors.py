@@ -153,5 +153,5 @@ def test_no_room_for_the_numbers_is_one_line(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr("mpilm.data.text.TemporaryFile", full)
     message = refused(path, path, path, tmp_path / "c.h5")
     assert message == (
-        f"{tmp_path}: a file beside the corpus: {os.strerror(errno.ENOSPC)}"
+        f"{tmp_path / 'c.h5'} cannot be written: {os.strerror(errno.ENOSPC)}"
     )
