@@ -236,6 +236,7 @@ def mpi_library() -> str:
     import mpi4py
 
     mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = True  # or it would not be, however MPI is started later
     from mpi4py import MPI
 
     return MPI.Get_library_version()

@@ -10,7 +10,15 @@ import pytest
 from tests.launch.conftest import mpirun
 
 CHECKED = (
-    *("MPI", "threads of MPI", "world", "Python", "packages", "ranks per node"),
+    *(
+        "container",
+        "MPI",
+        "threads of MPI",
+        "world",
+        "Python",
+        "packages",
+        "ranks per node",
+    ),
     *("cores", "threads", "GPUs", "clock", "shared memory", "run folder"),
     *("HDF5 locking", "scheduler", "same node", "allreduce", "MPI progress"),
 )
