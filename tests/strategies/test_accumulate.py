@@ -108,6 +108,7 @@ def test_the_rate_the_log_and_the_simulation_go_by_its_samples(run):
     assert np.all(np.diff(rows["lr"]) < 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", ["shards", "pool"])
 @pytest.mark.parametrize("name", ["adpsgd", "async_sgd", "gossip_bmuf"])
 def test_out_of_lockstep_a_run_ends_after_its_samples(run, name, source):
@@ -129,6 +130,7 @@ def test_out_of_lockstep_a_run_ends_after_its_samples(run, name, source):
     assert goal <= sum(done) < goal + size * per_step
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number(run):
     first = run(2, "allreduce", steps=8, out="x", train={"accumulate": 2})
     more = run(2, "allreduce", steps=20, out="x", resume=True, train={"accumulate": 4})

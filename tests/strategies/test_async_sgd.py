@@ -198,6 +198,7 @@ def ended(server):
     server.end()
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 6), st.lists(row_choices, min_size=6, max_size=6))
 def test_rows_are_pulled_and_pushed_as_in_the_dense_model(size, choices):

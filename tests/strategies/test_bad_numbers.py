@@ -138,6 +138,7 @@ def test_a_bad_model_is_left_out_of_blocks(run, damaged, tmp_path, case, factor)
     assert summary["valid_perplexity"] < 40
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("delay", [0, 2])
 @pytest.mark.parametrize("name", ["bmuf", "gossip_bmuf"])
 def test_what_is_left_out_goes_on_from_the_mean_of_the_others(

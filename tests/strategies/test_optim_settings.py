@@ -164,6 +164,7 @@ def test_every_optimizer_differs_from_plain_sgd(method, name):
     assert np.abs(found - plain).max() > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "setting"),
     [(name, setting) for name, changes in CHANGES.items() for setting in changes],

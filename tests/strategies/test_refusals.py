@@ -127,6 +127,7 @@ def test_without_thread_multiple(run, monkeypatch, name):
     assert_words(line_of(refused), words)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inner", ["allreduce", "dpsgd"])
 def test_synchronous_nodes_need_no_thread_multiple(run, monkeypatch, inner):
     monkeypatch.setattr(VirtualWorld, "background", False)
@@ -218,6 +219,7 @@ def test_resumed_with_other_settings(run, case, nodes):
 SAMPLED = {"softmax": "sampled", "sampled_frequent": 10, "sampled_random": 30}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "after", "key"),
     [

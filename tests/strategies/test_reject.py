@@ -44,6 +44,7 @@ def train(run, **sections):
     return run(2, "model_averaging", train=settings, **SECTIONS, **sections)
 
 
+@pytest.mark.long
 def test_every_rank_goes_back_to_what_it_had_at_the_best_validation(run, verdicts):
     trainers = train(run)
     for rank in range(2):

@@ -93,6 +93,7 @@ def test_a_run_goes_on_at_another_size(run, tmp_path, taken_over, name):
     assert 3000 <= summary["samples"] < 3000 + 2 * size * 40
 
 
+@pytest.mark.long
 def test_samples_are_exact_where_they_cannot_be_shared_evenly(run, tmp_path):
     """1,120 samples go on on 3 ranks, then on 7: none is lost to rounding."""
     counts = []
@@ -104,6 +105,7 @@ def test_samples_are_exact_where_they_cannot_be_shared_evenly(run, tmp_path):
     assert counts == [1120, 1600, 2160]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bmuf", "gossip_bmuf"])
 @pytest.mark.parametrize("momentum", ["classical", "nesterov"])
 def test_the_filtered_model_and_its_momentum_stay(run, tmp_path, name, momentum):

@@ -30,6 +30,7 @@ def contents(folder):
     return {str(path): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_in_use_is_refused_and_left_alone(run, tmp_path, resume):
     run(2, "allreduce", out="x", steps=5)
@@ -123,6 +124,7 @@ def test_changes_of_a_past_that_was_left_are_forgotten(run, tmp_path):
     assert folder.read_config().optim.settings.lr == 0.5
 
 
+@pytest.mark.long
 def test_a_run_that_has_ended_is_left_alone(run, tmp_path, capsys):
     run(2, "allreduce", out="x", steps=10)
     before = contents(tmp_path / "x")
@@ -153,6 +155,7 @@ def test_whatever_its_name_a_checkpoint_is_no_free_folder(run, tmp_path, name):
     assert contents(tmp_path / "x") == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sections", [{"train": {"seed": 2}}, {"model": {"embed": 9}}])
 def test_what_the_first_model_and_the_data_depend_on_is_refused(run, sections):
     run(2, "allreduce", out="x", steps=5)

@@ -28,7 +28,7 @@ def test_random_schedules(name):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_schedule(name, seed):
     sweep(name, [seed])

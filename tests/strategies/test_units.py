@@ -110,6 +110,7 @@ def test_tensors_are_chosen_as_arrays_are():
 
 
 # in runs
+@pytest.mark.long
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("model", [ROWS, {}], ids=["rows", "dense"])
 def test_only_chosen_units_move(run, model, clip):
@@ -146,6 +147,7 @@ def test_runs_learn_and_send_less_and_go_on_from_a_checkpoint(run, unsent):
         assert all(kept[s.slice].any() for s in unit_matrices(learner.layout))
 
 
+@pytest.mark.long
 def test_the_bytes_are_those_that_the_world_counts(run):
     settings = {"strategy": {"units": 0.3}, "model": ROWS, **POOL}
     found = run(3, "async_sgd", steps=7, **settings)

@@ -222,6 +222,7 @@ def test_a_model_of_other_frames_or_classes_is_refused(tones, model, tmp_path):
                 WordHmms.from_json(corpus.hmm)
 
 
+@pytest.mark.long
 def test_a_split_without_texts_is_decoded_but_not_judged(tones, model, tmp_path):
     silent = tmp_path / "silent.h5"
     silent.write_bytes(tones.read_bytes())

@@ -109,6 +109,7 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
     assert nowhere.status == "problem"
 
 
+@pytest.mark.long
 def test_a_child_that_crashes_or_hangs_is_an_answer():
     assert children.python("print('x')") == (0, "x")
     assert children.python("import os; os.abort()")[0] == -6

@@ -100,6 +100,7 @@ def test_an_export_takes_the_place_of_no_input(trained, capsys):
     assert main(["export", str(trained), "--out", beside]) == 0
 
 
+@pytest.mark.long
 def test_training_writes_over_no_configuration(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -42,6 +42,7 @@ def run(folder, *arguments, path=None):
     return done
 
 
+@pytest.mark.long
 def test_dry_run_of_a_sweep_prints_every_command(folder):
     done = run(
         folder,

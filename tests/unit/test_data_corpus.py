@@ -163,6 +163,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["c.h5"]
 
 
+@pytest.mark.long
 def test_a_killed_prepare_leaves_the_old_corpus_whole(tmp_path: Path) -> None:
     """SIGKILL in the middle of the encoding pass."""
     path = write(tmp_path / "c.h5")

@@ -88,6 +88,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("alignment", ["pdf.scp", "pdf.txt"])
 def test_kaldi_folders_give_equal_corpora(tmp_path, change, alignment) -> None:

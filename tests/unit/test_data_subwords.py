@@ -105,6 +105,7 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
         assert text_of_pieces(line, corpus.vocabulary, again) == LINES[0]
 
 
+@pytest.mark.long
 def test_trained_evaluated_and_generated_from(tmp_path: Path, capsys) -> None:
     corpus = prepare(tmp_path)
     document = {

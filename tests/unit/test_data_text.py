@@ -131,6 +131,7 @@ def test_characters(tmp_path: Path) -> None:
     assert (summary.level, summary.vocabulary) == ("char", 6)
 
 
+@pytest.mark.long
 def test_the_same_text_gives_the_same_file_at_another_time(tmp_path: Path) -> None:
     prepare(tmp_path, "a b\n", vocab=4)
     first = (tmp_path / "c.h5").read_bytes()

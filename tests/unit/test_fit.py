@@ -111,6 +111,7 @@ def test_groups_of_the_optimiser_keep_their_settings(tmp_path):
     assert not torch.equal(models[0][3].weight, before[3].weight)
 
 
+@pytest.mark.long
 def test_a_scheduler_steps_by_epochs_or_by_validations(tmp_path):
     def tenth(optimizer):
         return LambdaLR(optimizer, lambda epoch: 0.1**epoch)

@@ -93,6 +93,7 @@ def test_the_second_one_is_refused_and_nothing_is_left(tmp_path, has_locks):
     Owner(tmp_path).take().release()
 
 
+@pytest.mark.long
 def test_the_owner_is_named_and_its_death_frees_the_folder(tmp_path, has_locks):
     process = start(tmp_path, has_locks=has_locks, SLURM_JOB_ID="17")
     assert process.stdout.readline() == "mine\n"

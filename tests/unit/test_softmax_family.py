@@ -99,6 +99,7 @@ def test_no_word_stands_twice_and_every_target_stands_in_the_sample():
         assert torch.isin(certain, ids).all()
 
 
+@pytest.mark.long
 def test_the_estimate_of_the_sum_over_all_words_has_its_mean():
     x, targets = draw_problem()
     layer = filled(SampledSoftmax(H, V, num_frequent=4, num_random=15))

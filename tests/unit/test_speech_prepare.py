@@ -95,6 +95,7 @@ def recognise(corpus, hmms, split):
     return jiwer.wer(corpus.split(split).texts, texts)
 
 
+@pytest.mark.long
 def test_the_same_input_gives_the_same_corpus(tmp_path):
     folder = write_words(tmp_path / "wav", 4)
     prepare(folder, tmp_path / "a.h5")
