@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpilm.report.folders import read
-from mpilm.report.reader import PARTS, RankRow, Run
-
-SLOW = 0.8  # a score below this is pointed at, as in the report
+from mpilm.report.reader import PARTS, SLOW, RankRow, Run
 
 
 def read_ranks(folder: Path) -> tuple[Run, list[RankRow]]:

@@ -23,7 +23,6 @@ import tyro
 from mpilm.commands import ranks
 from mpilm.commands.points import SUBMITTED, Point, Spec
 from mpilm.commands.queued import make
-from mpilm.commands.ranks import rank_table, read_ranks
 from mpilm.commands.swept import NAME, State, Sweep, last_line, point_table, write_table
 from mpilm.errors import (
     INTERRUPTED,
@@ -100,9 +99,11 @@ def status(
     if slow_nodes or (folder / "config.toml").exists():
         if csv is not None:
             raise ConfigError("--csv: is for sweeps; `mpilm report RUN --csv FOLDER`")
-        run, rows = read_ranks(folder)
-        nodes = ranks.slow_nodes(rows, slow_nodes) if slow_nodes else []
-        for line in [",".join(nodes)] if slow_nodes else rank_table(run, rows):
+        run, rows = ranks.read_ranks(folder)
+        if slow_nodes:
+            print(",".join(ranks.slow_nodes(rows, slow_nodes)))
+            return 0
+        for line in ranks.rank_table(run, rows):
             print(line)
         return 0
     found = Sweep.read(folder)

@@ -11,13 +11,12 @@ from mpilm.doctor.findings import amount
 from mpilm.report import plots
 from mpilm.report.charts import Look
 from mpilm.report.groups import differing, flat, looks, shown
-from mpilm.report.reader import PARTS, RankRow, Run
+from mpilm.report.reader import PARTS, SLOW, RankRow, Run
 from mpilm.report.skin import SCRIPT, STYLE
 from mpilm.report.timeline import timeline
 
 MOST_RANKS = 16  # with more ranks, the table shows so many: the slowest
 MOST_OPEN = 3  # runs whose ranks are shown unfolded
-SLOW = 0.8  # a score below this is marked; chosen, not tuned
 
 Show = Callable[[float], str]
 

@@ -27,6 +27,7 @@ Vector = NDArray[np.float64]
 
 POINTS = 240  # of a curve: a pixel or two of it each
 MOMENTS = 60  # of the curve of waiting
+SLOW = 0.8  # a score below this is pointed at; chosen, not tuned
 SMOOTHING = 25  # a point is the mean of so many neighbours, or fewer for few points
 PARTS = ("data", "forward", "backward")  # of a gradient, by the log
 WINDOWS = 10  # of a run, for the score against a rank's own best
@@ -263,13 +264,15 @@ class Run:
 
     def rank_rows(self) -> list[RankRow]:
         """Return what each rank did, with its straggler scores."""
-        totals = {r: self._totals(r) for r in self.logs if self._windows(r).size}
+        found = {rank: self._windows(rank) for rank in self.logs}
+        each = {rank: windows for rank, windows in found.items() if windows.size}
+        totals = {rank: self._totals(rank) for rank in each}
         cost = {r: (s - b) / n for r, (s, b, n, _) in totals.items()}
         best = min(cost.values(), default=math.nan)
-        last = min((self._windows(r)[-1] for r in totals), default=math.nan)
+        last = min((windows[-1] for windows in each.values()), default=math.nan)
         rows = []
-        for rank, (seconds, blocked_s, samples, sent) in totals.items():
-            windows = self._windows(rank)
+        for rank, windows in each.items():
+            seconds, blocked_s, samples, sent = totals[rank]
             rows.append(
                 RankRow(
                     rank=rank,

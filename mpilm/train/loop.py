@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,9 +29,6 @@ from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.train.summary import closing_lines, summarise
 from mpilm.world.base import World
-
-if TYPE_CHECKING:
-    pass
 
 COUNTS = ("mixes", "staleness")  # of a strategy's metrics, in a row of the log
 
