@@ -351,15 +351,7 @@ class Strategy(ABC):
         """
         entries = {name: name.replace(".", "/") for name in self.lasting}
         here = saved_state(self, self.lasting)
-        found = {e: merged.state[e] for e in here if e in merged.state}
+        state = merged.state
+        found = {entry: state[entry] for entry in here if entry in state}
         names = [name for name, entry in entries.items() if entry in found]
         restore_state_(self, names, found, f"strategy {self.name}")
-
-
-def allreduced_bytes(num_elements: int, size: int) -> int:
-    """Return what an Allreduce of so many float32 moves on each of `size` ranks.
-
-    >>> allreduced_bytes(1000, 4)
-    6000
-    """
-    return 2 * ITEM_BYTES * num_elements * (size - 1) // size

@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.vectors import copy_of
-from mpilm.world.base import Comm, Message, Request, World
-from mpilm.world.service import Service, Work
+from mpilm.world.base import Comm, Message, World
+from mpilm.world.service import OneAtATime, Work
 
 
-class Fragments(Service):
+class Fragments(OneAtATime):
     """One rank's part: it sends what is in its queue, and sums up what comes.
 
     theta    the model, (P,); read under the lock; changed by `mix_` and the learner
@@ -58,9 +58,6 @@ class Fragments(Service):
         self.ack_in, self.ack_out = np.zeros(1, np.uint8), np.zeros(1, np.uint8)
         self.queue: list[tuple[int, int]] = []
         self.counts = np.zeros((fragments, comm.size), np.int64)
-        self.under_way: Request | None = None  # a fragment, then what says it is there
-        self.reply: Request | None = None
-        self.is_sending = False
         self.peer = self.number = 0  # of what is under way
         self.sent = self.received = 0
 
@@ -74,17 +71,7 @@ class Fragments(Service):
             self.incoming = copy_of(self.theta[:longest])
         self.queue = []
 
-    @property
-    def open_requests(self) -> list[Request]:
-        """What it has started and not waited for."""
-        return [request for request in (self.under_way, self.reply) if request]
-
     # it sends
-    @property
-    def is_asking(self) -> bool:
-        """Whether a fragment is under way, or not yet acknowledged."""
-        return self.under_way is not None
-
     def own_work(self) -> Work | None:
         """Return the next part of sending."""
         if self.under_way is None:
@@ -115,13 +102,6 @@ class Fragments(Service):
         self.under_way = None
 
     # it receives
-    @property
-    def can_answer(self) -> bool:
-        """Whether the last acknowledgement has gone."""
-        if self.reply is not None and self.reply.Test():
-            self.reply = None
-        return self.reply is None
-
     def answer(self, message: Message) -> None:
         """Add a fragment to the sums, and say so."""
         part = self.slices[message.tag]

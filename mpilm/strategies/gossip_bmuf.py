@@ -196,13 +196,14 @@ class GossipBmuf(BlockStrategy):
                 for n, vector in enumerate(vectors)
             ]
         else:
-            means = [
+            whole = [
                 Mean(self.comm, vector[where], members, tag=tag + n)
                 for n, vector in enumerate(vectors)
             ]
-        if self.inboxes and self.delay:  # or MPI moves nothing while it computes
-            for mean, inbox in zip(means, self.inboxes, strict=True):
-                mean.receive([buffer[where] for buffer in inbox])
+            if self.delay:  # or MPI moves nothing while the learner computes
+                for mean, inbox in zip(whole, self.inboxes, strict=True):
+                    mean.receive([buffer[where] for buffer in inbox])
+            means = [*whole]
         others = [member for member in members if member != self.comm.rank]
         losses = None
         if self.leaving:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.strategies.base import allreduced_bytes
 from mpilm.vectors import is_finite
 from mpilm.world.base import IN_PLACE, Comm
 
@@ -94,7 +93,7 @@ def left_out_of(comm: Comm, leaving: LeaveOut) -> tuple[NDArray[np.bool_], int]:
     comm.Allreduce(IN_PLACE, losses_K)
     is_out_K = leaving.judge(losses_K)
     leaving.out_C[:] = is_out_K[comm.rank]
-    return is_out_K, allreduced_bytes(2 * comm.size, comm.size)
+    return is_out_K, comm.exact.allreduced_bytes(2 * comm.size)  # float64
 
 
 class Losses:

@@ -27,11 +27,11 @@ import numpy as np
 
 from mpilm.strategies.base import Learner
 from mpilm.vectors import SparseVector, copy_of
-from mpilm.world.base import Comm, Message, Request, World
-from mpilm.world.service import Service, Work
+from mpilm.world.base import Comm, Message, World
+from mpilm.world.service import OneAtATime, Work
 
 
-class Pairwise(Service):
+class Pairwise(OneAtATime):
     """One rank's part: it asks whenever it has credit, and answers whoever asks.
 
     x           the model, (P,); read and written under the lock
@@ -69,9 +69,6 @@ class Pairwise(Service):
         self.answering: Any = None  # somebody's snapshot, then the delta for it
         cuts = [index * len(theta) // pieces for index in range(pieces + 1)]
         self.slices = [slice(*ends) for ends in pairwise(cuts)]
-        self.under_way: Request | None = None  # what the own exchange waits for
-        self.reply: Request | None = None  # the answer that is being sent
-        self.is_sending = False  # the own exchange sends its snapshot
         self.peer = self.piece = 0  # of the own exchange
         self.credit = 0.0
         self.num_unread = self.round = 0
@@ -93,11 +90,6 @@ class Pairwise(Service):
         moved = self.comm.item_bytes * len(self.theta) * int(self.partners.sum())
         return moved, moved
 
-    @property
-    def open_requests(self) -> list[Request]:
-        """What it has started and not waited for."""
-        return [request for request in (self.under_way, self.reply) if request]
-
     # for the learner, under the lock
     def read_(self, theta: Any) -> None:
         """Set theta to x."""
@@ -108,11 +100,6 @@ class Pairwise(Service):
         self.x[:] = learner.theta
 
     # it asks
-    @property
-    def is_asking(self) -> bool:
-        """Whether an own exchange is under way."""
-        return self.under_way is not None
-
     def own_work(self) -> Work | None:
         """Return the next part of the own exchange, or its begin."""
         if self.under_way is None:
@@ -146,10 +133,9 @@ class Pairwise(Service):
         self.is_sending = False
 
     def take_delta(self) -> None:
-        """(3) for one piece; go on with the next."""
-        part = self.slices[self.piece]
+        """Apply (3) to one piece; go on with the next."""
         with self.lock:
-            self.x[part] += self.asking[: part.stop - part.start]
+            self.mix_()
             self.num_unread += 1
         self.piece += 1
         if self.piece < len(self.slices):
@@ -158,14 +144,12 @@ class Pairwise(Service):
             self.under_way = None
             self.partners[self.peer] += 1
 
-    # it answers
-    @property
-    def can_answer(self) -> bool:
-        """Whether the last answer has gone: its buffer is in use before."""
-        if self.reply is not None and self.reply.Test():
-            self.reply = None
-        return self.reply is None
+    def mix_(self) -> None:
+        """(3) for the piece that has come. Under the lock."""
+        part = self.slices[self.piece]
+        self.x[part] += self.asking[: part.stop - part.start]
 
+    # it answers
     def answer(self, message: Message) -> None:
         """(2) for one piece."""
         part = self.slices[message.tag]

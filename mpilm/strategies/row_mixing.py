@@ -18,7 +18,7 @@ Departs     from the mean of whole models: a row that nobody of a pair has touch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def agree_in_pairs(
 
 
 class RowMean:
-    """One mean (1) on its way; used as mixing.Mean is.
+    """One mean (1) on its way; as mixing.Mean, but with buffers of its own.
 
     Args:
         vector: x of this rank, (P,); not to be changed before `finish_`.
@@ -86,9 +86,6 @@ class RowMean:
     def num_bytes(self) -> int:
         """Bytes sent, and as many received."""
         return self.comm.item_bytes * sum(part.size for part in self.pairs.values())
-
-    def receive(self, buffers: Sequence[Any]) -> None:
-        """Do nothing: it receives into buffers of its own."""
 
     def finish_(self, out: Any = None) -> None:
         """Apply (1) to `out`, which holds x already, or to `vector`.

@@ -95,15 +95,13 @@ class PairwiseRows(Pairwise):
     def take_delta(self) -> None:
         if self.head is not None:
             self.head.Wait()  # the answer to it is there
-        with self.lock:
-            self.mix(self.parts[self.piece], self.asking)
-            self.num_unread += 1
-        self.piece += 1
-        if self.piece < self.num_pieces:
-            self.send_snapshot()
-        else:
-            self.under_way = None
-            self.partners[self.peer] += 1
+        super().take_delta()
+
+    def mix_(self) -> None:
+        part, mixed = self.parts[self.piece], self.asking
+        mixed += part.of(self.x)
+        part.set_(self.x, mixed)
+        self.note(part)
 
     # it answers
     def answer(self, message: Message) -> None:
@@ -134,12 +132,6 @@ class PairwiseRows(Pairwise):
         each = np.split(ids, np.cumsum(counts)[:-1])
         dense = cut_part(ShardPart((slice(0, end),), ()), self.num_pieces)[piece].dense
         return ShardPart(dense, tuple(zip(tables, each, strict=True)))
-
-    def mix(self, part: ShardPart, delta: Any) -> None:
-        """Add to x, under the lock."""
-        delta += part.of(self.x)
-        part.set_(self.x, delta)
-        self.note(part)
 
     def note(self, part: ShardPart) -> None:
         """Remember which rows of x the learner has not read yet."""

@@ -44,6 +44,7 @@ class RowServer(ParameterServer):
 
     Args:
         units: the hidden matrices of which some rows are pushed.
+        settings: those of ParameterServer.
     """
 
     def __init__(
@@ -52,14 +53,10 @@ class RowServer(ParameterServer):
         comm: Comm,
         layout: Layout,
         *,
-        momentum: float,
-        bound: int,
-        servers: int = 0,
         units: tuple[Segment, ...] = (),
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            world, comm, layout, momentum=momentum, bound=bound, servers=servers
-        )
+        super().__init__(world, comm, layout, **settings)
         tables = layout.tables
         self.in_rows = {PULL_PART: tables, PUSH_PART: (*units, *tables)}
         self.dense = {

@@ -9,8 +9,8 @@ have had their answers, and none is on its way. The rank that learns of it first
 begin again and ask before another has stopped, so questions change between two
 communicators from one end to the next: what comes early waits for the next `begin`.
 
-`Pairwise` (adpsgd), `ParameterServer` (async_sgd) and `Counter` (samples and the pool's
-leases, on rank 0 only) are services.
+`Pairwise` (adpsgd), `Fragments` (divshare), `ParameterServer` (async_sgd) and `Counter`
+(samples and the pool's leases, on rank 0 only) are services.
 """
 
 from __future__ import annotations
@@ -148,3 +148,32 @@ class Service(ABC):
 
     def _stop(self) -> None:
         self._is_over = True
+
+
+class OneAtATime(Service):
+    """A service that has one request of its own under way, and one answer.
+
+    under_way   what it waits for; None: it may begin anew
+    is_sending  that is a message of its own on its way; else the answer to it
+    reply       the answer to another rank on its way; None: it may take a message
+    """
+
+    def __init__(self, world: World, comm: Comm, name: str) -> None:
+        super().__init__(world, comm, name)
+        self.under_way: Request | None = None
+        self.is_sending = False
+        self.reply: Request | None = None
+
+    @property
+    def open_requests(self) -> list[Request]:
+        return [request for request in (self.under_way, self.reply) if request]
+
+    @property
+    def is_asking(self) -> bool:
+        return self.under_way is not None
+
+    @property
+    def can_answer(self) -> bool:
+        if self.reply is not None and self.reply.Test():
+            self.reply = None
+        return self.reply is None
