@@ -138,14 +138,8 @@ def num_steps(ranks: int, smoke: bool) -> int:
 
 def machine_of(name: str, parameters: int) -> Machine:
     """Return a machine on which the small model takes the times of the large one."""
-    found, scale = find_machine(name).machine, PLAYED / parameters
-    return replace(
-        found,
-        step_s=STEP_S,
-        bandwidth_Bps=found.bandwidth_Bps / scale,
-        node_bandwidth_Bps=found.node_bandwidth_Bps / scale,
-        eager_bytes=int(found.eager_bytes / scale),
-    )
+    machine = find_machine(name).machine.scaled(PLAYED / parameters)
+    return replace(machine, step_s=STEP_S)
 
 
 def settings_of(entry: Entry, seed: int) -> dict[str, Any]:

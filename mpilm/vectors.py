@@ -109,6 +109,13 @@ def as_ids(ids: Any, like: Any) -> Any:
     return sys.modules["torch"].from_numpy(ids).to(like.device)
 
 
+def finish_kernels() -> None:
+    """Wait for the GPU, if one is in use, so that its time counts as computing."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 class SparseVector:
     """A numpy vector that keeps no zeros: counts of ranks, of whom few are not 0.
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mpilm.optim.configs import AdamwConfig, MuonConfig, NgSgdConfig, SgdConfig
-from mpilm.optim.muon import MuonAdamw, inner_matrices
+from mpilm.optim.muon import MuonAdamw, adamw, inner_matrices
 from mpilm.optim.ng_sgd import NgSgd, precondition_
 from mpilm.optim.schedules import Choice
 
@@ -67,14 +67,7 @@ def build_optimizer(
                 fused=True,
             )
         elif isinstance(config, AdamwConfig):
-            optimizer = torch.optim.AdamW(
-                parameters,
-                lr=config.lr,
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
+            optimizer = adamw(parameters, config)
         elif isinstance(config, MuonConfig):
             optimizer = MuonAdamw(parameters, matrices=matrices, config=config)
         else:

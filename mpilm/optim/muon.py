@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from mpilm.errors import ConfigError
-from mpilm.optim.configs import MuonConfig
+from mpilm.optim.configs import AdamwConfig, MuonConfig
 
 
 def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -72,6 +72,18 @@ def _own(module: nn.Module) -> Any:
     return (p for p in module.parameters() if p.requires_grad)
 
 
+def adamw(parameters: list[nn.Parameter], config: AdamwConfig | MuonConfig) -> AdamW:
+    """Return torch's AdamW: (4) and (5) of build.py."""
+    return AdamW(
+        parameters,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
 class MuonAdamw(Optimizer):
     """torch.optim.Muon for some parameters beside torch.optim.AdamW for the others.
 
@@ -104,15 +116,7 @@ class MuonAdamw(Optimizer):
             )
         ]
         if others:
-            adamw = AdamW(
-                others,
-                lr=config.lr,
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
-            self._parts.append(adamw)
+            self._parts.append(adamw(others, config))
         groups = [group for part in self._parts for group in part.param_groups]
         super().__init__(groups, {})
         self._share()

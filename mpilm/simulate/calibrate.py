@@ -19,7 +19,6 @@ Long messages are as long as the model, for no library takes a time that is line
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -29,6 +28,7 @@ import numpy as np
 
 from mpilm.doctor.measure import clock
 from mpilm.strategies.base import Strategy
+from mpilm.vectors import finish_kernels
 from mpilm.world.base import IN_PLACE, Comm, World
 from mpilm.world.machine import rounds_of_doubling, rounds_up
 
@@ -174,7 +174,7 @@ def step_times(learner: Any, steps: int) -> tuple[list[float], list[float]]:
         ):
             start_s = clock()
             call()
-            _finish_kernels()
+            finish_kernels()
             seconds_.append(clock() - start_s)
     return took[0][WARM_UP:], took[1][WARM_UP:]
 
@@ -198,12 +198,6 @@ def own_step_s(world: World, strategy: Strategy, learner: Any, steps: int) -> fl
     strategy.retire(learner)
     strategy.finish(learner)
     return sum(world.comm.allgather(own_s)) / world.size / steps
-
-
-def _finish_kernels() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def spread(times: Sequence[Sequence[float]]) -> tuple[float, float]:

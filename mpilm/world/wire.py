@@ -51,6 +51,7 @@ T = TypeVar("T")
 
 WIRES = ("float32", "bfloat16", "float16")
 LARGEST = {"bfloat16": float(2.0**127 * (2 - 2.0**-7)), "float16": 65504.0}
+INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}  # its bits
 NUM_SUMS = 8192  # under way at once: MPI promises tags up to 32,767
 
 
@@ -70,9 +71,7 @@ def narrowed(vector: Any, wire: str) -> Any:
         return short.view(torch.uint8)
     with np.errstate(over="ignore", invalid="ignore"):
         bits = rounded_bits(vector, wire)
-        if (
-            bits & 0x7FFF == rounded_bits(np.array([np.inf], np.float32), wire)[0]
-        ).any():
+        if (bits & 0x7FFF == INFINITY[wire]).any():
             largest = np.float32(LARGEST[wire])
             clipped = np.clip(vector, -largest, largest)
             bits = rounded_bits(np.where(np.isinf(vector), vector, clipped), wire)

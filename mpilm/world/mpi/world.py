@@ -29,6 +29,7 @@ from mpilm.errors import (
     say,
 )
 from mpilm.launch import check_launch
+from mpilm.vectors import finish_kernels
 from mpilm.world.base import Activity, Notify, World, require_ended
 from mpilm.world.faults import Faults
 from mpilm.world.mpi.abort import abort_on_error
@@ -222,7 +223,7 @@ class MpiWorld(World):
             return self._work(work, ready or _ignore)
         parts: list[Any] = []
         result = self._work(work, parts.append)
-        _finish_kernels()
+        finish_kernels()
         lasts_s = factor * max(self.now_s() - start_s, self.step_s)
         if ready is not None:
             for part, share in zip(parts, completion_shares(parts), strict=True):
@@ -426,10 +427,3 @@ def start_mpi() -> Any:
 
 def _ignore(part: Any) -> None:
     """Nobody wants to know."""
-
-
-def _finish_kernels() -> None:
-    """Wait for the GPU, so that its time counts as computing."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
