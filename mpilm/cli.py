@@ -106,14 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = find_command(words)
     if command not in PARALLEL and launched_rank() > 0:
         return 0
-    if command is None:
-        asked = not words or words[-1] in ("-h", "--help", "help")
-        print(overview(), file=sys.stdout if asked else sys.stderr)
-        if not asked:
-            say(f"no command {words[0]!r}")
-        return 0 if asked else BAD_INPUT
     warnings.showwarning = show_warning  # type: ignore[assignment]
     try:
+        if command is None:
+            return show_commands(words)
         return run_command(command, words[len(command) :])
     except MpilmError as error:
         if launched_rank() == 0 or not error.everywhere:
@@ -125,6 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+
+
+def show_commands(words: Sequence[str]) -> int:
+    """Print what there is, to who asked or named no command; return the exit code."""
+    asked = not words or words[-1] in ("-h", "--help", "help")
+    print(overview(), file=sys.stdout if asked else sys.stderr)
+    if not asked:
+        say(f"no command {words[0]!r}")
+    return 0 if asked else BAD_INPUT
 
 
 def print_anything() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -125,3 +126,15 @@ def test_a_missing_configuration_is_one_line_and_code_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "no.toml: No such file" in done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """As in `mpilm --help | head -3`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "wb") as closed:
+        command = [sys.executable, "-m", "mpilm", "--help"]
+        done = subprocess.run(
+            command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
