@@ -46,33 +46,30 @@ for the valid split and seed 1; it is asked for apart.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import math
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from harness import environment, parser, report
+from points import (
+    WIKITEXT,
+    Point,
+    Points,
+    best_rate,
+    train_virtually,
+    wikitext_sample,
+    write_json,
+)
 
-from mpilm.config import Config, resolve
 from mpilm.data.synthetic import prepare_synthetic
-from mpilm.data.text import prepare_text
-from mpilm.errors import MpilmError
 from mpilm.simulate.machines import find_machine
-from mpilm.simulate.simulation import co_simulate
 from mpilm.strategies import find_strategy
 from mpilm.world.machine import Machine
 
-ROOT = Path(__file__).parents[1]
-DATA = Path(os.environ.get("MPILM_DATA", ROOT.parent / "shared/data"))
-SAMPLE = DATA / "wikitext2-sample"
 VALID, TEST = 10_000, 40_000  # tokens of test-a
 VOCAB, UNITS, BATCH, UNROLL = 1000, 48, 4, 10
 PLAYED = 50_000_000  # parameters of the model whose times are predicted
@@ -82,7 +79,6 @@ SEEDS = (1, 2, 3)
 FIRST_RATE = 0.01
 REFERENCE, TITLE = "allreduce", "Every run"
 LESS, WITHIN = 170, 1.01  # the goal
-Point = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -153,7 +149,7 @@ def settings_of(entry: Entry, seed: int) -> dict[str, Any]:
     return {**own, **entry.settings}
 
 
-class Table:
+class Table(Points):
     """Every run so far, in the file; runs what is not there.
 
     Args:
@@ -163,9 +159,9 @@ class Table:
     """
 
     def __init__(self, corpus: Path, args: argparse.Namespace, ends: float) -> None:
-        self.corpus, self.args, self.ends = corpus, args, ends
+        super().__init__([], ends)
+        self.corpus, self.args = corpus, args
         self.parameters = 2 * VOCAB * UNITS + VOCAB + 8 * UNITS * (UNITS + 1)
-        self.points: list[Point] = []
         self.others: list[Any] = []
         if args.out is not None and args.out.exists():
             self.others = json.loads(args.out.read_text())["tables"]
@@ -178,18 +174,7 @@ class Table:
         Raises:
             TimeoutError: it is not there, and there is no more time.
         """
-        for point in self.points:
-            if all(point[name] == value for name, value in key.items()):
-                return point
-        if time.monotonic() > self.ends:
-            raise TimeoutError
-        began_s = time.process_time()
-        found = {**key, **self.run(**key)}
-        found["CPU s"] = round(time.process_time() - began_s, 1)
-        print(found, flush=True)
-        self.points.append(found)
-        self.save()
-        return found
+        return self.get(self.run, **key)
 
     def run(
         self, *, name: str, ranks: int, steps: int, lr: float, seed: int, machine: str
@@ -197,40 +182,26 @@ class Table:
         """Train; return what it came to."""
         entry = GOAL[name][1] if name in GOAL else ENTRIES[name]
         samples = steps * ranks * BATCH * UNROLL
-        played = machine_of(machine, self.parameters)
-        config: Config = resolve(
-            {
-                "data": {"corpus": str(self.corpus)},
-                "model": {"name": "lstm_lm", "embed": UNITS, "hidden": UNITS},
-                "optim": {"name": entry.optim, "lr": lr, "clip": 1.0},
-                "schedule": {
-                    "name": "exponential",
-                    "final_ratio": 0.1,
-                    "warmup_samples": samples // 20,
-                },
-                "strategy": settings_of(entry, seed),
-                "train": {
-                    "samples": samples, "batch": BATCH, "unroll": UNROLL, "seed": seed,
-                    "eval_streams": 128, "log_every": 100, "trace_steps": 0,
-                },
-            }
-        )  # fmt: skip
-        config = replace(config, machine=played)
-        with tempfile.TemporaryDirectory() as folder:
-            silent = io.StringIO()
-            try:
-                with redirect_stdout(silent), redirect_stderr(silent):
-                    outcome = co_simulate(config, Path(folder), ranks)
-            except MpilmError as error:  # it has diverged
-                nothing = {"valid": math.inf, "test": math.inf, "error": str(error)}
-                return {**nothing, "models sent": math.nan, "seconds": math.nan}
-            summary = json.loads((Path(folder) / "summary.json").read_text())
-        return {
-            "valid": summary["valid_perplexity"],
-            "test": summary["test_perplexity"],
-            "models sent": outcome.bytes_sent / (4 * self.parameters * ranks),
-            "seconds": outcome.seconds,
-        }
+        document = {
+            "data": {"corpus": str(self.corpus)},
+            "model": {"name": "lstm_lm", "embed": UNITS, "hidden": UNITS},
+            "optim": {"name": entry.optim, "lr": lr, "clip": 1.0},
+            "schedule": {
+                "name": "exponential",
+                "final_ratio": 0.1,
+                "warmup_samples": samples // 20,
+            },
+            "strategy": settings_of(entry, seed),
+            "train": {
+                "samples": samples, "batch": BATCH, "unroll": UNROLL, "seed": seed,
+                "eval_streams": 128, "log_every": 100, "trace_steps": 0,
+            },
+        }  # fmt: skip
+        found = train_virtually(document, ranks, machine_of(machine, self.parameters))
+        names = {"valid": "valid", "test": "test", "sent": "models sent"}
+        point = {new: found[old] for old, new in names.items()}
+        error = {"error": found["error"]} if "error" in found else {}
+        return {**point, "seconds": found["seconds"], **error}
 
     def save(self) -> None:
         """Write all runs to the file."""
@@ -244,25 +215,7 @@ class Table:
             "rows": self.points,
         }
         self.others = [t for t in self.others if t["title"] != TITLE] + [entry]
-        document = {"benchmark": "relatives", "tables": self.others}
-        scratch = self.args.out.with_suffix(".part")
-        scratch.write_text(json.dumps(document, indent=1, default=str) + "\n")
-        scratch.replace(self.args.out)
-
-
-def best_rate(first: float, quality: Callable[[float], float]) -> float:
-    """Return the rate from which neither half nor double is better.
-
-    >>> best_rate(0.01, lambda lr: abs(lr - 0.03))
-    0.04
-    """
-    best = first
-    for factor in (2.0, 0.5):
-        while quality(best * factor) < quality(best):
-            best *= factor
-        if best != first:
-            break
-    return best
+        write_json(self.args.out, {"benchmark": "relatives", "tables": self.others})
 
 
 def rate_of(table: Table, name: str, ranks: int) -> float:
@@ -368,18 +321,7 @@ def corpus_of(folder: Path, smoke: bool) -> Path:
     if smoke:
         prepare_synthetic(out, vocab=VOCAB, tokens=3000)
         return out
-    splits: list[list[str]] = [[], []]
-    taken = 0
-    with (SAMPLE / "wiki.test-a.tokens").open(encoding="utf-8") as lines:
-        for line in lines:
-            if taken < VALID + TEST:
-                splits[taken >= VALID].append(line)
-                taken += len(line.split()) + 1
-    for name, split in zip(("valid", "test"), splits, strict=True):
-        (folder / name).write_text("".join(split), encoding="utf-8")
-    text = ((SAMPLE / "wiki.valid.tokens",), (folder / "valid",), (folder / "test",))
-    prepare_text(*text, out, vocab=VOCAB)
-    return out
+    return wikitext_sample(out, vocab=VOCAB, valid=VALID, test=TEST)
 
 
 def main() -> None:
@@ -389,8 +331,8 @@ def main() -> None:
     arguments.add_argument("--minutes", type=float, default=25, help="then stop")
     arguments.add_argument("--goal", action="store_true", help="more steps, K = 16")
     args = arguments.parse_args()
-    if not (args.smoke or SAMPLE.exists()):
-        print(f"skipped: no {SAMPLE}; MPILM_DATA says where it is")
+    if not (args.smoke or WIKITEXT.exists()):
+        print(f"skipped: no {WIKITEXT}; MPILM_DATA says where it is")
         return
     if args.smoke:
         args.ranks, args.loops, args.only = [2], 1, args.only or ["allreduce", "sparta"]
