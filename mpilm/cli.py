@@ -85,6 +85,10 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "mpilm.commands.simulate:simulate",
         "predict scaling and loss on another machine, in virtual time",
     ),
+    ("plan",): (
+        "mpilm.commands.plan:plan",
+        "choose strategy, period and batch for a cluster",
+    ),
     ("sweep",): (
         "mpilm.commands.sweep:sweep",
         "run many combinations from one file: simulated, here, or submitted",

@@ -30,6 +30,7 @@ from mpilm.config import Config
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.learner.quadratic import ProtocolLearner
+from mpilm.simulate.drift import Drift
 from mpilm.storage.files import text_of
 from mpilm.storage.runlog import write_summary
 from mpilm.strategies import find_strategy
@@ -57,6 +58,8 @@ class Outcome:
     bytes_sent     by all ranks
     loss           of the last minibatches, nats; None: protocol only
     perplexity     of the valid split; None: protocol only
+    drift          steps of its own that a rank's model is from the mean of all, see
+                   drift.py; None: it trained
     """
 
     ranks: int
@@ -69,6 +72,7 @@ class Outcome:
     bytes_sent: int
     loss: float | None = None
     perplexity: float | None = None
+    drift: float | None = None
 
 
 def samples_per_step(config: Config) -> int:
@@ -106,6 +110,7 @@ def simulate_protocol(
     kind = find_strategy(config.strategy.name)
     settings = scaled_settings(config.strategy.settings, scale)
     begun = [0] * ranks  # steps of each rank
+    drift = Drift(ranks, steps, lockstep=kind.lockstep)
 
     def main(world: VirtualWorld) -> tuple[float, float, int]:
         learner = ProtocolLearner(
@@ -125,6 +130,7 @@ def simulate_protocol(
         while begun[world.rank] < steps if lockstep else agree(left(begun)):
             begun[world.rank] += 1
             strategy.step(learner)
+            drift.note(world.rank, begun[world.rank], learner)
         strategy.retire(learner)
         seconds = world.now_s() - began_s
         blocked_s = world.traffic.blocked_s - before.blocked_s
@@ -156,6 +162,7 @@ def simulate_protocol(
         efficiency=speed / ideal_samples_per_s(config, ranks),
         communication=sum(b / max(s, 1e-12) for s, b, _ in took) / ranks,
         bytes_sent=round(scale * sum(sent for _, _, sent in took)),
+        drift=drift.steps(),
     )
 
 
