@@ -66,9 +66,9 @@ SECTIONS = (
     Section("autocast", "bfloat16", 60),
     Section("ng", "Natural gradient, 6 x 2048", 60),
     Section("train", "mpilm train, resume, --profile and doctor", 90),
+    Section("tests", "Tests that are skipped without a GPU", 100),
     Section("strategies-4", "Strategies, 4 ranks on the card", 110, 4),
     Section("optimiser", "An update of 60 million parameters", 40),
-    Section("tests", "Tests that are skipped without a GPU", 100),
 )
 
 

@@ -42,6 +42,12 @@ def products(args: Any) -> dict[str, Step]:
     return steps
 
 
+def allow_tf32(*, matmul: bool, cudnn: bool) -> None:
+    """Let products, and cuDNN's LSTM, round their factors to TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = matmul
+    torch.backends.cudnn.allow_tf32 = cudnn
+
+
 def peaks(args: Any) -> dict[str, float]:
     """Return kind -> operations per second of a large product."""
     side = 64 if args.smoke else 8192
@@ -72,12 +78,13 @@ def single(args: Any, add: Add) -> None:
         torch.manual_seed(1)
         plain = PlainLoop(model, make_batches(model))
         learner = single_learner(model, plain.model)
+        allow_tf32(matmul=False, cudnn=False)
         agree(plain, learner)
         for tf32 in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = tf32
+            allow_tf32(matmul=tf32, cudnn=tf32)
             steps = {"plain": plain.step, "mpilm": stepping(learner)}
-            timings = turns(steps, args, 10)
-            torch.backends.cuda.matmul.allow_tf32 = False
+            timings = turns(steps, args, 10, loops=9)
+            allow_tf32(matmul=False, cudnn=True)  # torch's defaults
             for variant, timing in timings.items():
                 rate = model.unroll * model.batch / timing.median_s
                 flops = rate * model_flops(model)

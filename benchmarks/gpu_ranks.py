@@ -55,13 +55,14 @@ def step_s(args: Any, world: MpiWorld, device: str, name: str) -> dict[str, Any]
     chosen.start(learner)
     period = getattr(chosen.config, "period", 1)
     began_s = world.now_s()
-    for step in range(1 if args.smoke else 6):
-        if step == 2:  # the first ones allocate
+    warmup, tried = (0, 1) if args.smoke else (period + 2, 4)
+    for step in range(warmup + tried):
+        if step == warmup:  # before it, buffers are allocated and pinned
             finish(world, device)
             began_s = world.now_s()
         chosen.step(learner)
     finish(world, device)
-    guess_s = max(world.comm.allgather(world.now_s() - began_s)) / 4
+    guess_s = max(world.comm.allgather(world.now_s() - began_s)) / tried
     num = min(MOST_STEPS, max(4, round(MEASURED_S / guess_s)))
     num = -(-(2 if args.smoke else num) // period) * period
     traffic = world.traffic

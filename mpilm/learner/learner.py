@@ -206,7 +206,9 @@ class Learner:
         counts = [self._objective.samples(part) for part in parts]
 
         def work(notify: Notify) -> float | Tensor:
-            return self._differentiate(parts, counts, notify, scale)
+            at_once = ready is None and self._parameters.takes_all_at_once
+            final = None if at_once else notify
+            return self._differentiate(parts, counts, final, scale)
 
         began_s, forward_s = self._clock(), self.spent.forward
         loss = self.compute(work, ready)
@@ -247,7 +249,7 @@ class Learner:
         return read
 
     def _differentiate(
-        self, parts: list[Any], counts: list[int], notify: Notify, scale: float
+        self, parts: list[Any], counts: list[int], notify: Notify | None, scale: float
     ) -> float | Tensor:
         """Set `grad` at the mean loss of `parts`, each counted by its samples."""
         self._parameters.check()
@@ -263,7 +265,7 @@ class Learner:
             began_s = self._clock()
             loss, _ = self._objective.loss(batch)
             self.spent.forward += self._clock() - began_s
-            final = notify if number == last else _ignore
+            final = notify if number == last else None
             self._parameters.backward(loss, final, scale * share, add=number > 0)
             found = loss.detach() if loss.is_cuda else loss.item()
             mean = mean + share * found if last else found

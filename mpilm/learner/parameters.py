@@ -18,7 +18,7 @@ GPU is read on a CPU, and ranks with and without one can train together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,9 @@ class FlatParameters:
         self._move_in()
         self._notify: Callable[[slice], Any] | None = None
         self._scale, self._add = 1.0, False
+        self._nothing = self.grad.new_zeros(())
+        # one kernel instead of one each; a CPU copies them while they are in its cache
+        self.takes_all_at_once = self.grad.is_cuda
         self._pending: set[str] = set()
         for slot in self.slots:
             slot.parameter.register_hook(self._hook(slot))
@@ -203,7 +206,7 @@ class FlatParameters:
     def backward(
         self,
         loss: Tensor,
-        notify: Callable[[slice], Any],
+        notify: Callable[[slice], Any] | None,
         scale: float = 1.0,
         *,
         add: bool = False,
@@ -216,7 +219,8 @@ class FlatParameters:
         Args:
             notify: called with each segment's slice once, when its gradient is final;
                 at the end for parameters that the loss does not depend on. Not for row
-                tables.
+                tables. None: nobody waits for them; on a GPU they are then copied all
+                at once at the end, by one kernel.
 
         Raises:
             ModelError: it is no scalar, or depends on no parameter.
@@ -225,16 +229,20 @@ class FlatParameters:
         if not loss.requires_grad:
             raise ModelError(NO_GRADIENT)
         self.attach_grad()
-        self._notify, self._scale, self._add = notify, scale, add
+        at_once = notify is None and self.takes_all_at_once
+        self._notify = None if at_once else notify or _ignore
+        self._scale, self._add = scale, add
         self._pending = {slot.segment.name for slot in self.slots}
         try:
             parameters = [slot.parameter for slot in self.slots]
-            torch.autograd.grad(loss, parameters, allow_unused=True)
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
         except RuntimeError:
             self.check()  # frozen while the loss was computed
             raise
         finally:
             self._notify = None
+        if at_once:
+            self._take_all(found)
         if len(self._pending) == len(self.slots):
             raise ModelError(NO_GRADIENT)
         for slot in self.slots:
@@ -246,7 +254,35 @@ class FlatParameters:
                 continue
             if not add:
                 slot.grad.zero_()
-            notify(slot.segment.slice)
+            if notify is not None:
+                notify(slot.segment.slice)
+
+    def _take_all(self, found: Sequence[Tensor | None]) -> None:
+        """Take gradients up together; what stays in `_pending` had none."""
+        places, values = [], []
+        for slot, grad in zip(self.slots, found, strict=True):
+            if grad is None:
+                continue
+            self._pending.discard(slot.segment.name)
+            if slot.grad is None:
+                self._take_rows(slot, grad)
+            else:
+                places.append(slot.grad)
+                values.append(grad.to_dense() if grad.is_sparse else grad)
+        if not places:
+            return
+        if self._add:
+            torch._foreach_add_(places, values, alpha=self._scale)
+            return
+        torch._foreach_copy_(places, values)
+        if self._scale != 1.0:
+            torch._foreach_mul_(places, self._scale)
+
+    def _take_rows(self, slot: Slot, grad: Tensor) -> None:
+        rows = rows_of(grad, slot.segment, self._scale)
+        if self._add:
+            rows = sum_of(slot.parameter, self.rows[slot.segment.name], rows)
+        self.rows[slot.segment.name] = rows
 
     def attach_grad(self) -> None:
         """Make every .grad a view of `grad` again (zero_grad may have dropped it)."""
@@ -258,10 +294,7 @@ class FlatParameters:
             if self._notify is None:  # somebody else's backward pass
                 return None
             if slot.grad is None:
-                rows = rows_of(grad, slot.segment, self._scale)
-                if self._add:
-                    rows = sum_of(slot.parameter, self.rows[slot.segment.name], rows)
-                self.rows[slot.segment.name] = rows
+                self._take_rows(slot, grad)
                 self._pending.discard(slot.segment.name)
                 return None
             dense = grad.to_dense() if grad.is_sparse else grad
@@ -275,9 +308,13 @@ class FlatParameters:
             self._notify(slot.segment.slice)
             if grad.is_sparse:
                 return None
-            return grad.new_zeros(()).expand_as(grad)  # frees it: nobody needs it more
+            return self._nothing.expand_as(grad)  # frees it: nobody needs it more
 
         return gradient_is_final
+
+
+def _ignore(part: slice) -> None:
+    pass
 
 
 def rows_of(grad: Tensor, segment: Segment, scale: float) -> Rows:

@@ -63,7 +63,8 @@ class LstmLm(SoftmaxModel):
             and before the softmax.
         embed_dropout: share of words whose embedding is dropped in a minibatch.
         locked, weight_dropout, layer_norm, projected: see lstm_layers.py.
-        compute: of the LSTM while training; parameters and softmax are float32.
+        compute: of the LSTM while training, on a GPU of the softmax's products too;
+            parameters are float32.
 
     Raises:
         ConfigError: tied weights with a softmax that has no row for each word.
@@ -166,6 +167,9 @@ class LstmLm(SoftmaxModel):
         if isinstance(self.softmax, SampledSoftmax) and self.training:
             # before dropout, as where `rows_read` does
             self.softmax.draw(batch.targets.flatten())
+        if self.training and batch.inputs.is_cuda:
+            with computing(self.compute, self.hidden, batch.inputs.device):
+                return super().loss(batch)
         return super().loss(batch)
 
     @torch.no_grad()

@@ -39,12 +39,15 @@ from mpilm.models.softmax import PADDING, Softmax, linear_cross_entropy
 
 
 class LogUniform:
-    """Draws about m words of F..V-1, each at most once, by (2).
+    """Draws about m words of F..V-1 by (2).
 
     Args:
         num_words: V.
         num_frequent: F, 0 <= F <= V.
         num_random: m >= 0; where it is V - F or more, all words are taken.
+
+    What it needs of all words or strata is made once for a device: the fewer kernels a
+    step has on a GPU, the better.
 
     >>> LogUniform(100, num_frequent=90, num_random=10).draw(torch.device("cpu"))
     tensor([90, 91, 92, 93, 94, 95, 96, 97, 98, 99])
@@ -56,15 +59,35 @@ class LogUniform:
         self.takes_all = self.num_random == num_words - num_frequent
         self._log_first = math.log(num_frequent + 1)
         self._log_range = math.log((num_words + 1) / (num_frequent + 1))
+        self._width = self._log_range / max(1, self.num_random)  # of a stratum
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def draw(self, device: torch.device) -> Tensor:
-        """Return R, int64, ascending; from torch's global random state."""
+        """Return R, int64, ascending; from torch's global random state.
+
+        A word that holds several strata comes several times.
+        """
         if self.takes_all:
             return torch.arange(self.first, self.num_words, device=device)
-        strata = torch.arange(self.num_random, dtype=torch.float64, device=device)
-        u = (strata + torch.rand_like(strata)) / self.num_random
-        k = torch.exp(self._log_first + u * self._log_range).long() - 1
-        return torch.unique_consecutive(k.clamp_(self.first, self.num_words - 1))
+        starts_M, _ = self._constants_on(device)
+        u_M = torch.rand(self.num_random, dtype=torch.float64, device=device)
+        u_M.mul_(self._width).add_(starts_M).exp_()
+        return u_M.long().sub_(1).clamp_(self.first, self.num_words - 1)
+
+    def log_probabilities(self, device: torch.device) -> Tensor:
+        """Return ln pi (4) of all words, (V,) float32; 0 below F. Not to be changed."""
+        return self._constants_on(device)[1]
+
+    def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return where the strata begin, float64, and `log_probabilities`."""
+        if device not in self._constants:
+            strata = torch.arange(self.num_random, dtype=torch.float64)
+            starts = self._log_first + strata * self._width
+            log_pi = torch.zeros(self.num_words)
+            words = torch.arange(self.first, self.num_words)
+            log_pi[self.first :] = self.log_probability(words)
+            self._constants[device] = starts.to(device), log_pi.to(device)
+        return self._constants[device]
 
     def log_probability(self, ids: Tensor) -> Tensor:
         """Return ln pi (4) of words of F..V-1, float64.
@@ -179,13 +202,11 @@ class SampledSoftmax(Softmax):
         if self._frequent_F.device != device:
             self._frequent_F = self._frequent_F.to(device)
         is_target_N = targets_N != PADDING
-        known = targets_N[is_target_N]
-        drawn = self.random.draw(device)
-        parts = torch.cat([self._frequent_F, known, drawn])
+        any_target = targets_N.amax().clamp(min=0) if len(targets_N) else 0
+        known_N = torch.where(is_target_N, targets_N, any_target)
+        parts = torch.cat([self._frequent_F, known_N, self.random.draw(device)])
         ids_S, places = torch.unique(parts, return_inverse=True)
-        sizes = (self.num_frequent, len(known), len(drawn))
-        of_frequent, of_known, of_drawn = places.split(sizes)
-        log_pi_S = torch.zeros(len(ids_S), device=device)
-        log_pi_S[of_drawn] = self.random.log_probability(drawn).float()
-        log_pi_S[of_frequent] = log_pi_S[of_known] = 0.0  # certain, drawn or not
-        return ids_S, log_pi_S, targets_N.masked_scatter(is_target_N, of_known)
+        known = places[self.num_frequent : self.num_frequent + len(known_N)]
+        log_pi_S = self.random.log_probabilities(device).index_select(0, ids_S)
+        log_pi_S.index_fill_(0, known, 0.0)  # certain, drawn or not
+        return ids_S, log_pi_S, torch.where(is_target_N, known, PADDING)

@@ -19,6 +19,9 @@ weights s go into the small factors of (5) and (6), never over e.
 Under torch.autocast the factors of the products are rounded to its type, as those of
 F.linear are; (2) to (4) and all sums stay in float32.
 
+On a GPU torch's own functions are a third as many kernels, for which a small step
+waits: they are used where all logits are as few as those of one chunk.
+
 Departs     nowhere: the numbers are those of `F.cross_entropy(F.linear(x, W, b), y)`
             to rounding. Without any target the loss is 0 instead of NaN.
 """
@@ -36,10 +39,12 @@ from torch.autograd.function import once_differentiable
 
 PADDING = -1
 
-# Bytes of logits in one chunk. CPU: a quarter of the last-level cache of the machine
-# measured in docs/learner.md; the step time is flat within a factor of 2 of it.
-# GPU: chosen, not tuned: enough rows to fill the device, little beside its memory.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# Bytes of logits in one chunk on a CPU: a quarter of the last-level cache of the one
+# measured in docs/learner.md; the step time is flat within a factor of 2 of them.
+CHUNK_BYTES = 8 << 20
+# On a GPU a share of its memory. The larger the faster: V = 267,735, 4,096 rows, in
+# chunks of 64 MB 95 ms, 256 MB 90, 1 GB 83, 8 GB 76, torch's own 77 (an H200).
+CHUNK_SHARE = 64
 # Each chunk reads and writes dW once: at V = 50,000, chunks of 64 rows are 20% slower,
 # of 256 rows 5% faster (measured, same machine).
 MIN_CHUNK_ROWS = 128
@@ -90,9 +95,17 @@ ONEDNN_LINEAR = _onednn_linear()  # None: this torch has no oneDNN
 PRODUCT = None if _is_intel() else ONEDNN_LINEAR  # in use; None: torch's own
 
 
+def chunk_bytes(device: torch.device) -> int:
+    """Return the bytes that the logits of one chunk may have."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    memory: int = torch.cuda.get_device_properties(device).total_memory
+    return memory // CHUNK_SHARE
+
+
 def chunks(num_rows: int, num_words: int, device: torch.device) -> Iterator[slice]:
     """Yield slices of rows of nearly equal length that cover all rows."""
-    fit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * num_words)
+    fit = chunk_bytes(device) // (4 * num_words)
     num_chunks = -(-num_rows // max(MIN_CHUNK_ROWS, fit))
     for chunk in range(num_chunks):
         start = chunk * num_rows // num_chunks
@@ -179,6 +192,8 @@ def linear_cross_entropy(
         the mean in nats, 0-d; 0 if there is no target.
     """
     device = x_NH.device.type
+    if device == "cuda" and fits(x_NH, weight_VH):
+        return mean_cross_entropy(F.linear(x_NH, weight_VH, bias_V), targets_N)
     kind = weight_VH.dtype
     if torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
@@ -186,6 +201,17 @@ def linear_cross_entropy(
     with torch.autocast(device, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(*factors, bias_V, targets_N)
     return loss
+
+
+def fits(x_NH: Tensor, weight_VH: Tensor) -> bool:
+    """Return whether all logits are as few as those of one chunk."""
+    return 4 * len(x_NH) * len(weight_VH) <= chunk_bytes(x_NH.device)
+
+
+def mean_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Return (3) of logits by torch's own functions; 0 if there is no target."""
+    nll = F.cross_entropy(logits_NV, targets_N, ignore_index=PADDING, reduction="sum")
+    return nll / (targets_N != PADDING).sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -67,27 +67,45 @@ def precondition(
         return Hat(X_ND, one.expand(N) if ones else None, one)
     state = ng.fisher or ng.start(with_ones(X_ND) if ones else X_ND * gain)
     W = state.W_RD
-    squares = torch.linalg.vector_norm(X_ND).square()
     if ones:
-        squares = squares + N
         H = torch.addmm(W[:, -1], X_ND, W[:, :-1].t())  # (a)
         rows = torch.addmm(X_ND, H, W[:, :-1], alpha=-1.0)
         ones_hat = torch.addmv(one.expand(N), H, W[:, -1], alpha=-1.0)
     else:
         H = X_ND @ W.t()
         rows, ones_hat = torch.addmm(X_ND, H, W, alpha=-1.0), None
-    L = H.t() @ H
-    left = squares_left(squares, L, gram(ng, W))
-    if left.is_cuda or not left > MIN_LEFT * squares:
-        left = torch.linalg.vector_norm(rows).square()
-        left = left if ones_hat is None else left + ones_hat.square().sum()
+    due = ng.is_due(state)
+    L = H.t() @ H if due or not H.is_cuda else None
+    if L is None or L.is_cuda:
+        squares, left = measured(X_ND, rows, ones_hat)
+    else:
+        squares = torch.linalg.vector_norm(X_ND).square()
+        squares = squares + N if ones else squares
+        left = squares_left(squares, L, gram(ng, W))
+        if not left > MIN_LEFT * squares:
+            _, left = measured(X_ND, rows, ones_hat)
     found = None
-    if ng.is_due(state):
+    if due:
+        assert L is not None
         J = H.t() @ X_ND
         J = torch.cat([J, H.sum(0)[:, None]], dim=1) if ones else J
         found = statistics(J * gain**2, L * gain**2, squares * gain**2, N)
     ng.learn(state, found)
     return Hat(rows, ones_hat, norm_ratio(squares.sqrt(), left.sqrt()))
+
+
+def measured(
+    X_ND: Tensor, rows_ND: Tensor, ones_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return ||[X, 1]||^2 and ||[rows, ones]||^2, 0-d; without ones if there are none.
+
+    With the fewest kernels: on a GPU a call costs more than a pass over the rows.
+    """
+    parts = [X_ND, rows_ND, *([] if ones_N is None else [ones_N])]
+    squares = torch.stack(torch._foreach_norm(parts)).square().unbind()
+    if ones_N is None:
+        return squares[0], squares[1]
+    return squares[0] + len(X_ND), squares[1] + squares[2]
 
 
 def with_ones(X_ND: Tensor) -> Tensor:

@@ -111,12 +111,9 @@ def clip_(gradients: list[Tensor], max_norm: float) -> Tensor:
     >>> [round(x, 3) for x in vector.tolist()]
     [0.6, 0.8]
     """
-    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if norm.is_cuda:  # asking whether to clip would wait for the device
-        scale = (max_norm / norm).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(scale)
+        torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0))
     elif norm > max_norm:
         for gradient in gradients:
             gradient.mul_(max_norm / norm)

@@ -61,7 +61,9 @@ Departs     from Kaldi: d, rho and the R x R problem (10) to (18) are float64 on
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from math import exp
 from typing import Annotated, Any
 
@@ -70,11 +72,13 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-MAX_ETA = 0.9  # these five: Kaldi, natural-gradient-online.cc
+from mpilm.optim.orthonormal import orthogonalised, to_like
+
+MAX_ETA = 0.9  # these four: Kaldi, natural-gradient-online.cc
 NUM_FIRST_CALLS = 10
 START_PASSES = 3
 MAX_CONDITION = 1e6
-MAX_SKEW, MAX_INVERSE = 1e-3, 100.0
+NUM_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +191,28 @@ def statistics(J_RD: Tensor, L_RR: Tensor, squares: Tensor, N: int) -> Statistic
         return Statistics(J_RD, small, N)
     host = torch.empty(small.shape, dtype=small.dtype, pin_memory=True)
     host.copy_(small, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(small.device))
     return Statistics(J_RD, host, N, event)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What an update makes of the small matrices; all float64 on the CPU.
+
+    d_R, rho  of the new state
+    e_R       diag(E) of the new state, (3) and (4)
+    A_RR      of (16)
+    q_R       what W is multiplied by in (9), over a
+    in_doubt  whether orthogonality must be looked at
+    """
+
+    d_R: np.ndarray
+    rho: float
+    e_R: np.ndarray
+    A_RR: np.ndarray
+    q_R: np.ndarray
+    in_doubt: bool
 
 
 def update(
@@ -199,12 +222,22 @@ def update(
 
     The input state is not changed. Not finite numbers: the same state comes back.
     """
+    return moved(state, found, solve(state, found, config))
+
+
+def solve(
+    state: FisherState, found: Statistics, config: NaturalGradientConfig
+) -> Solution | None:
+    """Return the part of an update that needs only small matrices; numpy's work.
+
+    None: the numbers are not finite.
+    """
     if found.event is not None:
         found.event.synchronize()
     R, D = state.W_RD.shape
     numbers = found.small.numpy()
     if not np.isfinite(numbers).all():
-        return state
+        return None
     K, L = numbers[: R * R].reshape(R, R), numbers[R * R : -1].reshape(R, R)
     squares = float(numbers[-1])
     d, rho = state.d_R, state.rho
@@ -219,24 +252,30 @@ def update(
         + a * (1 - eta) * (L / ee * q + q[:, None] * (L / ee))
         + np.diag((1 - eta) ** 2 * q**2)
     )
-    c, U, must_check = decompose(Z, least=((1 - eta) * rho) ** 2)
+    c, U, in_doubt = decompose(Z, least=((1 - eta) * rho) ** 2)
     root_c = np.sqrt(c)
     trace = eta / found.N * squares + (1 - eta) * state.trace()
     rho_new = (trace - root_c.sum()) / (D - R)  # (13)
     d_new = root_c - rho_new  # (14)
     least = max(config.epsilon, config.delta * root_c.max())
-    new = FisherState(  # (15)
-        state.W_RD, np.maximum(d_new, least), max(rho_new, least), state.t
-    )
-    e_new = new.e_R(config.alpha)
+    d_new, rho_new = np.maximum(d_new, least), max(rho_new, least)  # (15)
+    e_new = replace(state, d_R=d_new, rho=rho_new).e_R(config.alpha)
     A = a * (np.sqrt(e_new) / root_c)[:, None] * U.T / root_e  # (16)
-    like = state.W_RD
-    q_R1 = _to(((1 - eta) / a * q)[:, None], like)
-    B = torch.addcmul(found.J_RD, q_R1, state.W_RD)  # (9)
-    W = _to(A, like) @ B
-    if must_check:
-        W = orthogonalised(W, e_new)
-    return replace(new, W_RD=W)
+    return Solution(d_new, rho_new, e_new, A, (1 - eta) / a * q, in_doubt)
+
+
+def moved(
+    state: FisherState, found: Statistics, solution: Solution | None
+) -> FisherState:
+    """Return the state after a minibatch whose small matrices gave `solution`."""
+    if solution is None:
+        return state
+    W = state.W_RD
+    B = torch.addcmul(found.J_RD, to_like(solution.q_R[:, None], W), W)  # (9)
+    W = to_like(solution.A_RR, W) @ B  # (16)
+    if solution.in_doubt:
+        W = orthogonalised(W, solution.e_R)
+    return FisherState(W, solution.d_R, solution.rho, state.t)
 
 
 def decompose(Z: np.ndarray, *, least: float) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -254,55 +293,18 @@ def decompose(Z: np.ndarray, *, least: float) -> tuple[np.ndarray, np.ndarray, b
     return np.maximum(c, least), U, in_doubt
 
 
-def orthogonalised(W_RD: Tensor, e_R: np.ndarray) -> Tensor:
-    """Return W with the rows of E^-1/2 W orthonormal, or W itself: (17) to (19)."""
-    root_e = np.sqrt(e_R)
-    ee = np.outer(root_e, root_e)
-    O = (W_RD @ W_RD.t()).double().cpu().numpy() / ee  # noqa: E741
-    if np.abs(O - np.eye(len(O))).max() <= MAX_SKEW:
-        return W_RD
-    try:
-        inverse = np.linalg.inv(np.linalg.cholesky(O))
-    except np.linalg.LinAlgError:
-        inverse = None
-    if inverse is not None and inverse.max() < MAX_INVERSE:
-        M = np.tril(inverse) * root_e[:, None] / root_e  # (18)
-        return _to(M, W_RD) @ W_RD
-    rows = gram_schmidt(W_RD.double().cpu().numpy())
-    return _to(root_e[:, None] * rows, W_RD)  # (19)
-
-
-def gram_schmidt(rows: np.ndarray) -> np.ndarray:
-    """Return orthonormal rows that span what `rows` do; R <= D.
-
-    A row is repeated while a pass leaves 1% of its squared norm or less; a zero row
-    becomes a random one.
-
-    >>> gram_schmidt(np.array([[2.0, 0.0], [2.0, 1.0]])).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
-    """
-    random = np.random.default_rng(0)
-    rows = rows.copy()
-    for index, row in enumerate(rows):
-        while True:
-            before = row @ row
-            if before == 0.0 or not np.isfinite(before):
-                row[:] = random.standard_normal(len(row))
-                continue
-            for other in rows[:index]:
-                row -= (row @ other) * other
-            after = row @ row
-            if after > 0.01 * before:
-                break
-        row /= np.sqrt(after)
-    return rows
+@cache
+def threads() -> ThreadPoolExecutor:
+    """Return the threads that decompose what comes from GPUs."""
+    return ThreadPoolExecutor(NUM_THREADS, "natural-gradient")
 
 
 class NaturalGradient:
     """A preconditioner of rows of one kind, such as a layer's inputs.
 
     An update is begun in one call and ended in the next, or when the state is asked
-    for: from a GPU, its small matrices travel to the CPU meanwhile and nothing waits.
+    for. From a GPU its small matrices travel to the CPU meanwhile, a thread decomposes
+    them there, and nothing waits.
 
     Args:
         config: its settings.
@@ -311,7 +313,7 @@ class NaturalGradient:
     def __init__(self, config: NaturalGradientConfig) -> None:
         self.config = config
         self._state: FisherState | None = None
-        self._pending: Statistics | None = None
+        self._pending: tuple[Statistics, Future[Solution | None] | None] | None = None
         self.gram: tuple[Tensor, Tensor] | None = None  # W and W W^T, see affine.py
 
     @property
@@ -361,12 +363,20 @@ class NaturalGradient:
 
     def learn(self, state: FisherState, found: Statistics | None) -> None:
         """End a call that used `state` and, if an update is due, found its input."""
-        self._state, self._pending = replace(state, t=state.t + 1), found
+        self._state, self._pending = replace(state, t=state.t + 1), None
+        if found is not None and found.event is not None:
+            self._pending = found, threads().submit(solve, state, found, self.config)
+        elif found is not None:
+            self._pending = found, None
 
     def _finish(self) -> None:
         """End the update that is under way."""
         if self._pending is not None and self._state is not None:
-            self._state = update(self._state, self._pending, self.config)
+            found, solving = self._pending
+            if solving is None:
+                self._state = update(self._state, found, self.config)
+            else:
+                self._state = moved(self._state, found, solving.result())
         self._pending = None
 
     def state(self) -> dict[str, Any]:
@@ -388,11 +398,3 @@ class NaturalGradient:
                 float(state["rho"]),
                 int(state["t"]),
             )
-
-
-def _to(array: np.ndarray, like: Tensor) -> Tensor:
-    """Return float64 numbers of the CPU with the type and device of `like`."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(like.dtype)
-    if like.is_cuda:
-        return tensor.pin_memory().to(like.device, non_blocking=True)
-    return tensor

@@ -30,10 +30,10 @@ from torch.nn.utils.rnn import (
 
 from mpilm.models.lstm import lstm_layer
 from mpilm.models.softmax import (
-    PADDING,
     Softmax,
     errors,
     joined,
+    mean_cross_entropy,
     plus_product,
     times_transposed,
     weights_of,
@@ -239,8 +239,7 @@ def _softmax(
     parameters = module.weight, module.bias
     if x_NH.is_cuda or layer.sides["out"][0].fisher is None:
         y = _Affine.apply(x_NH, *parameters, layer)
-        nll = F.cross_entropy(y, targets_N, ignore_index=PADDING, reduction="sum")
-        return nll / (targets_N != PADDING).sum().clamp(min=1)
+        return mean_cross_entropy(y, targets_N)
     loss: Tensor = _NaturalCrossEntropy.apply(x_NH, *parameters, targets_N, layer)
     return loss
 

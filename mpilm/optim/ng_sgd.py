@@ -118,42 +118,76 @@ class NgSgd(Optimizer):
             factor = self._limit_([gradient for _, gradient in pairs])
         if factor is None:  # not finite
             return
+        alpha = -self._rate() * factor
+        if pairs and pairs[0][0].is_cuda:  # a kernel for all
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=alpha)
+            return
         for parameter, gradient in pairs:
-            parameter.add_(gradient, alpha=-self._rate() * factor)
+            parameter.add_(gradient, alpha=alpha)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _gradients_of_maps(self) -> list[list[Tensor]]:
+        """Return the gradients of each map that has any; tied ones with the first."""
+        seen: set[int] = set()
+        found = []
+        for layer in self.maps:
+            own = [p.grad for p in layer.owned if p.grad is not None]
+            own = [g for g in own if g.data_ptr() not in seen]
+            seen.update(g.data_ptr() for g in own)
+            if own:
+                found.append(own)
+        return found
+
     def _limit_(self, gradients: list[Tensor]) -> float | None:
         """Limit every map by (7); return the factor of the whole, None for g = 0.
 
-        On a GPU, where nothing is to wait, the gradients are scaled here. On a CPU they
-        are read once, and written only where a map is over its limit.
+        On a GPU the gradients are scaled here. On a CPU they are read once, and written
+        only where a map is over its limit.
         """
+        if gradients[0].is_cuda:
+            self._limit_on_gpu_(gradients)
+            return 1.0
         lr, most = self._rate(), self.config.max_change_map
-        seen: set[int] = set()
         norms: list[Tensor] = []
-        for layer in self.maps:
-            own = [p.grad for p in layer.owned if p.grad is not None]
-            own = [g for g in own if g.data_ptr() not in seen]  # tied: with the first
-            seen.update(g.data_ptr() for g in own)
-            if not own:
-                continue
+        for own in self._gradients_of_maps():
             norm = _joint_norm(own)
             factor = (most / (lr * norm)).clamp(max=1.0)
             norms.append(norm * factor)
-            if factor.is_cuda or factor < 1.0:
+            if factor < 1.0:
                 torch._foreach_mul_(own, factor)
         if self._maps_are_all:
             norm = torch.linalg.vector_norm(torch.stack(norms))
         else:
             norm = _joint_norm(gradients)
         factor = (self.config.max_change_all / (lr * norm)).clamp(max=1.0)
-        if not factor.is_cuda:
-            return factor.item() if norm.isfinite() else None
+        return factor.item() if norm.isfinite() else None
+
+    def _limit_on_gpu_(self, gradients: list[Tensor]) -> None:
+        """Limit every map, and the whole, by (7); g = 0 if it is not finite.
+
+        Nothing waits, and all norms are taken at once: kernels are what costs.
+        """
+        lr, config = self._rate(), self.config
+        maps = self._gradients_of_maps()
+        if maps:
+            norms_P = torch.stack(torch._foreach_norm([g for own in maps for g in own]))
+            parts = norms_P.split([len(own) for own in maps])
+            norms_M = torch.stack(torch._foreach_norm(list(parts)))
+            factors_M = (config.max_change_map / (lr * norms_M)).clamp(max=1.0)
+            for own, factor in zip(maps, factors_M.unbind(), strict=True):
+                torch._foreach_mul_(own, factor)
+        if maps and self._maps_are_all:
+            norm = torch.linalg.vector_norm(norms_M * factors_M)
+        else:
+            norm = _joint_norm(gradients)
+        torch._foreach_mul_(
+            gradients, (config.max_change_all / (lr * norm)).clamp(max=1.0)
+        )
+        is_bad = ~norm.isfinite()
         for gradient in gradients:
-            gradient.mul_(factor).masked_fill_(~norm.isfinite(), 0.0)
-        return 1.0
+            gradient.masked_fill_(is_bad, 0.0)
 
     def _expose(self) -> None:
         """Show the preconditioners' states as the first parameter's."""

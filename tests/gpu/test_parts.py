@@ -96,6 +96,30 @@ def test_rows_and_lazy_updates_are_those_of_the_cpu(
     assert difference < 0.02 * cpu.theta.abs().max()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_gradients_taken_at_once_are_those_taken_one_by_one(
+    cuda: str, scale: float, sparse: bool
+) -> None:
+    """Whoever waits for segments gets them as they come; else one kernel copies all."""
+    learners = [make_learner(cuda, sparse=sparse) for _ in range(2)]
+    ready: list[slice] = []
+    for _ in range(3):
+        losses = [
+            float(learners[0].gradient(scale=scale)),
+            float(learners[1].gradient(ready.append, scale=scale)),
+        ]
+        assert losses[0] == losses[1]
+        assert torch.equal(learners[0].grad, learners[1].grad)
+        assert learners[0].grad.abs().max() > 0.0
+        for name, rows in learners[0].rows.items():
+            assert torch.equal(rows.ids, learners[1].rows[name].ids)
+            assert torch.equal(rows.values, learners[1].rows[name].values)
+        for learner in learners:
+            learner.update()
+    assert ready
+
+
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_state_goes_from_device_to_device(cuda: str, kind: str, sparse: bool) -> None:

@@ -35,7 +35,7 @@ def test_loss_and_gradients_match_float64(monkeypatch, shape_and_padding, onednn
     product = softmax.ONEDNN_LINEAR if onednn else None
     monkeypatch.setattr(softmax, "PRODUCT", product)
     monkeypatch.setattr(softmax, "MIN_CHUNK_ROWS", 64)
-    monkeypatch.setitem(softmax.CHUNK_BYTES, "cpu", 4)
+    monkeypatch.setattr(softmax, "CHUNK_BYTES", 4)
     *leaves, targets = draw_problem(*shape, padding=padding)
     loss = linear_cross_entropy(*leaves, targets)
     (2.5 * loss).backward()
@@ -56,7 +56,7 @@ def test_loss_and_gradients_match_float64(monkeypatch, shape_and_padding, onednn
 
 def test_gradcheck_in_float64(monkeypatch):
     monkeypatch.setattr(softmax, "MIN_CHUNK_ROWS", 3)
-    monkeypatch.setitem(softmax.CHUNK_BYTES, "cpu", 4)
+    monkeypatch.setattr(softmax, "CHUNK_BYTES", 4)
     *leaves, targets = draw_problem(8, 3, 5, padding=2, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda *inputs: linear_cross_entropy(*inputs, targets), leaves
@@ -125,7 +125,7 @@ def test_under_autocast_it_is_as_exact_as_torchs_own(
     product: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(softmax.CHUNK_BYTES, "cpu", chunk_bytes)
+    monkeypatch.setattr(softmax, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(softmax, "PRODUCT", product)
     torch.manual_seed(0)
     N, H, V = 300, 64, 500

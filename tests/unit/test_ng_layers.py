@@ -147,7 +147,7 @@ def test_softmax_in_chunks_equals_the_affine_map_on_all_logits(
 ):
     """From the second minibatch on; the first is whole in both."""
     monkeypatch.setattr(softmax_module, "MIN_CHUNK_ROWS", 16)
-    monkeypatch.setitem(softmax_module.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(softmax_module, "CHUNK_BYTES", 1)
     torch.manual_seed(0)
     config = NgSgdConfig(
         rank_in=4,

@@ -263,6 +263,29 @@ def test_nnet3_skips_a_minibatch_that_is_not_finite(value):
     assert torch.equal(learner.theta, before)
 
 
+@pytest.mark.parametrize("limits", [(0.01, 0.015), (0.01, 100.0), (10.0, 10.0)])
+def test_limits_taken_on_a_gpu_are_the_same(limits):
+    """The way with few kernels, which works on a CPU too."""
+    most_map, most_all = limits
+    limits = {"max_change_map": most_map, "max_change_all": most_all}
+    stepped = []
+    for on_gpu in (False, True):
+        config = NgSgdConfig(lr=100.0, max_change="nnet3", **limits)
+        learner, _ = make(config)
+        learner.gradient()
+        gradients = [p.grad for p in learner.model.parameters()]
+        if on_gpu:
+            learner.optimizer._limit_on_gpu_(gradients)
+            factor = 1.0
+        else:
+            factor = learner.optimizer._limit_(gradients)
+        stepped.append(learner.grad * factor)
+    assert torch.allclose(*stepped, rtol=1e-5, atol=1e-9)
+    gradients[0].view(-1)[0] = torch.nan
+    learner.optimizer._limit_on_gpu_(gradients)
+    assert not learner.grad.any()
+
+
 def test_nnet2_follows_the_schedule_of_the_rate():
     settings = {"max_change": "nnet2", "max_change_per_sample": 1e-4, "lr": 10.0}
     first, _ = make(NgSgdConfig(**settings))
