@@ -77,13 +77,13 @@ def precondition(
     due = ng.is_due(state)
     L = H.t() @ H if due or not H.is_cuda else None
     if L is None or L.is_cuda:
-        squares, left = measured(X_ND, rows, ones_hat)
+        squares, left = squares_of(X_ND, rows, ones_hat)
     else:
         squares = torch.linalg.vector_norm(X_ND).square()
         squares = squares + N if ones else squares
         left = squares_left(squares, L, gram(ng, W))
         if not left > MIN_LEFT * squares:
-            _, left = measured(X_ND, rows, ones_hat)
+            _, left = squares_of(X_ND, rows, ones_hat)
     found = None
     if due:
         assert L is not None
@@ -94,7 +94,7 @@ def precondition(
     return Hat(rows, ones_hat, norm_ratio(squares.sqrt(), left.sqrt()))
 
 
-def measured(
+def squares_of(
     X_ND: Tensor, rows_ND: Tensor, ones_N: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return ||[X, 1]||^2 and ||[rows, ones]||^2, 0-d; without ones if there are none.

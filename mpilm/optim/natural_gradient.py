@@ -222,7 +222,7 @@ def update(
 
     The input state is not changed. Not finite numbers: the same state comes back.
     """
-    return moved(state, found, solve(state, found, config))
+    return updated(state, found, solve(state, found, config))
 
 
 def solve(
@@ -264,7 +264,7 @@ def solve(
     return Solution(d_new, rho_new, e_new, A, (1 - eta) / a * q, in_doubt)
 
 
-def moved(
+def updated(
     state: FisherState, found: Statistics, solution: Solution | None
 ) -> FisherState:
     """Return the state after a minibatch whose small matrices gave `solution`."""
@@ -376,7 +376,7 @@ class NaturalGradient:
             if solving is None:
                 self._state = update(self._state, found, self.config)
             else:
-                self._state = moved(self._state, found, solving.result())
+                self._state = updated(self._state, found, solving.result())
         self._pending = None
 
     def state(self) -> dict[str, Any]:
