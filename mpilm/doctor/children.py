@@ -19,7 +19,9 @@ from mpilm.doctor.findings import Finding, amount, ok
 
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDRA_", "HYDI_")
 CHILD_S = 60.0
-TROUBLE = re.compile(r"(?i)error|cannot|unable|failed|no components|refus|not found")
+TROUBLE = re.compile(
+    r"(?i)signal: |error|cannot|unable|failed|no components|refus|not found"
+)
 EASY = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
@@ -131,6 +133,8 @@ def trouble_in(text: str) -> str:
 
     >>> trouble_in("*** An error occurred in MPI_Init\\n-----\\nLocal abort: no error")
     'An error occurred in MPI_Init'
+    >>> trouble_in("[vm] Signal: Segmentation fault (11)\\n[vm] End of error message")
+    '[vm] Signal: Segmentation fault (11)'
     """
     lines = [line.strip(" *") for line in text.splitlines() if line.strip(" -*=")]
     trouble = [line for line in lines if TROUBLE.search(line)]
