@@ -149,7 +149,8 @@ def train_virtually(
         if "test_frame_error" in summary:
             point["wrong"] = summary["test_frame_error"]
         if config.train.valid_every:
-            point["curve"] = curve_of(folder, measure)
+            end = [point["seconds"], point["valid"]]
+            point["curve"] = [*curve_of(folder, measure), end]
         return point
 
 

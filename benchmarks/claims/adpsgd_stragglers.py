@@ -1,0 +1,77 @@
+"""Is the loss against time unharmed by one slow rank?
+
+    python benchmarks/claims/adpsgd_stragglers.py
+
+Claim       With one rank 2, 10 or 100 times slow ADPSGD on a fixed or random ring
+            trains on unharmed; all-reduce and delay_by_one suffer.
+Source      Cui et al., arXiv 2110.11199 (abstract)
+Set-up      LSTM on words, plain SGD, minibatch 4 x 10, 48,000 words in all from a
+            common pool, 8 ranks with steps of 0.1 s +- 10%, the last rank slow; rate
+            tuned for each strategy by the one rule without a slow rank; virtual seconds
+            until the valid perplexity (8 evaluations) is 1.1 times the worst that a
+            strategy ends at without a slow rank; 3 seeds
+Decision    reproduced if at every factor both rings take at most 8/7 x 1.1 of their
+            time without a slow rank (an eighth of the speed may be lost), and
+            all-reduce and delay_by_one at least 0.8 times the factor; not reproduced if
+            a ring takes more than 1.5 times, or all-reduce or delay_by_one less than
+            half the factor
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from claim import Finding, Study, decide, main, mean, shown
+from tasks import all_seeds, few, seconds_to, tuned, words
+
+ROWS: dict[str, dict[str, Any]] = {
+    "fixed ring": {"name": "adpsgd", "mixing": "fixed_ring"},
+    "random ring": {"name": "adpsgd", "mixing": "random_ring"},
+    "all-reduce": {"name": "allreduce"},
+    "delay_by_one": {"name": "delay_by_one"},
+}
+FACTORS = (1.0, 2.0, 10.0, 100.0)
+RANKS = 8
+POOL = {"data": {"source": "pool", "chunk_windows": 5}}
+KEY: dict[str, Any] = {"samples": 48_000, "evaluations": 8, "more": POOL}
+
+
+def measure(study: Study) -> Finding:
+    """Return what the claim came to."""
+    ranks = few(study, RANKS)
+    found: dict[str, dict[float, Any]] = {}
+    for name, strategy in ROWS.items():
+        key = {"strategy": strategy, "ranks": ranks, **KEY}
+        lr = tuned(study, 8.0, words, **key)
+        found[name] = {
+            factor: all_seeds(study, words, lr=lr, slow=factor, **key)
+            for factor in FACTORS
+        }
+    target = 1.1 * max(mean(points[1.0], "valid") for points in found.values())
+    holds, fails = True, False
+    parts = [f"time to perplexity {target:.1f} over that without a slow rank"]
+    for name, points in found.items():
+        waits = not name.endswith("ring")
+        numbers = []
+        for factor in FACTORS[1:]:
+            pairs = zip(points[factor], points[1.0], strict=True)
+            ratios = [
+                seconds_to(target, slow["curve"]) / seconds_to(target, even["curve"])
+                for slow, even in pairs
+            ]
+            ratio = sum(ratios) / len(ratios)
+            numbers.append(f"{factor:g} x: {shown(ratios, 2)}")
+            if waits:
+                holds &= ratio >= 0.8 * factor
+                fails |= ratio < 0.5 * factor
+            else:
+                holds &= ratio <= 1.1 * RANKS / (RANKS - 1)
+                fails |= ratio > 1.5
+        parts.append(
+            f"{name}: time over that without a slow rank, {', '.join(numbers)}"
+        )
+    return Finding(decide(reproduced=holds, refuted=fails), "; ".join(parts))
+
+
+if __name__ == "__main__":
+    main()
