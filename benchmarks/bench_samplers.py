@@ -3,6 +3,8 @@
     python benchmarks/bench_samplers.py --out benchmarks/results/samplers.json
     python benchmarks/bench_samplers.py --vocab 267735 --hidden 64 --samples 60000 \\
         --valid-tokens 4000 --decay --bias unigram --seeds 1 --no-controls --out ...
+    ... --vocab 267735 --hidden 512 --batch 32 --unroll 35 --samples 1800000 \\
+        --device cuda ...       where there is a GPU: 30 times as many tokens
 
 The same LSTM language model, from the same first weights, on the same minibatches, by
 the full softmax and by samples of F frequent and m drawn words; then the perplexity on
@@ -93,7 +95,8 @@ def make_learner(
         counts = torch.from_numpy(corpus.counts + 1.0)
         model.softmax.bias.data.copy_((counts / counts.sum()).log())
     batches = Streams(corpus.split("train")[:], args.batch, args.unroll)
-    return Learner(model, batches, optimizer, flat=True, sparse=True, seed=seed)
+    own = {"flat": True, "sparse": True, "seed": seed, "device": args.device}
+    return Learner(model, batches, optimizer, **own)
 
 
 def train(args: argparse.Namespace, name: str, seed: int, corpus: Corpus) -> Any:
@@ -158,6 +161,7 @@ def main() -> None:
     arguments.add_argument("--bias", choices=["zero", "unigram"], default="zero")
     arguments.add_argument("--words", nargs="*", default=SAMPLES, metavar="F + m")
     arguments.add_argument("--no-controls", action="store_true")
+    arguments.add_argument("--device", default="cpu")
     args = arguments.parse_args()
     if args.smoke:
         args.vocab, args.samples, args.seeds, args.hidden = 3000, 1200, 1, 8
