@@ -120,6 +120,7 @@ def mpirun(
     *arguments: str | Path,
     during: Callable[[Running], None] | None = None,
     program: tuple[str | Path, ...] = (BIN / "mpilm",),
+    options: tuple[str, ...] = (),
     terminal: bool = False,
     limit_s: int = 180,
     **environment: str,
@@ -131,12 +132,14 @@ def mpirun(
         arguments: of mpilm.
         during: called while it runs.
         program: what to start in the place of mpilm.
+        options: of mpirun.
         terminal: whether stdout is a terminal.
     """
     if found := os.environ.get("PYTHONPATH"):
         own = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{own}{os.pathsep}{found}" if own else found
-    launcher = [BIN / "mpirun", "--oversubscribe", "--bind-to", "none", "-n", ranks]
+    launcher = [BIN / "mpirun", "--oversubscribe", "--bind-to", "none"]
+    launcher += [*options, "-n", ranks]
     command = [*(launcher if ranks else []), *program, *arguments]
     screen, stdout = pty.openpty() if terminal else os.pipe()
     process = subprocess.Popen(

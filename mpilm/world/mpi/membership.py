@@ -16,7 +16,6 @@ does next with the world; activities end. Then all call `World.shrink`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -24,15 +23,9 @@ from typing import Any, TypeVar
 from mpi4py import MPI
 
 from mpilm.errors import RanksDiedError
+from mpilm.world.mpi.start import has_ulfm
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-# set by mpirun --with-ft
-SETTING = "OMPI_MCA_mpi_ft_enable"
-
-
-def has_ulfm() -> bool:
-    """Return whether ranks go on after another has died."""
-    return os.environ.get(SETTING, "").lower() in {"1", "true", "yes", "ulfm"}
 
 
 class Membership:

@@ -288,8 +288,15 @@ class Progress:
             raise Stopped
 
     def meaning(self, error: BaseException) -> BaseException:
-        """Return an error of MPI, or what it says: that a rank has died."""
-        return self.membership.translate(error) if self.membership else error
+        """Return an error of MPI, or what it says: that a rank has died.
+
+        A queue that ends because of a death leaves its calls with that death.
+        """
+        if self.membership is None:
+            return error
+        if isinstance(error, Stopped) and self.membership.death is not None:
+            return self.membership.death
+        return self.membership.translate(error)
 
     def settle(self, timeout_s: float) -> None:
         """Wait until nothing is pending: after a death MPI ends all of it."""

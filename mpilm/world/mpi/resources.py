@@ -7,11 +7,12 @@ from collections.abc import Callable
 from mpi4py import MPI
 
 from mpilm.world.faults import Faults
-from mpilm.world.mpi.membership import Membership, has_ulfm
+from mpilm.world.mpi.membership import Membership
 from mpilm.world.mpi.progress import Meter, Progress
 from mpilm.world.mpi.slow_links import SlowLinks
 from mpilm.world.mpi.staging import Staging
 from mpilm.world.mpi.stall import StallInspector
+from mpilm.world.mpi.start import has_ulfm
 
 
 class Resources:

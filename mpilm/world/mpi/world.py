@@ -36,25 +36,16 @@ from mpilm.world.mpi.abort import abort_on_error
 from mpilm.world.mpi.clock import clock, pause_s
 from mpilm.world.mpi.progress import Progress, Stopped
 from mpilm.world.mpi.stall import Waiting
+from mpilm.world.mpi.start import has_ulfm, start_mpi
 from mpilm.world.parts import completion_shares
 
 if TYPE_CHECKING:  # to import it starts MPI
     from mpi4py import MPI
 
-__all__ = ["MpiWorld", "abort_on_error"]
+__all__ = ["MpiWorld", "abort_on_error", "start_mpi"]
 
 T = TypeVar("T")
 
-# Open MPI: a thread that waits inside MPI lets others have its core; and a message that
-# must be copied in fragments has more than three under way between two polls. Over TCP
-# a long message without "put" goes in fragments: as one it holds up the other
-# direction, whose clearance to send waits behind it. All measured, docs/mpi-world.md;
-# what the environment sets already is left alone.
-SETTINGS = {
-    "OMPI_MCA_btl_tcp_flags": "send,inplace,need-ack,need-csum",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "OMPI_MCA_pml_ob1_send_pipeline_depth": "256",
-}
 FORWARD_S = 0.5  # for mpirun to read our last line; without it, 1 of 40 was lost
 LEAVE_S = 10.0  # how long a rank that exits without close() waits for the others
 CRASH_S = 1.0  # the same after an uncaught exception
@@ -92,8 +83,6 @@ class MpiWorld(World):
         if comm is None:
             comm = mpi.COMM_WORLD
             check_launch(comm.size)
-        from mpilm.world.mpi.membership import has_ulfm  # it imports mpi4py
-
         self.background = mpi.Query_thread() >= mpi.THREAD_MULTIPLE
         self.step_s = step_s
         self.on_failure: Callable[[BaseException], None] | None = None
@@ -412,17 +401,6 @@ class NotifyingLock(AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         self._lock.release()
         self.progress.notify()
-
-
-def start_mpi() -> Any:
-    """Return mpi4py's module MPI; start MPI if nobody has."""
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    from mpi4py import MPI
-
-    if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    return MPI
 
 
 def _ignore(part: Any) -> None:

@@ -1,0 +1,60 @@
+"""MPI is started, and ended: with the settings that our messages need.
+
+Nothing here imports mpi4py before it is asked to: to import it starts MPI.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import Any
+
+FT_SETTING = "OMPI_MCA_mpi_ft_enable"  # set by mpirun --with-ft
+# Open MPI: a thread that waits inside MPI lets others have its core; and a message that
+# must be copied in fragments has more than three under way between two polls. Over TCP
+# a long message without "put" goes in fragments: as one it holds up the other
+# direction, whose clearance to send waits behind it. All measured, docs/mpi-world.md;
+# what the environment sets already is left alone.
+SETTINGS = {
+    "OMPI_MCA_btl_tcp_flags": "send,inplace,need-ack,need-csum",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMPI_MCA_pml_ob1_send_pipeline_depth": "256",
+}
+
+
+def has_ulfm() -> bool:
+    """Return whether ranks go on after another has died."""
+    return os.environ.get(FT_SETTING, "").lower() in {"1", "true", "yes", "ulfm"}
+
+
+def start_mpi() -> Any:
+    """Return mpi4py's module MPI; start MPI if nobody has."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if has_ulfm() and "mpi4py.MPI" not in sys.modules:
+        import mpi4py
+
+        mpi4py.rc.finalize = False  # at exit it would, whoever has died
+        atexit.register(_finalize)
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    return MPI
+
+
+def _finalize() -> None:
+    """End MPI, unless a rank has died: then it may wait for that one for minutes.
+
+    Nothing is under way any more, and mpirun takes the end of the process for what it
+    is. Seen with Open MPI 5.0.11: one of ten ends after deaths took over 150 s.
+    """
+    from mpi4py import MPI
+
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        failed = MPI.COMM_WORLD.Get_failed()
+        num_failed = failed.size
+        failed.Free()
+        if num_failed == 0:
+            MPI.Finalize()
