@@ -74,7 +74,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 LINK = ("latency_s", "bandwidth_Bps", "rendezvous_s", "burst_bytes")
 LINK += ("enter_s", "reduce_latency_s", "reduce_Bps")
-MEASURED = (*LINK, *(f"node_{key}" for key in LINK if key != "burst_bytes"))
+INNER = [key for key in LINK if key != "burst_bytes"]
+MEASURED = (*LINK, *(prefix + key for prefix in ("node_", "leader_") for key in INNER))
 Found = dict[str, Any]
 
 

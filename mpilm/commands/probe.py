@@ -46,7 +46,13 @@ def probe(
     """
     from mpilm.config import read_config
     from mpilm.seeds import DROPOUT, derive
-    from mpilm.simulate.calibrate import calibrate, own_step_s, spread, step_times
+    from mpilm.simulate.calibrate import (
+        calibrate,
+        evaluation_s,
+        own_step_s,
+        spread,
+        step_times,
+    )
     from mpilm.strategies import find_strategy
     from mpilm.train.run import make_learner
     from mpilm.train.task import open_task
@@ -79,6 +85,10 @@ def probe(
         step_s, jitter = spread([gradients for gradients, _ in everyone])
         update_s, _ = spread([updates for _, updates in everyone])
         own_s = own_step_s(world, strategy, learner, steps)
+        eval_s = 0.0
+        if "valid" in task.evaluated(settings.train):
+            split = task.evaluation("valid", settings.train, world.rank, world.size)
+            eval_s = spread(world.comm.allgather([evaluation_s(learner, split)]))[0]
         batches.close()
         hosts = world.comm.allgather(socket.gethostname())
         model_bytes = ITEM_BYTES * learner.layout.size
@@ -88,6 +98,7 @@ def probe(
             "jitter": jitter,
             "update_s": update_s,
             "mix_s": max(0.0, own_s - step_s - update_s),
+            "eval_s": eval_s,
         }
         where = f"{learner.device.type}, {settings.strategy.name}), {config}"
         if world.rank == 0:

@@ -14,13 +14,15 @@ Collectives of all ranks (of a node's), K of them:
 
 E, R, L', B', r as in world/machine.py. The calls are those of the world, with its
 threads and pauses, and all ranks make them at once: that is how a strategy finds them.
+Leaders     the same once more with one rank of each node, the others at rest.
 Long messages are as long as the model, for no library takes a time that is linear in n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -36,6 +38,7 @@ SHORT_BYTES, LEAST_BYTES, MOST_BYTES = 8, 1 << 15, 1 << 24
 AT_ONCE = 3
 NOISE = 0.1  # of a time that may be noise: what is left of it is at least as much
 WARM_UP, ROUNDS = 2, 7
+EVALUATED = 20  # minibatches of a split; chosen, not tuned
 
 
 def calibrate(
@@ -57,6 +60,8 @@ def calibrate(
     found: dict[str, float] = {}
     if len(set(hosts)) > 1:
         found |= _level(world, world.comm, far_partners(hosts), n, step_s)
+    if most > 1 and len(set(hosts)) > 1:
+        found |= _of_leaders(world, hosts, node.rank, n, step_s)
     if most > 1:  # nodes with fewer ranks than others measure along
         ring = [(rank + 1) % node.size for rank in range(node.size)]
         inside = _level(world, node, ring, n, step_s)
@@ -65,6 +70,24 @@ def calibrate(
         del inside["burst_bytes"]  # memory has none
         found |= {f"node_{key}": value for key, value in inside.items()}
     return found
+
+
+def _of_leaders(
+    world: World, hosts: Sequence[str], number: int, n: int, pause_s: float
+) -> dict[str, float]:
+    """Return the costs of a group with one rank of each node, alone on its link.
+
+    Args:
+        number: of this rank on its node.
+    """
+    leaders = world.comm.Split(None if number else 0)
+    costs: dict[str, float] = {}
+    if leaders is not None:
+        ring = [(rank + 1) % leaders.size for rank in range(leaders.size)]
+        costs = _level(world, leaders, ring, n, pause_s)
+        del costs["burst_bytes"]  # the link's, measured with all ranks
+    known = world.comm.allgather(costs)
+    return {f"leader_{key}": value for key, value in max(known, key=len).items()}
 
 
 def far_partners(hosts: Sequence[str]) -> list[int]:
@@ -177,6 +200,17 @@ def step_times(learner: Any, steps: int) -> tuple[list[float], list[float]]:
             finish_kernels()
             seconds_.append(clock() - start_s)
     return took[0][WARM_UP:], took[1][WARM_UP:]
+
+
+def evaluation_s(learner: Any, batches: Iterable[Any]) -> float:
+    """Return the seconds of evaluating a sample: of some minibatches, GPU included."""
+    some = list(islice(batches, WARM_UP + EVALUATED))
+    warm_up, counted = some[:WARM_UP], some[WARM_UP:] or some
+    learner.evaluate(warm_up)
+    start_s = clock()
+    num_samples = learner.evaluate(counted).num_targets
+    finish_kernels()
+    return (clock() - start_s) / max(1, num_samples)
 
 
 def own_step_s(world: World, strategy: Strategy, learner: Any, steps: int) -> float:

@@ -233,9 +233,9 @@ def model_layout(
 def co_simulate(config: Config, out: Path, ranks: int) -> Outcome:
     """Train on `ranks` virtual ranks into the run folder `out`; return the outcome.
 
-    Neither the optimiser nor an evaluation takes virtual time. No checkpoint is kept,
-    and no rank evaluates a model of its own: K evaluations would take most of the real
-    time.
+    The optimiser takes machine.update_s, an evaluation machine.eval_s a sample (of the
+    run's seconds, not of those of training). No checkpoint is kept, and no rank
+    evaluates a model of its own: K evaluations would take most of the real time.
 
     Raises:
         MpilmError: bad input, one line.

@@ -90,7 +90,10 @@ def evaluate(
     Communicates: collective, one Allreduce of 24 bytes, blocking.
     """
     share = task.evaluation(split, train, world.rank, world.size)
-    return together(learner.evaluate(watch(share)), world)
+    sums = learner.evaluate(watch(share))
+    if world.eval_s:
+        world.sleep(sums.num_targets * world.eval_s)
+    return together(sums, world)
 
 
 def evaluate_alone(
@@ -135,6 +138,8 @@ def evaluate_each(
     Communicates: collective, a small allgather, blocking.
     """
     own, count = evaluate_alone(learner, task, split, train, most=most, watch=watch)
+    if world.eval_s:
+        world.sleep(count * world.eval_s)
     return world.comm.allgather(own), count
 
 

@@ -234,6 +234,7 @@ class World(ABC):
     comm: Comm
     background: bool  # whether activities may communicate beside the learner
     is_virtual = False  # whether its seconds are those of a declared machine
+    eval_s = 0.0  # seconds that evaluating a sample takes in virtual time
     can_shrink = False  # whether it can go on without ranks that have died
 
     @property
@@ -369,6 +370,7 @@ class Within(World):
     def __init__(self, outer: World, comm: Comm) -> None:
         self.outer, self.comm = outer, comm
         self.background, self.is_virtual = outer.background, outer.is_virtual
+        self.eval_s = outer.eval_s
 
     def now_s(self) -> float:
         return self.outer.now_s()

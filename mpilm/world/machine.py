@@ -15,7 +15,9 @@ Cost        message             L + R + n/B                                    (
 E is what our own software takes to find out that all have come; L' and B' are what a
 reduction comes to, arithmetic included. `mpilm probe` measures them; without them a
 reduction costs what its messages do. A link that rested lets burst_bytes pass in no
-time (a token bucket). docs/virtual-world.md tells how costs and ports play together.
+time (a token bucket). Ranks of a node share its link: a group with one rank of each
+node has it alone, and costs of its own (leader_...). docs/virtual-world.md tells how
+costs and ports play together.
 """
 
 from __future__ import annotations
@@ -108,6 +110,18 @@ class Machine:
     """latency of the rounds of an allreduce between nodes, seconds; 0: latency_s"""
     reduce_Bps: Annotated[float, Meta(ge=0)] = 0.0
     """bandwidth of an allreduce between nodes, bytes per second; 0: bandwidth_Bps"""
+    leader_latency_s: Time = 0.0
+    """latency_s of a group with one rank of each node, alone on its link"""
+    leader_bandwidth_Bps: Annotated[float, Meta(ge=0)] = 0.0
+    """bandwidth_Bps of such a group; 0: such groups cost what all others do"""
+    leader_rendezvous_s: Time = 0.0
+    """rendezvous_s of such a group"""
+    leader_enter_s: Time = 0.0
+    """enter_s of such a group"""
+    leader_reduce_latency_s: Time = 0.0
+    """reduce_latency_s of such a group; 0: leader_latency_s"""
+    leader_reduce_Bps: Annotated[float, Meta(ge=0)] = 0.0
+    """reduce_Bps of such a group; 0: leader_bandwidth_Bps"""
     node_rendezvous_s: Time = 0.0
     """rendezvous_s inside a node"""
     node_enter_s: Time = 0.0
@@ -122,6 +136,8 @@ class Machine:
     """seconds of the optimiser in a step, after the gradient"""
     mix_s: Time = 0.0
     """seconds in a step that the strategy itself computes: sums, copies, filters"""
+    eval_s: Time = 0.0
+    """seconds that a rank evaluates one sample (a token, a frame)"""
     jitter: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """steps and latencies are drawn from (1 - jitter, 1 + jitter) times their value"""
     eager_bytes: Annotated[int, Meta(ge=0)] = 65_536
@@ -135,36 +151,51 @@ class Machine:
         """
         return rank // self.ranks_per_node
 
-    def link(self, *, same_node: bool) -> Link:
-        """Return the link between ranks of one node or of different ones."""
+    def link(self, *, same_node: bool, leaders: bool = False) -> Link:
+        """Return the link between ranks of one node or of different ones.
+
+        Args:
+            leaders: of a group with one rank of each node.
+        """
         if same_node:
             return Link(self.node_latency_s, self.node_bandwidth_Bps)
+        if leaders and self.leader_bandwidth_Bps:
+            return Link(self.leader_latency_s, self.leader_bandwidth_Bps)
         return Link(self.latency_s, self.bandwidth_Bps)
 
-    def collectives(self, *, same_node: bool) -> Collectives:
-        """Return what collectives of one node or between nodes cost.
+    def collectives(self, *, same_node: bool, leaders: bool = False) -> Collectives:
+        """Return what collectives of one node or between nodes cost; args as of `link`.
 
         >>> Machine(latency_s=1.0, bandwidth_Bps=9.0, reduce_Bps=8.0).collectives(
         ...     same_node=False
         ... ).reduction
         Link(latency_s=1.0, bandwidth_Bps=8.0)
         """
-        link = self.link(same_node=same_node)
-        latency_s, speed_Bps, enter_s = (
-            (self.node_reduce_latency_s, self.node_reduce_Bps, self.node_enter_s)
-            if same_node
-            else (self.reduce_latency_s, self.reduce_Bps, self.enter_s)
-        )
+        link = self.link(same_node=same_node, leaders=leaders)
+        how = (self.reduce_latency_s, self.reduce_Bps, self.enter_s)
+        if same_node:
+            how = (self.node_reduce_latency_s, self.node_reduce_Bps, self.node_enter_s)
+        elif leaders and self.leader_bandwidth_Bps:
+            how = (
+                self.leader_reduce_latency_s,
+                self.leader_reduce_Bps,
+                self.leader_enter_s,
+            )
+        latency_s, speed_Bps, enter_s = how
         reduction = Link(latency_s or link.latency_s, speed_Bps or link.bandwidth_Bps)
         burst_s = 0.0 if same_node else self.burst_bytes / reduction.bandwidth_Bps
         return Collectives(link, reduction, enter_s, burst_s)
 
-    def message_link(self, msg_bytes: int, *, same_node: bool) -> Link:
-        """Return the link of a message: R is part of its latency."""
-        link = self.link(same_node=same_node)
+    def message_link(
+        self, msg_bytes: int, *, same_node: bool, leaders: bool = False
+    ) -> Link:
+        """Return the link of a message: R is part of its latency. Args as of `link`."""
+        link = self.link(same_node=same_node, leaders=leaders)
         if msg_bytes <= self.eager_bytes:
             return link
         more_s = self.node_rendezvous_s if same_node else self.rendezvous_s
+        if leaders and not same_node and self.leader_bandwidth_Bps:
+            more_s = self.leader_rendezvous_s
         return link.after(Link(more_s, math.inf)) if more_s else link
 
     def scaled(self, scale: float) -> Machine:
@@ -179,6 +210,8 @@ class Machine:
             reduce_Bps=self.reduce_Bps / scale,
             node_bandwidth_Bps=self.node_bandwidth_Bps / scale,
             node_reduce_Bps=self.node_reduce_Bps / scale,
+            leader_bandwidth_Bps=self.leader_bandwidth_Bps / scale,
+            leader_reduce_Bps=self.leader_reduce_Bps / scale,
             burst_bytes=round(self.burst_bytes / scale),
             eager_bytes=int(self.eager_bytes / scale),
         )

@@ -27,8 +27,16 @@ NETWORK = Machine(
     node_enter_s=2e-4,
     node_reduce_latency_s=3e-4,
     node_reduce_Bps=5e6,
+    leader_latency_s=7e-4,
+    leader_bandwidth_Bps=4e6,
+    leader_rendezvous_s=3e-3,
+    leader_enter_s=4e-4,
+    leader_reduce_latency_s=1e-3,
+    leader_reduce_Bps=3e6,
 )
-BURSTS = dataclasses.replace(NETWORK, rendezvous_s=0.0, burst_bytes=30_000)
+BURSTS = dataclasses.replace(
+    NETWORK, rendezvous_s=0.0, leader_rendezvous_s=0.0, burst_bytes=30_000
+)
 ALONE = dataclasses.replace(NETWORK, ranks_per_node=1)
 
 
@@ -46,7 +54,7 @@ def test_it_finds_what_was_declared_on_both_levels(machine: Machine) -> None:
     found = measured(machine, ["a", "a", "b", "b", "c", "c", "d", "d"])
     assert found.keys() == {
         prefix + key
-        for prefix in ("", "node_")
+        for prefix in ("", "node_", "leader_")
         for key in (
             "latency_s",
             "bandwidth_Bps",
@@ -63,7 +71,7 @@ def test_it_finds_what_was_declared_on_both_levels(machine: Machine) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_one_rank_a_node_has_no_inner_level(ranks: int) -> None:
     found = measured(ALONE, [f"host{rank}" for rank in range(ranks)])
-    assert not any(key.startswith("node_") for key in found)
+    assert not any(key.startswith(("node_", "leader_")) for key in found)
     for key, value in found.items():
         assert value == pytest.approx(getattr(ALONE, key), rel=0.02), key
 

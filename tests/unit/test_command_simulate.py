@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import h5py
 import pytest
 
 from mpilm.cli import main
@@ -187,3 +188,22 @@ def test_a_simulation_takes_the_place_of_no_input(folder, capsys):
         assert said.count("\n") == 1
         assert (out / name).read_bytes() == before
         (out / name).rename(folder / "train.toml")
+
+
+@pytest.mark.long
+def test_an_evaluation_takes_the_time_that_the_machine_says(folder):
+    out = folder / "evaluated"
+    options = ["--ranks", "2", "--steps", "5", "--set", "train.test=false"]
+    seconds = {}
+    for eval_s in (0.0, 0.5):
+        more = ["--set", f"machine.eval_s={eval_s}", "--out", out / str(eval_s)]
+        assert run(folder, *options, *more) == 0
+        path = out / str(eval_s) / "ranks-0002" / "summary.json"
+        seconds[eval_s] = json.loads(path.read_text())
+    none, some = seconds[0.0], seconds[0.5]
+    assert some["train_seconds"] == pytest.approx(none["train_seconds"])
+    with h5py.File(folder / "corpus.h5") as corpus:
+        num_valid = len(corpus["splits/valid"])
+    # two ranks share the split, and the slower one counts
+    took_s = some["seconds"] - none["seconds"]
+    assert took_s == pytest.approx(0.5 * num_valid / 2, rel=0.1)

@@ -91,10 +91,14 @@ class Communicator(Group):
     def __init__(
         self, network: Network, states: Sequence[RankState], kind: str
     ) -> None:
-        same_node = len({state.node for state in states}) == 1
-        fault = network.faults.link_within([state.rank for state in states])
+        num_nodes = len({state.node for state in states})
+        same_node = num_nodes == 1
         machine = network.machine
-        how = machine.collectives(same_node=same_node).after(fault)
+        # one rank of each node, where nodes have several
+        self.leaders = machine.ranks_per_node > 1 and num_nodes == len(states)
+        fault = network.faults.link_within([state.rank for state in states])
+        how = machine.collectives(same_node=same_node, leaders=self.leaders)
+        how = how.after(fault)
         name = f"{kind} (communicator {len(network.communicators)})"
         super().__init__(network.engine, states, machine, how, name)
         self.network, self.faults = network, network.faults
@@ -236,7 +240,9 @@ class VirtualComm(Comm):
         peer = self.group.comms[dest]
         nbytes, _ = described(buf)
         same_node = state.node == peer.state.node
-        link = machine.message_link(nbytes, same_node=same_node)
+        link = machine.message_link(
+            nbytes, same_node=same_node, leaders=self.group.leaders
+        )
         fault = self.group.faults.link(state.rank, peer.state.rank)
         if fault is not NO_FAULT:
             link = link.after(fault)

@@ -165,6 +165,7 @@ class VirtualWorld(World):
         self.engine = simulation.engine
         self.state = comm.state
         self.can_shrink = simulation.can_shrink
+        self.eval_s = simulation.machine.eval_s
         self.waits_in_shrink: VirtualActivity | None = None
         self._is_closing = self._closed = False
 
