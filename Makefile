@@ -4,6 +4,7 @@
 # make docs           the documentation as a site: build/site/index.html
 # make cluster-test   the job scripts; installs SLURM as root on Debian
 # make bench          every benchmark; make bench-smoke: seconds of each
+# make claims         what the papers claim, measured; make claims-smoke: seconds of each
 # make gpu-wheels     what benchmarks/gpu.py needs on a bare machine with a GPU
 # make soak           random schedules in the virtual world, SOAK of each kind
 # make clean          remove what these make
@@ -25,7 +26,8 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help demo test lint docs cluster-test bench bench-smoke gpu-wheels soak clean
+.PHONY: help demo test lint docs cluster-test bench bench-smoke claims claims-smoke \
+    gpu-wheels soak clean
 .NOTPARALLEL:
 
 help:
@@ -58,8 +60,15 @@ cluster-test: .venv/test.stamp
 bench: .venv/test.stamp
 	tools/bench.sh
 
-bench-smoke: .venv/test.stamp
+bench-smoke: .venv/test.stamp claims-smoke
 	tools/bench.sh --smoke
+
+claims: .venv/test.stamp
+	$(BIN)/python benchmarks/claims/run.py
+	$(BIN)/python benchmarks/claims/page.py
+
+claims-smoke: .venv/test.stamp
+	$(BIN)/python benchmarks/claims/run.py --smoke
 
 # torch and numpy are there; pip matches the tags of platforms one by one
 gpu-wheels: .venv/demo.stamp

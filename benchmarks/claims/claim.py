@@ -140,12 +140,9 @@ def header_of(text: str) -> dict[str, str]:
     >>> header_of("Ask.\\n\\nClaim       it is\\n            so\\nSource      x\\n")
     {'Claim': 'it is so', 'Source': 'x'}
     """
-    pattern = r"^([A-Z][\w-]+) +(\S.*(?:\n {12}.*)*)"
-    return {
-        name: " ".join(words.split())
-        for name, words in re.findall(pattern, text, re.MULTILINE)
-        if len(name) < 12
-    }
+    pattern = rf"^({'|'.join(FIELDS)}) +(\S.*(?:\n {{12}}.*)*)"
+    found = re.findall(pattern, text, re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in found}
 
 
 def find(id: str) -> Claim:

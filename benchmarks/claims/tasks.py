@@ -121,7 +121,7 @@ def words(
     }  # fmt: skip
 
     def run(**_: Any) -> Point:
-        num = 2 * ranks * batch * UNROLL if study.smoke else samples
+        num = 6 * ranks * batch * UNROLL if study.smoke else samples
         document: dict[str, Any] = {
             "data": {"corpus": str(words_corpus(study))},
             "model": {"name": "lstm_lm", "embed": UNITS, "hidden": UNITS},
@@ -182,7 +182,7 @@ def frames(
             "schedule": schedule,
             "strategy": strategy,
             "train": {
-                "samples": 2 * ranks * few if study.smoke else samples,
+                "samples": 6 * ranks * few if study.smoke else samples,
                 "batch": few, "seed": seed, "trace_steps": 0, "log_every": 10,
             },
         }  # fmt: skip
