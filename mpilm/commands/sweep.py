@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import tyro
 
 from mpilm.commands import ranks
+from mpilm.commands.collect import PAGE, jobs_of, submit_collector
 from mpilm.commands.points import SUBMITTED, Point, Spec
 from mpilm.commands.queued import make
 from mpilm.commands.swept import NAME, State, Sweep, last_line, point_table, write_table
@@ -70,7 +71,10 @@ def sweep(
     owner = Owner(out).take()
     try:
         found = _begin(asked, points, out)
+        before = jobs_of(found)
         code = _run_all(found, commands)
+        if found.spec.run in SUBMITTED and (job := submit_collector(found, before)):
+            say(f"job {job} waits for all others, then draws {out / PAGE}")
     finally:
         owner.release()
     for line in point_table(found):

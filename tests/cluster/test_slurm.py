@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -251,3 +252,52 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     third = submitted()
     assert third.returncode == 0, third.stderr
     cluster.run("scancel", third.stdout.strip())
+
+
+SWEEP = """
+config = "train.toml"
+run = "slurm"
+ranks = [2]
+set = ["train.samples=3000", "strategy.name=bmuf"]
+options = ["--time", "0:10:00", "--ranks-per-node", "1", "--env", "environment.sh"]
+[vary]
+"optim.lr" = [1.0, 1e30]
+"""
+
+
+def test_a_sweep_is_collected_by_its_last_job(
+    cluster: Cluster, project: Project
+) -> None:
+    """Two jobs over two nodes each, one of which diverges; then the page."""
+    (project.folder / "sweep.toml").write_text(SWEEP)
+
+    def mpilm(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BIN / "mpilm", *words],
+            cwd=project.folder,
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    began = mpilm("sweep", "sweep.toml", "--out", "swept")
+    assert began.returncode == 0, began.stderr
+    again = mpilm("sweep", "sweep.toml", "--out", "swept")  # nothing twice
+    assert again.returncode == 0, again.stderr
+    assert "waits for all others" not in again.stderr
+    (number,) = re.findall(r"job (\d+) waits for all others", began.stderr)
+    ended = cluster.wait_for(number, *END, timeout_s=300)
+    said = (project.folder / "swept" / "collect.log").read_text()
+    assert ended["JobState"] == "COMPLETED", said
+    shown = mpilm("status", "swept").stdout
+    assert "1 done, 1 failed" in shown, shown
+    assert "1 done, 1 failed" in said
+    assert shown.count("a smaller optim.lr") == 1, shown
+    with open(project.folder / "swept" / "sweep.csv", newline="") as stream:
+        rows = {row["point"]: row for row in csv.DictReader(stream)}
+    assert rows["lr=1e+30-r2"]["state"] == "failed"
+    assert float(rows["lr=1-r2"]["samples_per_s"]) > 0.0
+    page = (project.folder / "swept" / "report.html").read_text()
+    assert "lr=1-r2" in page

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from mpilm.cli import main
+from mpilm.commands.collect import collector
 from mpilm.commands.points import Spec
 from mpilm.data.synthetic import prepare_synthetic
 
@@ -214,3 +216,22 @@ def test_an_mpirun_point_is_one_command(folder, capsys):
         " --resume"
         " --set train.threads=1 --out o/train-r2"
     )
+
+
+def test_the_collector_waits_for_all_and_takes_queue_and_account(folder):
+    text = 'config = "train.toml"\nrun = "RUN"\nranks = [2]\n'
+    text += 'options = ["--time", "1:00:00", "--queue=long", "--account", "me"]\n'
+    jobs = ["17", "18"]
+    spec = Spec.read(write(folder, text.replace("RUN", "slurm")))
+    *command, script = collector(spec, Path("runs/my sweep"), jobs).command
+    assert {"--dependency=afterany:17:18", "--partition=long"} < set(command)
+    assert "--account=me" in command
+    status, report = script.removeprefix("--wrap=").split("; ")
+    mpilm = f"{sys.executable} -m mpilm"
+    assert status == f"{mpilm} status 'runs/my sweep' --csv 'runs/my sweep'/sweep.csv"
+    assert report.endswith("report 'runs/my sweep' --out 'runs/my sweep'/report.html")
+    spec = Spec.read(write(folder, text.replace("RUN", "pbs")))
+    command = collector(spec, Path("runs/s"), jobs).command
+    assert command[command.index("-W") + 1] == "depend=afterany:17:18"
+    assert command[command.index("-q") + 1] == "long"
+    assert command[-4:-1] == ["--", "/bin/sh", "-c"]
