@@ -6,7 +6,7 @@ Claim       ADPSGD keeps converging at a batch up to three times as large as syn
             SGD does.
 Source      Zhang et al., ICASSP 2019 and Interspeech 2019 (4,096 against 12,288); Cui
             et al., arXiv 2110.11199
-Set-up      LSTM on words, plain SGD with 16 ranks, 100,000 words in all; each rank's
+Set-up      LSTM on words, plain SGD with 16 ranks, 64,000 words in all; each rank's
             minibatch has 2, 8, 16 or 32 sequences of 10 words: 320 to 5,120 words a
             step of all ranks; `allreduce` and `adpsgd` (random ring), rate tuned for
             each at each batch by the one rule; test perplexity, 3 seeds
@@ -38,7 +38,7 @@ def measure(study: Study) -> Finding:
     for batch in BATCHES:
         numbers = []
         for name, strategy in ROWS.items():
-            key = {"strategy": strategy, "ranks": ranks, "samples": 100_000}
+            key = {"strategy": strategy, "ranks": ranks, "samples": 64_000}
             points = tuned_seeds(study, 8.0, words, batch=batch, **key)
             first = first or mean(points)
             if mean(points) <= WITHIN * first:

@@ -10,7 +10,7 @@ Source      Lian et al., ICML 2018; Cui et al., arXiv 2110.11199; docs/convergen
 Set-up      (a) quadratics with gradient noise, lr = 0.1: fluctuation of the mean model
             over lr sigma^2 / (K (2 - lr)), 4, 16 and 64 learners, a model under way for
             0, 2 and 5 steps; `adpsgd`, random ring. (b) LSTM on words, plain SGD,
-            minibatch 4 x 10, 100,000 words in all, lr = 0.5 K, 1, 4 and 16 learners, 16
+            minibatch 4 x 10, 50,000 words in all, lr = 0.5 K, 1, 4 and 16 learners, 16
             also with a model under way for 2 and 5 steps: test perplexity over that of
             one learner; 3 seeds
 Decision    reproduced if all of (a) are within 10% of 1, and all of (b) at most 1.05;
@@ -86,7 +86,7 @@ def measure(study: Study) -> Finding:
             found = [p["measured"] / p["predicted"] for p in points]
             noise.append(fmean(found))
             parts.append(f"(a) {ranks} learners, delay {delay:g}: {shown(found, 2)}")
-    key = {"samples": 100_000}
+    key = {"samples": 50_000}
     alone = all_seeds(
         study, words, lr=0.5, strategy={"name": "local"}, ranks=1, delay=0.0, **key
     )

@@ -5,7 +5,7 @@
 Claim       With one rank 2, 10 or 100 times slow ADPSGD on a fixed or random ring
             trains on unharmed; all-reduce and delay_by_one suffer.
 Source      Cui et al., arXiv 2110.11199 (abstract)
-Set-up      LSTM on words, plain SGD, minibatch 4 x 10, 48,000 words in all from a
+Set-up      LSTM on words, plain SGD, minibatch 4 x 10, 32,000 words in all from a
             common pool, 8 ranks with steps of 0.1 s +- 10%, the last rank slow; rate
             tuned for each strategy by the one rule without a slow rank; virtual seconds
             until the valid perplexity (8 evaluations) is 1.1 times the worst that a
@@ -33,7 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
 FACTORS = (1.0, 2.0, 10.0, 100.0)
 RANKS = 8
 POOL = {"data": {"source": "pool", "chunk_windows": 5}}
-KEY: dict[str, Any] = {"samples": 48_000, "evaluations": 8, "more": POOL}
+KEY: dict[str, Any] = {"samples": 32_000, "evaluations": 8, "more": POOL}
 
 
 def measure(study: Study) -> Finding:

@@ -5,8 +5,8 @@
 Claim       The moving average of the synchronised models beats the raw final model, for
             model averaging and BMUF, for DNN and LSTM, at no cost to training.
 Source      Tian et al., arXiv 1703.01024 (abstract; decay and tables not available)
-Set-up      4 ranks, blocks of 5 minibatches; LSTM on words (64,000, minibatch 4 x 10)
-            and DNN on digits (250,000 frames, minibatch 128); plain SGD; the window is
+Set-up      4 ranks, blocks of 5 minibatches; LSTM on words (40,000, minibatch 4 x 10)
+            and DNN on digits (120,000 frames, minibatch 128); plain SGD; the window is
             a tenth of the run; rate tuned by the one rule for each of the four on the
             raw model, with the rate falling to a tenth, and taken for a constant rate
             too; test perplexity of words, test cross-entropy (nats) of frames, 3 seeds;
@@ -25,8 +25,8 @@ from claim import Finding, Study, decide, main, shown
 from tasks import EXPONENTIAL, all_seeds, few, frames, tuned, words
 
 TASKS: dict[str, tuple[Any, float, dict[str, Any]]] = {
-    "LSTM": (words, 8.0, {"samples": 64_000}),
-    "DNN": (frames, 4.0, {"samples": 250_000}),
+    "LSTM": (words, 8.0, {"samples": 40_000}),
+    "DNN": (frames, 4.0, {"samples": 120_000}),
 }
 STRATEGIES = ("model_averaging", "bmuf")
 
