@@ -49,9 +49,9 @@ WHY = {
         " share of the time at every number of ranks (a ring's 2 (K-1)/K), so what"
         " bends the curve is the part of an epoch that more GPUs do not shorten, which"
         " the fit takes from 2 to 8. Steps that vary by 10% cost 2 to 3%: the averages"
-        " wait for the slowest rank. The emulated cluster agrees with the machine file at 2"
-        " ranks and falls behind it from 4 on (0.65 against 0.80 at 16): its averages"
-        " take more than a ring's time, as 16 ranks share 2 cores."
+        " wait for the slowest rank. The emulated cluster falls behind the machine file"
+        " with more ranks (0.65 against 0.80 at 16): there an average takes more than a"
+        " ring's time, as all ranks share 2 cores."
     )
 }
 RATE, RATE_BPS = "100mbit", 100e6 / 8 * 0.944  # without the headers of TCP

@@ -8,13 +8,14 @@ Computed from benchmarks/results/claims/ alone, by the rules in the scripts' hea
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from claim import IDS, NOT_RUN, Claim, Finding, find
-from points import ROOT
+from claim import IDS, NOT_RUN, RESULTS, Claim, Finding, find
+from points import ROOT, write_json
 
 PAGE, README = ROOT / "docs" / "claims.md", ROOT / "README.md"
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
@@ -96,9 +97,22 @@ def with_table(page: Path, table: str) -> str:
     return re.sub(pattern, lambda _: f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL)
 
 
+def renew(claim: Claim, finding: Finding) -> None:
+    """Let a claim's file say what its points come to."""
+    path = RESULTS / f"{claim.id}.json"
+    if path.exists():
+        document = json.loads(path.read_text())
+        said = {"verdict": finding.verdict, "numbers": finding.numbers}
+        if document | said != document:
+            write_json(path, document | said)
+
+
 def main() -> None:
     """Write the pages, or check them."""
     found = rows()
+    if "--check" not in sys.argv[1:]:
+        for claim, finding in found:
+            renew(claim, finding)
     stale = []
     for page, table in ((PAGE, long_table(found)), (README, short_table(found))):
         text = with_table(page, table)
