@@ -97,6 +97,16 @@ class Study(Points):
                 made.replace(path)
         return path
 
+    def copied(self, read: Callable[[], Any], name: str) -> Any:
+        """Return what another benchmark's file says, as it was copied last.
+
+        Copied anew whenever something may be measured; None if there is no file yet.
+        So a verdict changes when its claim is run, not when somebody else measures.
+        """
+        if self.ends:
+            self.points = [point for point in self.points if point["of"] != name]
+        return self.get(lambda of: {"found": read()}, of=name)["found"]
+
     def save(self, finding: Finding | None = None) -> None:
         """Write the points, and what they came to once it is known."""
         if self.out is None:
