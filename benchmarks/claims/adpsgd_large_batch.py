@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from claim import Finding, Study, decide, main, mean, shown
+from claim import Finding, Study, judged, main, mean, shown
 from tasks import UNROLL, few, tuned_seeds, words
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -46,9 +46,12 @@ def measure(study: Study) -> Finding:
             tests = [point["test"] for point in points]
             numbers.append(f"{name} {shown(tests)} at lr = {points[0]['lr']:g}")
         parts.append(f"{ranks * batch * UNROLL:,} words: {', '.join(numbers)}")
-    holds = largest["adpsgd"] >= 2 * largest["allreduce"]
-    fails = largest["adpsgd"] <= largest["allreduce"] < BATCHES[-1]
-    return Finding(decide(reproduced=holds, refuted=fails), "; ".join(parts))
+    mine, other = largest["adpsgd"], largest["allreduce"]
+    return judged(
+        parts,
+        holds={"adpsgd converges at twice the batch or more": mine >= 2 * other},
+        refutes={"adpsgd converges at no larger one": mine <= other < BATCHES[-1]},
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from claim import Finding, Point, Study, decide, main, mean, shown
+from claim import Finding, Point, Study, judged, main, mean, shown
 from tasks import all_seeds, few, words
 
 from mpilm.learner.quadratic import ProtocolLearner
@@ -106,9 +106,12 @@ def measure(study: Study) -> Finding:
         ratios = [p["test"] / mean(alone) for p in points]
         quality.append(fmean(ratios))
         parts.append(f"(b) {ranks} learners, delay {delay:g}: {shown(ratios, 3)}")
-    holds = max(abs(x - 1) for x in noise) <= 0.10 and max(quality) <= 1.05
-    fails = max(abs(x - 1) for x in noise) > 0.25 or max(quality) > 1.10
-    return Finding(decide(reproduced=holds, refuted=fails), "; ".join(parts))
+    worst, most = max(abs(ratio - 1) for ratio in noise), max(quality)
+    return judged(
+        parts,
+        holds={"(a) within 10%": worst <= 0.10, "(b) at most 1.05": most <= 1.05},
+        refutes={"(a) off by over 25%": worst > 0.25, "(b) above 1.10": most > 1.10},
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from claim import Finding, Study, decide, main, mean, shown
+from claim import Finding, Study, judged, main, mean, shown
 from tasks import all_seeds, few, seconds_to, tuned, words
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ def measure(study: Study) -> Finding:
             for factor in FACTORS
         }
     target = 1.1 * max(mean(points[1.0], "valid") for points in found.values())
-    holds, fails = True, False
+    holds, fails = {}, {}
     parts = [f"time to perplexity {target:.1f} over that without a slow rank"]
     for name, points in found.items():
         waits = not name.endswith("ring")
@@ -62,15 +62,16 @@ def measure(study: Study) -> Finding:
             ratio = sum(ratios) / len(ratios)
             numbers.append(f"{factor:g} x: {shown(ratios, 2)}")
             if waits:
-                holds &= ratio >= 0.8 * factor
-                fails |= ratio < 0.5 * factor
+                holds[f"{name}, {factor:g} x: suffers"] = ratio >= 0.8 * factor
+                fails[f"{name}, {factor:g} x: suffers little"] = ratio < 0.5 * factor
             else:
-                holds &= ratio <= 1.1 * RANKS / (RANKS - 1)
-                fails |= ratio > 1.5
+                is_unharmed = ratio <= 1.1 * RANKS / (RANKS - 1)
+                holds[f"{name}, {factor:g} x: unharmed"] = is_unharmed
+                fails[f"{name}, {factor:g} x: harmed"] = ratio > 1.5
         parts.append(
             f"{name}: time over that without a slow rank, {', '.join(numbers)}"
         )
-    return Finding(decide(reproduced=holds, refuted=fails), "; ".join(parts))
+    return judged(parts, holds=holds, refutes=fails)
 
 
 if __name__ == "__main__":

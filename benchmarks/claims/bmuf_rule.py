@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from claim import Finding, Study, decide, main, mean
+from claim import Finding, Study, judged, main, mean
 from tasks import all_seeds, few, tuned, words
 
 KEY: dict[str, Any] = {"samples": 100_000, "batch": 2}
@@ -33,7 +33,7 @@ def measure(study: Study) -> Finding:
     lr = tuned(study, 4.0, words, **single)
     alone = mean(all_seeds(study, words, lr=lr, **single))
     parts = [f"one rank {alone:.1f} at lr = {lr:g}"]
-    holds, fails = True, False
+    holds, fails = {}, {}
     for ranks in dict.fromkeys(few(study, k) for k in (4, 16)):
         factors = {"bmuf": (0.5, 1.0, 2.0), "model_averaging": (1.0, ranks / 2, ranks)}
         found: dict[str, list[float]] = {}
@@ -47,14 +47,17 @@ def measure(study: Study) -> Finding:
         least = min(found["bmuf"])
         once, half, whole = found["model_averaging"]
         best = min(found["model_averaging"])
-        holds &= at <= WITHIN * least and whole <= WITHIN * best < once / WITHIN
-        fails |= at > BEYOND * least or whole >= once
+        of_k = f"K = {ranks}:"
+        holds[f"{of_k} BMUF best at lr, or within 5%"] = at <= WITHIN * least
+        holds[f"{of_k} averaging best at K lr, or within 5%"] = whole <= WITHIN * best
+        holds[f"{of_k} averaging at lr over 5% worse"] = once > WITHIN * best
+        fails[f"{of_k} BMUF at lr more than 10% above its best"] = at > BEYOND * least
+        fails[f"{of_k} averaging at K lr no better than at lr"] = whole >= once
         parts.append(
             f"K = {ranks}: BMUF at lr/2, lr, 2 lr {below:.1f}, {at:.1f}, {above:.1f};"
             f" averaging at lr, K/2 lr, K lr {once:.1f}, {half:.1f}, {whole:.1f}"
         )
-    verdict = decide(reproduced=holds, refuted=fails)
-    return Finding(verdict, "; ".join(parts))
+    return judged(parts, holds=holds, refutes=fails)
 
 
 if __name__ == "__main__":

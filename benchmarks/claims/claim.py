@@ -47,21 +47,35 @@ class Finding:
 
     verdict  one of the four above
     numbers  with their spread over the seeds, one line of Markdown
+    because  which conditions of the rule decided
     """
 
     verdict: str
     numbers: str
+    because: str = ""
 
 
-def decide(*, reproduced: bool, refuted: bool) -> str:
-    """Return the verdict of a rule of two conditions.
+def judged(
+    parts: Sequence[str], *, holds: Mapping[str, bool], refutes: Mapping[str, bool]
+) -> Finding:
+    """Return what the conditions of a rule come to.
 
-    >>> decide(reproduced=False, refuted=False)
-    'inconclusive'
+    Args:
+        parts: the numbers, which the page shows.
+        holds: condition -> whether it is met; reproduced if all are.
+        refutes: the same; not reproduced if one is.
+
+    >>> judged(["1.2"], holds={"a below b": False}, refutes={"a far above b": False})
+    Finding(verdict='inconclusive', numbers='1.2', because='Not met: a below b.')
     """
-    if reproduced:
-        return REPRODUCED
-    return NOT_REPRODUCED if refuted else INCONCLUSIVE
+    numbers = "; ".join(parts)
+    met = [name for name, is_met in refutes.items() if is_met]
+    missed = [name for name, is_met in holds.items() if not is_met]
+    if met:
+        return Finding(NOT_REPRODUCED, numbers, f"Met: {'; '.join(met)}.")
+    if missed:
+        return Finding(INCONCLUSIVE, numbers, f"Not met: {'; '.join(missed)}.")
+    return Finding(REPRODUCED, numbers)
 
 
 class Study(Points):
@@ -118,6 +132,7 @@ class Study(Points):
             "environment": environment(),
             "verdict": found.verdict,
             "numbers": found.numbers,
+            "because": found.because,
             "points": self.points,
         }
         write_json(self.out, document)
@@ -128,7 +143,7 @@ class Claim:
     """A claim's script.
 
     header  the words of FIELDS
-    why     verdict -> what to say of it
+    why     verdict -> what to say of it beside the conditions that decided
     """
 
     id: str

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from claim import Finding, Study, decide, main, mean, shown
+from claim import Finding, Study, judged, main, mean, shown
 from tasks import few, seconds_to, tuned_seeds, words
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -49,8 +49,11 @@ def measure(study: Study) -> Finding:
         for name, points in found.items()
     ]
     least = min(fixed, drawn)
-    verdict = decide(reproduced=late <= 0.95 * least, refuted=least <= 0.95 * late)
-    return Finding(verdict, "; ".join(parts))
+    return judged(
+        parts,
+        holds={"delay_by_one at least 5% faster than both": late <= 0.95 * least},
+        refutes={"a ring at least 5% faster": least <= 0.95 * late},
+    )
 
 
 if __name__ == "__main__":

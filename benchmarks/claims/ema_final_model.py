@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from claim import Finding, Study, decide, main, shown
+from claim import Finding, Study, judged, main, shown
 from tasks import EXPONENTIAL, all_seeds, few, frames, tuned, words
 
 TASKS: dict[str, tuple[Any, float, dict[str, Any]]] = {
@@ -33,7 +33,7 @@ STRATEGIES = ("model_averaging", "bmuf")
 
 def measure(study: Study) -> Finding:
     """Return what the claim came to."""
-    better, worse = True, False
+    better, worse = {}, {}
     parts = []
     for model, (task, first, key) in TASKS.items():
         window = {"ema": {"samples": key["samples"] // 10}}
@@ -48,13 +48,14 @@ def measure(study: Study) -> Finding:
                 found = all_seeds(study, task, lr=lr, schedule=schedule, **whole)
                 ratios[schedule["name"]] = [p["ema"] / p["test"] for p in found]
             falling = ratios["exponential"]
-            better &= all(ratio < 1.0 for ratio in falling)
-            worse |= all(ratio > 1.0 for ratio in falling)
+            of_it = f"{model}, {name}:"
+            better[f"{of_it} better in all seeds"] = max(falling) < 1.0
+            worse[f"{of_it} worse in all seeds"] = min(falling) > 1.0
             parts.append(
                 f"{model}, {name}: average/raw {shown(falling, 3)}, constant rate"
                 f" {shown(ratios['constant'], 3)}"
             )
-    return Finding(decide(reproduced=better, refuted=worse), "; ".join(parts))
+    return judged(parts, holds=better, refutes=worse)
 
 
 if __name__ == "__main__":

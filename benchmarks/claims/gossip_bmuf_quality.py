@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from claim import Finding, Study, decide, main, mean, shown
+from claim import Finding, Study, judged, main, mean, shown
 from tasks import all_seeds, few, tuned, tuned_seeds, words
 
 KEY: dict[str, Any] = {"samples": 100_000, "batch": 2}
@@ -64,10 +64,18 @@ def measure(study: Study) -> Finding:
         parts.append(f"4 ranks, {name}: {shown([p['test'] for p in points])}")
     gossip, bmuf = means["gossip_bmuf"], means["bmuf"]
     pairs = list(zip(gossip, bmuf, strict=True))
-    holds = gossip[0] < one and max(gossip[1:]) <= 1.02 * one
-    holds &= all(mine < other for mine, other in pairs)
-    fails = gossip[0] > 1.02 * one or all(mine > other for mine, other in pairs)
-    return Finding(decide(reproduced=holds, refuted=fails), "; ".join(parts))
+    return judged(
+        parts,
+        holds={
+            "below one rank with 4": gossip[0] < one,
+            "at most 2% above it with 8 and 16": max(gossip[1:]) <= 1.02 * one,
+            "below BMUF at each": all(mine < other for mine, other in pairs),
+        },
+        refutes={
+            "more than 2% above one rank with 4": gossip[0] > 1.02 * one,
+            "above BMUF at each": all(mine > other for mine, other in pairs),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from claim import Finding, Study, decide, main, mean, shown
+from claim import Finding, Study, judged, main, mean, shown
 from tasks import few, frames, tuned_seeds
 
 KEY: dict[str, Any] = {"samples": 160_000, "batch": 64}
@@ -57,9 +57,18 @@ def measure(study: Study) -> Finding:
     (sgd_1, sgd_16), (ng_1, ng_16) = quality.values()
     lost, lost_ng = sgd_16 - sgd_1, ng_16 - ng_1
     parts.append(f"loss from averaging {lost:.3f} and {lost_ng:.3f}")
-    holds = ng_1 <= 1.05 * sgd_1 and lost > 0 and lost_ng <= 0.5 * lost
-    fails = lost_ng >= lost or ng_1 > 1.15 * sgd_1
-    return Finding(decide(reproduced=holds, refuted=fails), "; ".join(parts))
+    return judged(
+        parts,
+        holds={
+            "NG-SGD at most 5% worse on one rank": ng_1 <= 1.05 * sgd_1,
+            "SGD loses from averaging": lost > 0,
+            "NG-SGD loses at most half of that": lost_ng <= 0.5 * lost,
+        },
+        refutes={
+            "NG-SGD loses no less": lost_ng >= lost,
+            "NG-SGD over 15% worse on one rank": ng_1 > 1.15 * sgd_1,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Computed from benchmarks/results/claims/ alone, by the rules in the scripts' hea
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -42,7 +43,8 @@ def why(claim: Claim, finding: Finding) -> str:
     """Return what there is to say of a verdict."""
     if finding.verdict == NOT_RUN:
         return f"`{command(claim.id)}` measures it"
-    return claim.why.get(finding.verdict, "")
+    said = claim.why.get(finding.verdict, "")
+    return f"{finding.because or 'Every condition is met.'} {said}".strip()
 
 
 def long_table(found: Rows) -> str:
@@ -102,7 +104,7 @@ def renew(claim: Claim, finding: Finding) -> None:
     path = RESULTS / f"{claim.id}.json"
     if path.exists():
         document = json.loads(path.read_text())
-        said = {"verdict": finding.verdict, "numbers": finding.numbers}
+        said = dataclasses.asdict(finding)
         if document | said != document:
             write_json(path, document | said)
 

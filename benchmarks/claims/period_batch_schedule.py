@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from claim import Finding, Study, decide, main, shown
+from claim import Finding, Study, judged, main, shown
 from tasks import few, frames, tuned_seeds
 
 EXPONENTIAL = {"name": "exponential", "final_ratio": 0.01}
@@ -49,11 +49,13 @@ def measure(study: Study) -> Finding:
         points = tuned_seeds(study, 4.0, frames, **key)
         found[name] = [point["test"] for point in points]
         parts.append(f"{name}: {shown(found[name], 3)} at lr = {points[0]['lr']:g}")
-    first, *others = found.values()
-    pairs = [list(zip(first, other, strict=True)) for other in others]
-    holds = all(one < other for some in pairs for one, other in some)
-    fails = any(all(other < one for one, other in some) for some in pairs)
-    return Finding(decide(reproduced=holds, refuted=fails), "; ".join(parts))
+    first, *others = found
+    holds, fails = {}, {}
+    for name in others:
+        pairs = list(zip(found[first], found[name], strict=True))
+        holds[f"{name}: worse in all seeds"] = all(one < other for one, other in pairs)
+        fails[f"{name}: better in all seeds"] = all(one > other for one, other in pairs)
+    return judged(parts, holds=holds, refutes=fails)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from claim import CACHE, Finding, Point, Study, decide, main, mean, shown
+from claim import CACHE, Finding, Point, Study, judged, main, mean, shown
 from tasks import frames, frames_corpus, tuned
 
 SHAPE = {"model": {"layers": 4}}
@@ -77,9 +77,13 @@ def measure(study: Study) -> Finding:
     for name, losses in lost.items():
         shares = ", ".join(f"{loss:.3f}" for loss in losses)
         parts.append(f"loss from averaging, {name}: {shares}")
-    holds = all(trained <= 0.75 * drawn for drawn, trained in pairs)
-    fails = any(trained >= drawn for drawn, trained in pairs)
-    return Finding(decide(reproduced=holds, refuted=fails), "; ".join(parts))
+    less = all(trained <= 0.75 * drawn for drawn, trained in pairs)
+    no_less = any(trained >= drawn for drawn, trained in pairs)
+    return judged(
+        parts,
+        holds={"RBMs lose a quarter less": less},
+        refutes={"RBMs lose no less": no_less},
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from math import inf
 from statistics import fmean
 from typing import Any
 
-from claim import HERE, Finding, Study, decide, main, shown
+from claim import HERE, Finding, Study, judged, main, shown
 
 RESULT = HERE.parent / "results" / "network.json"
 WHY = {
@@ -83,14 +83,20 @@ def measure(study: Study) -> Finding:
         pairs.append(ratios)
     if not pairs:
         if study.smoke:
-            return Finding("inconclusive", "no table of networks yet")
+            return judged([], holds={"a table of networks": False}, refutes={})
         raise TimeoutError
     parts.append(f"{min(seeds)} seeds or more")
     enough = min(seeds) >= LEAST_SEEDS
-    holds = all(gossip <= 1.5 and bmuf >= 1.5 * gossip for bmuf, gossip in pairs)
     fails = any(gossip >= bmuf for bmuf, gossip in pairs)
-    verdict = decide(reproduced=holds and enough, refuted=fails and enough)
-    return Finding(verdict, "; ".join(parts))
+    return judged(
+        parts,
+        holds={
+            "gossip at most 1.5 times": all(gossip <= 1.5 for _, gossip in pairs),
+            "BMUF 1.5 times more": all(b >= 1.5 * gossip for b, gossip in pairs),
+            "3 seeds of every number": enough,
+        },
+        refutes={"gossip suffers no less": fails and enough},
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from claim import Finding, Study, decide, main, mean, shown
+from claim import Finding, Study, judged, main, mean, shown
 from tasks import all_seeds, few, tuned, words
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,9 @@ def gaps(ranks: int) -> tuple[float, float]:
 
 def measure(study: Study) -> Finding:
     """Return what the claim came to."""
-    holds, fails, parts = True, False, []
+    holds: dict[str, bool] = {}
+    fails: dict[str, bool] = {}
+    parts = []
     for ranks in dict.fromkeys(few(study, k) for k in SIZES):
         found = {}
         for name, strategy in ROWS.items():
@@ -54,19 +56,23 @@ def measure(study: Study) -> Finding:
             found[name] = all_seeds(study, words, lr=lr, ranks=ranks, **key)
         whole, fixed, drawn = (mean(points) for points in found.values())
         if ranks > SIZES[0]:
-            holds &= drawn <= 1.05 * whole
+            near = f"{ranks} ranks: random ring within 5% of all-reduce"
+            holds[near] = drawn <= 1.05 * whole
             pairs = zip(found["fixed ring"], found["random ring"], strict=True)
-            holds &= all(one["test"] > other["test"] for one, other in pairs)
+            worse = f"{ranks} ranks: fixed ring worse in all seeds"
+            holds[worse] = all(one["test"] > other["test"] for one, other in pairs)
         if ranks == SIZES[-1]:
-            holds &= fixed > 1.05 * drawn
-            fails |= drawn >= fixed or drawn > 1.10 * whole
+            holds[f"{ranks} ranks: fixed ring 5% worse"] = fixed > 1.05 * drawn
+            fails[f"{ranks} ranks: random ring no better"] = drawn >= fixed
+            far = f"{ranks} ranks: random ring over 10% above all-reduce"
+            fails[far] = drawn > 1.10 * whole
         numbers = ", ".join(
             f"{name} {shown([p['test'] for p in points])}"
             for name, points in found.items()
         )
         one, other = gaps(ranks)
         parts.append(f"{ranks} ranks (1 - rho {one:.4f} and {other:.2f}): {numbers}")
-    return Finding(decide(reproduced=holds, refuted=fails), "; ".join(parts))
+    return judged(parts, holds=holds, refutes=fails)
 
 
 if __name__ == "__main__":

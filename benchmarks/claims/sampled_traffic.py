@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from claim import HERE, Finding, Study, decide, main
+from claim import HERE, Finding, Study, judged, main
 
 RESULT = HERE.parent / "results" / "xiao.json"
 OVER_ASYNCHRONOUS, OVER_NAIVE = 2.1, 4.2
@@ -62,8 +62,17 @@ def measure(study: Study) -> Finding:
         f"{over_asynchronous:.2f} x asynchronous, {over_naive:.2f} x naive;"
         f" sampled on one rank {alone:.2f} x naive; {point['cores']} cores, one run"
     )
-    fails = not first or (not second and point["cores"] >= 4)
-    return Finding(decide(reproduced=first and second, refuted=fails), numbers)
+    return judged(
+        [numbers],
+        holds={
+            f"{OVER_ASYNCHRONOUS} x asynchronous": first,
+            f"{OVER_NAIVE} x naive": second,
+        },
+        refutes={
+            "the first ratio is missed": not first,
+            "the second is missed on 4 cores": not second and point["cores"] >= 4,
+        },
+    )
 
 
 if __name__ == "__main__":
