@@ -64,7 +64,7 @@ def calibrate(
         found |= _of_leaders(world, hosts, node.rank, n, step_s)
     if most > 1:  # nodes with fewer ranks than others measure along
         ring = [(rank + 1) % node.size for rank in range(node.size)]
-        inside = _level(world, node, ring, n, step_s)
+        inside = _level(world, node, ring, n, step_s, has_burst=False)
         full = world.comm.allgather((node.size == most, inside))
         inside = next(costs for is_full, costs in full if is_full)
         del inside["burst_bytes"]  # memory has none
@@ -111,7 +111,13 @@ def far_partners(hosts: Sequence[str]) -> list[int]:
 
 
 def _level(
-    world: World, comm: Comm, partners: Sequence[int], n: int, pause_s: float
+    world: World,
+    comm: Comm,
+    partners: Sequence[int],
+    n: int,
+    pause_s: float,
+    *,
+    has_burst: bool = True,
 ) -> dict[str, float]:
     """Return the costs of one level."""
     rank, size = comm.rank, comm.size
@@ -143,7 +149,10 @@ def _level(
     enter_s = max(0.0, t(comm.Barrier) / up - latency_s)  # (3)
     short_s = t(reduce, SHORT_BYTES) - up * enter_s
     round_s = max(1e-9, short_s / rounds_of_doubling(size))  # (4)
-    burst_bytes = round(max(0.0, -late_s) * speed_Bps)
+    moved_bytes = steps / size * n
+    # what one message seems to take less may be noise: memory has no burst
+    burst_bytes = max(0.0, -late_s) * speed_Bps if has_burst else 0.0
+    burst_bytes = round(min(burst_bytes, (1.0 - NOISE) * moved_bytes))
     reduce_s = t(reduce, n)
     rest_s = reduce_s - up * enter_s - steps * round_s
     return {
@@ -153,7 +162,7 @@ def _level(
         "burst_bytes": burst_bytes,
         "enter_s": enter_s,
         "reduce_latency_s": round_s,
-        "reduce_Bps": (steps / size * n - burst_bytes)
+        "reduce_Bps": (moved_bytes - burst_bytes)
         / max(NOISE * reduce_s, rest_s),  # (5)
     }
 

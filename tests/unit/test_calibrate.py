@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
+from mpilm.convert import convert
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.simulate.calibrate import calibrate, own_step_s, step_times
 from mpilm.strategies import strategy
@@ -102,3 +104,23 @@ def test_waiting_is_no_part_of_a_step_of_its_own() -> None:
     own_s, num_steps = run_virtual(main, 4, machine=machine)[0]
     assert own_s == pytest.approx(0.32)
     assert num_steps == 3
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_noise_does_to_the_times_simulate_takes_what_is_found(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: a model's exchange quicker than it can be gave a negative node_reduce_Bps.
+
+    The same times on all ranks, as `seconds` promises.
+    """
+    draw = [np.random.default_rng(seed) for _ in range(4)]
+
+    def noise(world, *_args, **_options):
+        return float(draw[world.rank].exponential(0.01))
+
+    monkeypatch.setattr("mpilm.simulate.calibrate.seconds", noise)
+    found = measured(NETWORK, ["a", "a", "b", "b"])
+    machine = convert(Machine, found, "machine")
+    assert min(machine.reduce_Bps, machine.node_reduce_Bps) > 0.0
+    assert machine.leader_reduce_Bps > 0.0
