@@ -3,6 +3,9 @@
     python tools/emulated_cluster.py --nodes 4 --rate 100mbit -- \\
         -n 4 .venv/bin/mpilm train jobs/configs/demo.toml --out runs/x
 
+    python tools/emulated_cluster.py --nodes 4 --rate 100mbit --sweep -- \\
+        mpilm sweep sweep.toml --out runs/100mbit
+
     with EmulatedCluster(4, rate="100mbit") as cluster:
         cluster.mpirun(["-n", "4", "mpilm", "train", ...])
         cluster.cut(2)
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -43,7 +47,11 @@ LETTERS = cycle("abcdefghijklmnopqrstuvwxyz")  # of the clusters of one process
 # (measured: 0.4 of it with 32 KB); at least ten packets.
 BURST_S, BURST_BYTES = 2e-3, 16_000
 RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg])bit")
-QUEUE = "50ms"  # what waits longer in front of a link is dropped
+# The switch drops what waits longer in front of a node's link. A host drops nothing at
+# its own end: its queue is 1,000 packets of up to 64 KB, and TCP keeps it short. With
+# 50 ms there, too, ranks that sent to several others at 10 Mbit/s lost a third of it.
+SWITCH_QUEUE = ("latency", "50ms")
+HOST_QUEUE = ("limit", "64mb")
 
 AGENT = """\
 #!/bin/sh
@@ -171,8 +179,11 @@ class EmulatedCluster:
 
     def shape(self, node: int, rate: str) -> None:
         """Give the link of a node a rate, both ways; "": none."""
-        ends = ((f"{self.prefix}v{node}",), ("eth0", f"{self.prefix}n{node}"))
-        for device, *space in ends:
+        ends = (
+            (SWITCH_QUEUE, f"{self.prefix}v{node}"),
+            (HOST_QUEUE, "eth0", f"{self.prefix}n{node}"),
+        )
+        for queue, device, *space in ends:
             tc = ("ip", "netns", "exec", *space, "tc") if space else ("tc",)
             subprocess.run(
                 [*tc, "qdisc", "del", "dev", device, "root"],
@@ -182,7 +193,7 @@ class EmulatedCluster:
             if rate:
                 run(
                     *(*tc, "qdisc", "add", "dev", device, "root", "tbf"),
-                    *("rate", rate, "burst", burst(rate), "latency", QUEUE),
+                    *("rate", rate, "burst", burst(rate), *queue),
                 )
 
     def cut(self, node: int) -> None:
@@ -321,6 +332,11 @@ def main() -> int:
     parser.add_argument(
         "--slow", nargs="*", default=[], metavar="NODE=RATE", help="3=10mbit"
     )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="run a command that starts mpirun itself, by LAUNCH: mpilm sweep",
+    )
     parser.add_argument("arguments", nargs="+", help="of mpirun, after --")
     given = parser.parse_args()
     rates = {int(n): rate for n, _, rate in (s.partition("=") for s in given.slow)}
@@ -328,6 +344,11 @@ def main() -> int:
         with EmulatedCluster(
             given.nodes, rate=given.rate, rates=rates, slots=given.slots
         ) as cluster:
+            if given.sweep:
+                launch = {"LAUNCH": shlex.join(cluster.command([]))}
+                command = list(given.arguments)
+                environment = {**cluster.environment, **launch}
+                return subprocess.run(command, env=environment, check=False).returncode
             return cluster.start(given.arguments).wait()
     except RuntimeError as error:
         print(f"emulated_cluster: {error}", file=sys.stderr)

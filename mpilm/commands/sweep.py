@@ -7,6 +7,8 @@ What lies where in the folder: swept.py.
 from __future__ import annotations
 
 import hashlib
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,7 @@ import tyro
 
 from mpilm.commands import ranks
 from mpilm.commands.collect import PAGE, jobs_of, submit_collector
-from mpilm.commands.points import SUBMITTED, Point, Spec
+from mpilm.commands.points import SIMULATED, SUBMITTED, Point, Spec
 from mpilm.commands.queued import make
 from mpilm.commands.swept import NAME, State, Sweep, last_line, point_table, write_table
 from mpilm.errors import (
@@ -62,8 +64,6 @@ def sweep(
     points = asked.points()
     commands = {point.name: _words(asked, point, out) for point in points}
     if dry_run:
-        import shlex
-
         for words in commands.values():
             print(shlex.join(words))
         return 0
@@ -87,6 +87,7 @@ def status(
     /,
     *,
     csv: Path | None = None,
+    predicted: Path | None = None,
     slow_nodes: Annotated[float, tyro.conf.arg(name="slow-nodes")] = 0.0,
 ) -> int:
     """Tell how the points of a sweep stand, or the ranks of a run, running or not.
@@ -97,12 +98,16 @@ def status(
     Args:
         folder: of the sweep, or of the run
         csv: file to write the table to as well, with the results of what is done
+        predicted: folder of a simulated sweep of the same points: its samples/s stand
+            beside those that were measured
         slow_nodes: print nothing but the hosts of a run, with commas between, on which
             every rank computes over so many times as long as the fastest
     """
     if slow_nodes or (folder / "config.toml").exists():
         if csv is not None:
             raise ConfigError("--csv: is for sweeps; `mpilm report RUN --csv FOLDER`")
+        if predicted is not None:
+            raise ConfigError("--predicted: is for sweeps")
         run, rows = ranks.read_ranks(folder)
         if slow_nodes:
             print(",".join(ranks.slow_nodes(rows, slow_nodes)))
@@ -116,10 +121,13 @@ def status(
         for state in found.states.values():
             if state.state == "runs":
                 state.state = "stopped"
-    for line in point_table(found):
+    beside = Sweep.read(predicted) if predicted is not None else None
+    if beside and beside.spec.run not in SIMULATED:
+        raise ConfigError(f"--predicted {predicted}: was not simulated")
+    for line in point_table(found, beside):
         print(line)
     if csv is not None:
-        write_table(found, csv)
+        write_table(found, csv, beside)
     return 0
 
 
@@ -132,6 +140,8 @@ def _words(spec: Spec, point: Point, out: Path) -> list[str]:
     words = point.command(spec, out)
     if spec.run != "local":
         return [sys.executable, "-m", "mpilm", *words]
+    if launch := shlex.split(os.environ.get("LAUNCH", "")):  # as the job scripts do
+        return [*launch, *words]
     beside = Path(sys.executable).with_name("mpirun")
     mpirun = str(beside) if beside.is_file() else shutil.which("mpirun")
     if mpirun is None:

@@ -144,24 +144,37 @@ def outcome(found: Sweep, point: Point) -> dict[str, Any]:
         return {}
 
 
-def point_table(found: Sweep) -> Iterator[str]:
-    """Yield a line for each point, and one that counts them."""
+def point_table(found: Sweep, predicted: Sweep | None = None) -> Iterator[str]:
+    """Yield a line for each point, and one that counts them.
+
+    Args:
+        predicted: a simulated sweep; its points stand beside those of the same name.
+    """
     width = max(len(point.name) for point in found.points)
-    yield f"{'point':<{width}}  {'state':<8}{'samples/s':>12}{'valid ppl':>11}  why"
+    head = f"{'point':<{width}}  {'state':<8}{'samples/s':>12}"
+    head += f"{'predicted':>12}{'off by':>8}" if predicted else ""
+    yield f"{head}{'valid ppl':>11}  why"
     for point in found.points:
         state = found.states[point.name]
         result = outcome(found, point) if state.state == "done" else {}
         speed, perplexity = result.get("samples_per_s"), result.get("perplexity")
         row = f"{point.name:<{width}}  {state.state:<8}"
         row += f"{speed:>12,.0f}" if speed else f"{'-':>12}"
+        if predicted:
+            other = outcome(predicted, point).get("samples_per_s")
+            row += f"{other:>12,.0f}" if other else f"{'-':>12}"
+            row += f"{other / speed - 1:>+8.0%}" if speed and other else f"{'-':>8}"
         row += f"{perplexity:>11.2f}" if perplexity else f"{'-':>11}"
         yield f"{row}  {state.why}".rstrip()
     counts = Counter(state.state for state in found.states.values())
     yield ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
 
 
-def write_table(found: Sweep, path: Path) -> None:
+def write_table(found: Sweep, path: Path, predicted: Sweep | None = None) -> None:
     """Write a row for each point, and what it came to.
+
+    Args:
+        predicted: a simulated sweep; its samples/s stand in the last column.
 
     Raises:
         ConfigError: that cannot be written.
@@ -171,6 +184,7 @@ def write_table(found: Sweep, path: Path) -> None:
     keys = ["samples", "seconds", "samples_per_s", "efficiency", "communication"]
     keys += ["bytes_sent", "loss", "perplexity"]
     head = ["point", "state", "ranks", "machine", "settings", *keys, "why"]
+    head += ["predicted_samples_per_s"] if predicted else []
     try:
         with open(path, "w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
@@ -181,6 +195,9 @@ def write_table(found: Sweep, path: Path) -> None:
                 row = [point.name, state.state, point.ranks, point.machine]
                 row += [" ".join(point.settings)]
                 row += [result.get(key, "") for key in keys]
-                writer.writerow([*row, state.why])
+                row += [state.why]
+                if predicted:
+                    row += [outcome(predicted, point).get("samples_per_s", "")]
+                writer.writerow(row)
     except OSError as error:
         raise ConfigError(f"{path}: cannot write: {reason(error)}") from None

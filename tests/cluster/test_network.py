@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mpilm.cli import main
+from mpilm.data.synthetic import prepare_synthetic
 from mpilm.strategies import STRATEGIES
 from tools.emulated_cluster import EmulatedCluster, links, why_not
 
@@ -127,3 +130,41 @@ def test_what_was_made_is_removed_also_after_an_error() -> None:
         ["ip", "netns", "list"], capture_output=True, text=True, check=True
     ).stdout
     assert prefix not in spaces
+
+
+def test_a_sweep_runs_over_the_nodes(tmp_path: Path, capfd) -> None:
+    """Two ranks over the network; predicted beside measured samples/s."""
+    if reason := why_not():
+        pytest.skip(reason)
+    corpus = tmp_path / "corpus.h5"
+    prepare_synthetic(corpus, vocab=30, tokens=20_000, seed=1, branching=4)
+    (tmp_path / "train.toml").write_text(
+        f'[data]\ncorpus = "{corpus}"\n[model]\nembed = 8\nhidden = 8\n'
+        "[train]\nsamples = 1000\nbatch = 4\nunroll = 10\n"
+    )
+    for name, kind in (("real", "local"), ("virtual", "protocol")):
+        text = f'config = "train.toml"\nrun = "{kind}"\nranks = [2]\n[vary]\n'
+        text += '"strategy.name" = ["allreduce", "bmuf"]\n'
+        (tmp_path / f"{name}.toml").write_text(text)
+    tool = Path(__file__).parents[2] / "tools" / "emulated_cluster.py"
+    over = [sys.executable, str(tool), "--nodes=2", "--rate=100mbit", "--sweep", "--"]
+    mpilm = [sys.executable, "-m", "mpilm"]
+    real, virtual = (str(tmp_path / name) for name in ("real", "virtual"))
+    for prefix, out in ((over, real), ([], virtual)):
+        words = [*prefix, *mpilm, "sweep", f"{out}.toml", "--out", out]
+        done = subprocess.run(words, timeout=200, check=False)
+        assert done.returncode == 0, capfd.readouterr()
+    log = (tmp_path / "real" / "log" / "bmuf-r2.log").read_text()
+    assert "2 ranks" in log
+    capfd.readouterr()
+    table = tmp_path / "both.csv"
+    assert main(["status", real, "--predicted", virtual, "--csv", str(table)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split()[2:6] == ["samples/s", "predicted", "off", "by"]
+    with open(table, newline="") as stream:
+        for line, row in zip(lines[1:], csv.DictReader(stream), strict=False):
+            measured = float(row["samples_per_s"])
+            predicted = float(row["predicted_samples_per_s"])
+            assert f"{predicted / measured - 1.0:+.0%}" in line
+    assert main(["status", virtual, "--predicted", real]) == 2
+    assert "was not simulated" in capfd.readouterr().err
