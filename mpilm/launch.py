@@ -33,6 +33,11 @@ LAUNCHERS = (
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
+BY_SRUN = (
+    "; or srun --mpi=pmix (Open MPI), srun --mpi=pmi2 (MPICH, Intel MPI), where"
+    " `srun --mpi=list` has it"
+)
+
 
 def launched(environment: Mapping[str, str]) -> tuple[int, int]:
     """Return rank and number of the processes that a launcher started.
@@ -84,10 +89,11 @@ def check_launch(world_size: int, environment: Mapping[str, str] = os.environ) -
         if not started.isdecimal():
             continue
         if int(started) > 1:
+            by_srun = BY_SRUN if launcher.name == "srun" else ""
             raise WorldError(
                 f"{launcher.name} started {started} processes, but MPI sees a world of"
                 " one rank: start with the mpirun of the MPI that mpi4py uses"
-                " (python -m mpi4py --mpi-library), in an sbatch script too",
+                f" (python -m mpi4py --mpi-library), in an sbatch script too{by_srun}",
                 everywhere=True,
             )
         return

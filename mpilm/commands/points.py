@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from mpilm.commands.tuned import Tuning
 from mpilm.config import SECTIONS, read_document
 from mpilm.convert import convert, unknown
 from mpilm.errors import ConfigError
@@ -50,6 +51,8 @@ class Spec:
     """section.key=value of every point"""
     options: list[str] = field(default_factory=list)
     """more words for mpilm simulate or submit, or for mpirun"""
+    tune: Tuning | None = None
+    """a search that every point makes, see tuned.py"""
     vary: dict[str, Values] = field(default_factory=dict)
     """section.key, or a section whose values are tables, to the values it takes"""
 
@@ -77,6 +80,10 @@ class Spec:
         """
         if self.machines and self.run not in SIMULATED:
             raise ConfigError(f'machines: run = "{self.run}" has its own')
+        if self.tune is not None:
+            if self.run not in ("simulate", "local"):
+                raise ConfigError('tune: only with run = "simulate" or "local"')
+            self.tune.check()
         for key, values in self.vary.items():
             section, dot, _ = key.partition(".")
             if section not in SECTIONS:

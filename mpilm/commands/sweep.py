@@ -26,7 +26,16 @@ from mpilm.commands import ranks
 from mpilm.commands.collect import PAGE, jobs_of, submit_collector
 from mpilm.commands.points import SIMULATED, SUBMITTED, Point, Spec
 from mpilm.commands.queued import make
-from mpilm.commands.swept import NAME, State, Sweep, last_line, point_table, write_table
+from mpilm.commands.swept import (
+    NAME,
+    State,
+    Sweep,
+    last_line,
+    outcome,
+    point_table,
+    write_table,
+)
+from mpilm.commands.tuned import Study
 from mpilm.errors import (
     INTERRUPTED,
     STOPPED_EARLY,
@@ -62,17 +71,22 @@ def sweep(
     """
     asked = Spec.read(spec)
     points = asked.points()
-    commands = {point.name: _words(asked, point, out) for point in points}
+    first = points
+    if asked.tune is not None:
+        first = [Study(asked.tune).ask(point) for point in points]
+    commands = [_words(asked, point, out) for point in first]
     if dry_run:
-        for words in commands.values():
+        for words in commands:
             print(shlex.join(words))
         return 0
     make(out / "log")
     owner = Owner(out).take()
     try:
-        found = _begin(asked, points, out)
+        known = Sweep.read(out).points if (out / NAME).exists() else []
+        found = _begin(asked, known if asked.tune else points, out)
         before = jobs_of(found)
-        code = _run_all(found, commands)
+        with _terminated_as_interrupted():
+            found, code = (_run_tuned if asked.tune else _run_all)(found, points)
         if found.spec.run in SUBMITTED and (job := submit_collector(found, before)):
             say(f"job {job} waits for all others, then draws {out / PAGE}")
     finally:
@@ -180,39 +194,71 @@ def _begin(spec: Spec, points: list[Point], out: Path) -> Sweep:
     return found
 
 
-def _run_all(found: Sweep, commands: dict[str, list[str]]) -> int:
-    """Run the points one after the other; return the exit code."""
-    with _terminated_as_interrupted():
-        for number, point in enumerate(found.points, 1):
-            state = found.states[point.name]
-            head = f"{number}/{len(found.points)} {point.name}"
-            if state.state in ("done", "queued") or (
-                state.state == "runs" and found.spec.run in SUBMITTED
-            ):
-                say(f"{head}: {state.state}")
-                continue
-            found.states[point.name] = state = State("runs")
-            found.write()
-            start_s = time.monotonic()
-            try:
-                code = run_logged(commands[point.name], found.log(point))
-            except KeyboardInterrupt:
-                state.state = "stopped"
-                found.write()
-                say(f"{head}: stopped; the same command goes on")
-                return INTERRUPTED
-            state.took_s = round(time.monotonic() - start_s, 1)
-            if code == 0:
-                state.state = "queued" if found.spec.run in SUBMITTED else "done"
-            elif code == STOPPED_EARLY:
-                state.state = "stopped"
-            else:
-                state.state = "failed"
-                state.why = last_line(found.log(point)) or f"exit code {code}"
-            found.write()
-            say(f"{head}: {state.state}{': ' if state.why else ''}{state.why}")
+def _run_all(found: Sweep, points: list[Point]) -> tuple[Sweep, int]:
+    """Run the points one after the other; return the sweep and the exit code."""
+    for number, point in enumerate(points, 1):
+        if not _run_point(found, point, f"{number}/{len(points)} {point.name}"):
+            return found, INTERRUPTED
+    return found, _exit_code(found)
+
+
+def _run_tuned(found: Sweep, points: list[Point]) -> tuple[Sweep, int]:
+    """Run the trials of every point; return the sweep and the exit code."""
+    spec, out, tuning = found.spec, found.out, found.spec.tune
+    assert tuning is not None
+    asked: list[Point] = []
+    known = found.points  # of an earlier start
+    for number, point in enumerate(points, 1):
+        study = Study(tuning)
+        for _ in range(tuning.trials):
+            trial = study.ask(point)
+            asked.append(trial)
+            names = {one.name for one in asked}
+            later = [one for one in known if one.name not in names]
+            found = _begin(spec, [*asked, *later], out)
+            if not _run_point(found, trial, f"{number}/{len(points)} {trial.name}"):
+                return found, INTERRUPTED
+            is_done = found.states[trial.name].state == "done"
+            result = outcome(found, trial) if is_done else {}
+            study.tell(trial, result.get("perplexity"))
+        say(f"{number}/{len(points)} {point.name}: {study}")
+    return found, _exit_code(found)
+
+
+def _exit_code(found: Sweep) -> int:
     counts = Counter(state.state for state in found.states.values())
     return SOME_FAILED if counts["failed"] or counts["stopped"] else 0
+
+
+def _run_point(found: Sweep, point: Point, head: str) -> bool:
+    """Run a point, unless it is done; return False if that was interrupted."""
+    state = found.states[point.name]
+    if state.state in ("done", "queued") or (
+        state.state == "runs" and found.spec.run in SUBMITTED
+    ):
+        say(f"{head}: {state.state}")
+        return True
+    found.states[point.name] = state = State("runs")
+    found.write()
+    start_s = time.monotonic()
+    try:
+        code = run_logged(_words(found.spec, point, found.out), found.log(point))
+    except KeyboardInterrupt:
+        state.state = "stopped"
+        found.write()
+        say(f"{head}: stopped; the same command goes on")
+        return False
+    state.took_s = round(time.monotonic() - start_s, 1)
+    if code == 0:
+        state.state = "queued" if found.spec.run in SUBMITTED else "done"
+    elif code == STOPPED_EARLY:
+        state.state = "stopped"
+    else:
+        state.state = "failed"
+        state.why = last_line(found.log(point)) or f"exit code {code}"
+    found.write()
+    say(f"{head}: {state.state}{': ' if state.why else ''}{state.why}")
+    return True
 
 
 def run_logged(words: list[str], log: Path) -> int:

@@ -301,3 +301,45 @@ def test_a_sweep_is_collected_by_its_last_job(
     assert float(rows["lr=1-r2"]["samples_per_s"]) > 0.0
     page = (project.folder / "swept" / "report.html").read_text()
     assert "lr=1-r2" in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "library", "nodes"),
+    [("pmi2", "mpich", 2), ("pmix", "openmpi", 1), ("none", "openmpi", 2)],
+)
+def test_srun_starts_the_ranks_where_the_mpi_can(
+    cluster: Cluster, project: Project, kind: str, library: str, nodes: int
+) -> None:
+    """Two ranks; where they do not find each other, a refusal.
+
+    pmix: on one node, as "nodes" on one host have one folder for its server. pmi2: on
+    two: on one MPICH 5.0.2 hung in MPI_Init, in the first job of a cluster only.
+    """
+    python = {
+        "openmpi": BIN / "python",
+        "mpich": REPOSITORY / ".venv-mpich/bin/python",
+    }[library]
+    if not python.exists():
+        pytest.skip(f"no {python}: make venv-mpich")
+    project.train(2_000)
+    words = ["srun", f"--mpi={kind}", f"--nodes={nodes}", "--ntasks=2", "--time=5"]
+    words += [str(python), "-m", "mpilm", "train", "train.toml", "--out=runs/srun"]
+    done = subprocess.run(
+        words,
+        cwd=project.folder,
+        env={**cluster.environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    if "Invalid MPI type" in done.stderr:
+        pytest.skip(f"SLURM has no --mpi={kind} here (apt-get install libpmix-dev)")
+    if kind == "none":
+        assert done.returncode == 2, done
+        assert "srun --mpi=pmix (Open MPI)" in done.stderr
+        assert not (project.folder / "runs/srun/summary.json").exists()
+        return
+    assert done.returncode == 0, done
+    summary = json.loads((project.folder / "runs/srun/summary.json").read_text())
+    assert summary["ranks"] == 2

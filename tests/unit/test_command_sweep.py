@@ -16,6 +16,7 @@ import pytest
 from mpilm.cli import main
 from mpilm.commands.collect import collector
 from mpilm.commands.points import Spec
+from mpilm.commands.swept import Sweep
 from mpilm.data.synthetic import prepare_synthetic
 
 SIMULATED = """
@@ -235,3 +236,56 @@ def test_the_collector_waits_for_all_and_takes_queue_and_account(folder):
     assert command[command.index("-W") + 1] == "depend=afterany:17:18"
     assert command[command.index("-q") + 1] == "long"
     assert command[-4:-1] == ["--", "/bin/sh", "-c"]
+
+
+TUNED = """
+config = "train.toml"
+run = "simulate"
+ranks = [2]
+set = ["train.samples=800", "machine.step_s=0.01"]
+[vary]
+"strategy.name" = ["allreduce", "bmuf"]
+[tune]
+trials = 1
+[tune.range]
+"optim.lr" = {low = 0.01, high = 1.0, log = true}
+"""
+
+
+@pytest.mark.long
+def test_both_sides_are_tuned_by_one_rule_and_a_sweep_goes_on(folder, capsys):
+    pytest.importorskip("optuna", reason="optuna is not here: pip install mpilm[tune]")
+    spec, out = write(folder, TUNED), folder / "tuned"
+    assert main(["sweep", str(spec), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "2 done"
+    assert said.err.count("best of 1: ") == 2
+    # it goes on: what was asked is asked again, and is done; one trial more is run
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*/simulate.json")}
+    spec.write_text(TUNED.replace("trials = 1", "trials = 2"))
+    assert main(["sweep", str(spec), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "4 done"
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    asked = {p.name: p.settings[-1] for p in Sweep.read(out).points}
+    assert asked["allreduce-r2-t0"] == asked["bmuf-r2-t0"]  # the same search
+    assert asked["bmuf-r2-t0"] != asked["bmuf-r2-t1"]
+    rate = float(asked["bmuf-r2-t1"].removeprefix("optim.lr="))
+    assert 0.01 <= rate <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('"simulate"', '"protocol"'), "tune: only with run ="),
+        (("low = 0.01", "low = 2.0"), "tune.range.optim.lr: low < high"),
+        (("low = 0.01", "low = -1.0"), "above 0 where log = true"),
+        (('"optim.lr"', '"optin.lr"'), "did you mean 'optim'?"),
+        (("trials = 1", "trials = 0"), "trials"),
+    ],
+)
+def test_a_search_that_cannot_be_is_one_line(folder, capsys, change, message):
+    spec = write(folder, TUNED.replace(*change))
+    assert main(["sweep", str(spec), "--out", str(folder / "bad")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
