@@ -90,7 +90,7 @@ def write_json(path: Path, document: Any) -> None:
 def best_rate(first: float, quality: Callable[[float], float]) -> float:
     """Return the rate from which neither half nor double is better.
 
-    >>> best_rate(0.01, lambda lr: abs(lr - 0.03))
+    >>> best_rate(0.01, lambda lr: abs(lr - 0.035))
     0.04
     """
     best = first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import json
 import sys
@@ -68,6 +69,13 @@ def results():
 
 def test_every_verdict_has_its_reason(rows):
     assert [c.id for c, f in rows if not page.why(c, f)] == []
+
+
+@pytest.mark.parametrize("name", ["claim", "points", "tasks", "ring_randomisation"])
+def test_what_the_docstrings_say(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_a_claim_is_a_script_of_its_name():
@@ -168,3 +176,151 @@ def test_the_rule_of_stragglers_can_fail(lost, expected):
 def test_the_rule_of_the_moving_average_can_fail(ratio, expected):
     value = {"valid": 2.0, "test": 2.0, "ema": 2.0 * ratio}
     assert verdict("ema_final_model", lambda key: value) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (8.0, claim.REPRODUCED),
+        (12.0, claim.NOT_REPRODUCED),
+        (10.0, claim.INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_delay_by_one_can_fail(seconds, expected):
+    def value(key):
+        took = seconds if key["strategy"]["name"] == "delay_by_one" else 10.0
+        return {"valid": 60.0, "test": 60.0, "curve": [[0.0, 90.0], [took, 60.0]]}
+
+    assert verdict("delay_by_one_fastest", value) == expected
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ({"allreduce": 8, "adpsgd": 32}, claim.REPRODUCED),
+        ({"allreduce": 8, "adpsgd": 8}, claim.NOT_REPRODUCED),
+        ({"allreduce": 32, "adpsgd": 32}, claim.INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_large_batches_can_fail(last, expected):
+    def value(key):
+        return 40.0 if key["batch"] <= last[key["strategy"]["name"]] else 80.0
+
+    assert verdict("adpsgd_large_batch", value) == expected
+
+
+@pytest.mark.parametrize(
+    ("gossip", "bmuf", "expected"),
+    [
+        (29.9, 31.0, claim.REPRODUCED),
+        (33.0, 34.0, claim.NOT_REPRODUCED),
+        (29.9, 29.0, claim.NOT_REPRODUCED),
+        (30.3, 31.0, claim.INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_gossip_bmuf_can_fail(gossip, bmuf, expected):
+    tests = {"local": 30.0, "bmuf": bmuf, "gossip_bmuf": gossip}
+
+    def value(key):
+        return tests[key["strategy"]["name"]]
+
+    assert verdict("gossip_bmuf_quality", value) == expected
+
+
+@pytest.mark.parametrize(
+    ("sgd", "ng", "expected"),
+    [
+        ((1.0, 1.4), (1.0, 1.1), claim.REPRODUCED),
+        ((1.0, 1.1), (1.0, 1.2), claim.NOT_REPRODUCED),
+        ((1.0, 1.4), (1.2, 1.3), claim.NOT_REPRODUCED),
+        ((1.0, 1.4), (1.0, 1.3), claim.INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_natural_gradient_can_fail(sgd, ng, expected):
+    def value(key):
+        return (sgd if key["optim"] == "sgd" else ng)[key["ranks"] > 1]
+
+    assert verdict("ng_averaging", value) == expected
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        (0.2, claim.REPRODUCED),
+        (0.5, claim.NOT_REPRODUCED),
+        (0.35, claim.INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_rbms_can_fail(trained, expected):
+    def value(key):
+        return 1.0 + (key["ranks"] > 1) * (trained if key["init"] else 0.4)
+
+    assert verdict("rbm_averaging", value) == expected
+
+
+@pytest.mark.parametrize(
+    ("measured", "many", "expected"),
+    [
+        (1.0, 30.5, claim.REPRODUCED),
+        (1.3, 30.5, claim.NOT_REPRODUCED),
+        (1.0, 40.0, claim.NOT_REPRODUCED),
+        (1.2, 30.5, claim.INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_the_rate_can_fail(measured, many, expected):
+    def value(key):
+        if key.get("part") == "quadratic":
+            return {"measured": measured, "predicted": 1.0}
+        return many if key["ranks"] > 1 else 30.0
+
+    assert verdict("adpsgd_rate", value) == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [(1.2, claim.REPRODUCED), (0.9, claim.NOT_REPRODUCED), (1.0, claim.INCONCLUSIVE)],
+)
+def test_the_rule_of_period_batch_and_schedule_can_fail(other, expected):
+    def value(key):
+        return (
+            other
+            if key["strategy"]["period"] == 10
+            else 1.0
+            + (0.2 * (key["batch"] != 64 or key["schedule"]["name"] != "exponential"))
+        )
+
+    assert verdict("period_batch_schedule", value) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (0.03, claim.REPRODUCED),
+        (0.20, claim.NOT_REPRODUCED),
+        (0.07, claim.INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_the_speedup_can_fail(error, expected):
+    published = importlib.import_module("published_curves").SU_CHEN
+
+    def value(key):
+        speedup = published[1][0] / published[key["ranks"]][0]
+        return {"speed-up": speedup * (1.0 + error), "efficiency": 0.9}
+
+    assert verdict("averaging_speedup", value) == expected
+
+
+@pytest.mark.parametrize(
+    ("bmuf", "gossip", "seeds", "expected"),
+    [
+        (40.0, 10.0, 3, claim.REPRODUCED),
+        (20.0, 30.0, 3, claim.NOT_REPRODUCED),
+        (40.0, 10.0, 1, claim.INCONCLUSIVE),
+        (40.0, 20.0, 3, claim.INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_restricted_networks_can_fail(bmuf, gossip, seeds, expected):
+    rows = []
+    for name, slow in (("bmuf", bmuf), ("gossip_bmuf", gossip)):
+        rows += seeds * [[name, 4, "10mbit", slow], [name, 4, "1gbit", 10.0]]
+    assert verdict("restricted_network", lambda key: {"found": rows}) == expected
