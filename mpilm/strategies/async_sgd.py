@@ -12,6 +12,8 @@ Notation    x      -> service.values, on each rank a shard of the model
 Update      worker  w_hat <- x, when its clock is at most s ahead              (1)
                     g at w_hat;  u = lr * P(g)                       pushed.py (2)
             server  v <- m v + u;  x <- x - v         on arrival of each u     (3)
+            ahead   others' shards of step t + 1 are pulled before the gradient of step
+                    t:  w_hat <- x of then - the own u of t                (4)
 Messages    8 bytes and 4P/S back for every other shard in (1), 4P/S there in (3).
             S is K while K is small: three messages for each of S K pairs a step.
 
@@ -27,7 +29,7 @@ Invariants  every push is applied once. Size 1 without momentum is `local`, to t
 Departs     from the papers in: all ranks are workers and servers; the learning rate is
             the worker's; so is the optimiser, where there is more to it than lr * g:
             momentum, clipping, weight decay, AdamW, ...
-Length      some 270 lines: row tables, units, other numbers of ranks and what is
+Length      some 310 lines: row tables, units, other numbers of ranks and what is
             conserved take a method each beside (1) to (3).
 """
 
@@ -49,7 +51,7 @@ from mpilm.strategies.row_server import RowServer
 from mpilm.strategies.rows import from_shards, shards_of
 from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.strategies.units import Units, unit_matrices
-from mpilm.vectors import fill_, to_array
+from mpilm.vectors import copy_of, fill_, to_array
 from mpilm.world.base import World
 
 
@@ -63,6 +65,8 @@ class AsyncSgdConfig(WireConfig):
     """of the server's update, beside that of [optim]"""
     servers: Annotated[int, Meta(ge=0)] = 0
     """ranks that hold a shard; 0: all, of more than 16 one for every 64 KiB of model"""
+    ahead: bool = False
+    """the next model is pulled beside the gradient, and lacks others' pushes since"""
     units: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """share of a hidden matrix's units that is pushed: those with the largest step"""
     units_random: Annotated[float, Meta(ge=0, lt=1)] = 0.0
@@ -106,6 +110,8 @@ class AsyncSgd(Strategy):
         self.pace.moves_first = True
         self.clock = 0
         self.own_steps = Pushed()
+        self.read: Any = None  # (P,), the next model, with `ahead`
+        self.last: Any = None  # (P,), u of the last push, with `ahead`
         self.units: Units | None = None  # all are pushed
 
     def start(self, learner: Learner) -> None:
@@ -129,6 +135,8 @@ class AsyncSgd(Strategy):
             self.service = ParameterServer(*place, **settings)
         if not self.is_local:
             self.service.load(learner.theta)
+        if config.ahead:
+            self.read, self.last = copy_of(learner.theta), copy_of(learner.theta)
 
     @property
     def is_local(self) -> bool:
@@ -144,9 +152,20 @@ class AsyncSgd(Strategy):
         service.begin()
         if isinstance(service, RowServer):
             return self.step_of_rows(service, learner)
-        service.pull(learner.theta, self.clock)  # (1)
-        loss = learner.gradient()
-        service.push(self.pushed(learner))  # (2), (3)
+        if service.asked:
+            service.take(learner.theta, self.read, self.last)  # (1), (4)
+        else:
+            service.pull(learner.theta, self.clock)  # (1)
+        if not self.config.ahead:
+            loss = learner.gradient()
+            service.push(self.pushed(learner))  # (2), (3)
+        else:
+            service.ask(self.read, self.clock + 1)
+            loss = learner.gradient()
+            u = self.pushed(learner)
+            service.settle()  # the push before has been beside the gradient, too
+            self.last[:] = u
+            service.push(self.last)
         self.clock += 1
         return loss
 
@@ -181,11 +200,31 @@ class AsyncSgd(Strategy):
                 f" most {size}"
             )
         require_resting_rows(self.name, learner)
+        if self.config.ahead:
+            self.require_ahead(learner)
         if self.config.units < 1.0 and not unit_matrices(learner.layout):
             raise ConfigError(
                 f"strategy.units = {self.config.units:g}: the model has no hidden"
                 " matrix to push a part of; take 1"
             )
+
+    def require_ahead(self, learner: Learner) -> None:
+        """Raise if `ahead` cannot be: what it reads and adds are whole plain steps."""
+        config = self.config
+        for is_set, other in (
+            (config.momentum, f"momentum = {config.momentum:g}"),
+            (
+                config.staleness_bound >= 0,
+                f"staleness_bound = {config.staleness_bound}",
+            ),
+            (config.units < 1.0, f"units = {config.units:g}"),
+            (learner.layout.tables, "model.sparse = true"),
+        ):
+            if is_set:
+                raise ConfigError(
+                    f"strategy.ahead = true: not together with {other}; take ahead ="
+                    " false"
+                )
 
     def finish(self, learner: Learner) -> None:
         """Serve until nobody asks; theta is the model of the servers.

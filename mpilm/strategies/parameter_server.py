@@ -39,6 +39,7 @@ class ParameterServer(Service):
     values     the own shard, under the lock
     error      (P,), what of the own pushes has not travelled yet; None: all did
     clocks     steps that each rank had done when it last pulled here
+    asked      what `ask` has begun: questions and answers
     ended      ranks that will not pull before they `begin` again
     partners   int64 (K,): pushes of each rank to this shard, and this rank's own
     staleness  int64 (17,): pushes of others between the own pull and push
@@ -78,6 +79,7 @@ class ParameterServer(Service):
         self.clocks = np.zeros(comm.size, np.int64)
         self.ended = np.zeros(comm.size, bool)
         self.held: list[tuple[int, Work]] = []  # whose pulls wait for (2); the answers
+        self.asked: list[Request] = []
         self.sends: list[Request] = []
         self.partners = np.zeros(comm.size, np.int64)
         self.staleness = np.zeros(NUM_BINS, np.int64)
@@ -102,20 +104,49 @@ class ParameterServer(Service):
         Communicates: pairwise with every server: 8 bytes there, its shard back;
             blocking.
         """
-        question = np.array([clock], np.int64)
-        under_way: list[Request] = []
-        for peer in self.peers:
-            part = out[self.shards[peer]]
-            under_way.append(self.answers.Irecv(part, peer, PULL))
-            under_way.append(self.comm.Isend(question, peer, PULL))
+        self.ask(out, clock)
         if self.own.stop > self.own.start:
             self.wait_for_clock(clock)
-            with self.lock:
-                out[self.own] = self.values
-                self.num_seen = self.num_foreign
-        finish_all(under_way)
+            self.read_own(out)
+        finish_all(self.asked)
         finish_all(self.sends)
+
+    def ask(self, out: Any, clock: int) -> None:
+        """Begin to read the other shards into `out`, (P,).
+
+        Communicates: pairwise with every server: 8 bytes there, its shard back; does
+            not block.
+        """
+        question = np.array([clock], np.int64)
+        for peer in self.peers:
+            part = out[self.shards[peer]]
+            self.asked.append(self.answers.Irecv(part, peer, PULL))
+            self.asked.append(self.comm.Isend(question, peer, PULL))
         self.num_pulls += 1
+
+    def take(self, out: Any, read: Any, step: Any) -> None:
+        """Write into `out` what `ask` has read into `read`, and the own push since.
+
+        Args:
+            out, read: (P,).
+            step: u of the one `push` after the `ask`, as that has left it.
+
+        Communicates: pairwise: waits for what `ask` has begun.
+        """
+        finish_all(self.asked)
+        for peer in self.peers:
+            where = self.shards[peer]
+            out[where] = read[where]
+            out[where] -= step[where]
+            if self.error is not None:
+                out[where] += self.error[where]
+        self.read_own(out)
+
+    def read_own(self, out: Any) -> None:
+        """Write the own shard into `out`, (P,)."""
+        with self.lock:
+            out[self.own] = self.values
+            self.num_seen = self.num_foreign
 
     def push(self, step: Any) -> None:
         """Apply (1) with u = `step`, (P,), on all ranks.
@@ -154,6 +185,7 @@ class ParameterServer(Service):
         rank = self.comm.rank
         if self.ended[rank] or self.comm.size == 1:
             return
+        finish_all(self.asked)
         finish_all(self.sends)
         with self.lock:
             self.ended[rank] = True
@@ -173,7 +205,7 @@ class ParameterServer(Service):
     @property
     def open_requests(self) -> list[Request]:
         """What it has started and not waited for."""
-        return self.sends
+        return [*self.asked, *self.sends]
 
     def moved_bytes(self) -> tuple[int, int]:
         """Return the bytes of pulls, pushes and ENDs, sent and received.

@@ -78,10 +78,7 @@ SETTINGS = {
         "ring_rounds": draw.randint(1, 3),
         "seed": draw.randrange(1000),
     },
-    "async_sgd": lambda draw, size: {
-        "staleness_bound": draw.choice([-1, 0, 1, 3]),
-        "momentum": draw.choice([0.0, 0.5]),
-    },
+    "async_sgd": lambda draw, size: drawn_server(draw),
     "gossip_pga": lambda draw, size: {
         "period": draw.randint(1, 5),
         "topology": draw.choice([name for name in TOPOLOGIES if name != "complete"]),
@@ -156,6 +153,15 @@ LEADS = {
 }
 
 
+def drawn_server(draw: random.Random) -> dict[str, Any]:
+    """Return settings of `async_sgd`; `ahead` goes with neither of the others."""
+    bound, momentum = draw.choice([-1, 0, 1, 3]), draw.choice([0.0, 0.5])
+    settings = {"staleness_bound": bound, "momentum": momentum}
+    if bound < 0 and not momentum:
+        settings["ahead"] = draw.choice([False, True])
+    return settings
+
+
 @dataclass(frozen=True)
 class Schedule:
     """All that a seed decides."""
@@ -206,7 +212,8 @@ def takes_rows(strategy, settings):
     cut = isinstance(settings.get("components"), int)
     directed = settings.get("topology") == "exponential"
     others = settings.get("leave_out") or settings.get("units", 1.0) < 1.0
-    return strategy.takes_rows and not (cut or directed or others)
+    whole = settings.get("ahead", False)
+    return strategy.takes_rows and not (cut or directed or others or whole)
 
 
 def run(kind, seed):

@@ -87,6 +87,47 @@ def test_nobody_is_further_ahead_than_the_bound(bound):
     assert lead(train(4, 12, **run)) > 4
 
 
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_model_pulled_ahead_has_the_own_steps(wire, momentum):
+    settings = {"ahead": True, "wire": wire}
+    ranks = train(2, [20, 0], settings=settings, momentum=momentum)
+    error = 1e-5 if wire == "float32" else 2e-2
+    np.testing.assert_allclose(ranks[0].final, alone(20, momentum=momentum), atol=error)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_pull_ahead_is_hidden_behind_the_gradient(size):
+    shard_s = 0.3 * STEP_S / size  # of every server, one after the other
+    machine = Machine(
+        step_s=STEP_S, latency_s=1e-5, bandwidth_Bps=4 * 23 / size / shard_s
+    )
+
+    def seconds(ahead):
+        ranks = train(size, 20, machine=machine, settings={"ahead": ahead})
+        return max(rank.seconds for rank in ranks) / 20
+
+    assert seconds(False) > 1.1 * STEP_S
+    assert seconds(True) < 1.04 * STEP_S  # the last pull is nobody's
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"momentum": 0.5}, "momentum = 0.5"),
+        ({"staleness_bound": 0}, "staleness_bound = 0"),
+        ({"units": 0.5}, "units = 0.5"),
+    ],
+)
+def test_ahead_is_refused_beside_what_it_cannot_know(other, said):
+    def main(world):
+        learner = ProtocolLearner(23, compute=world.compute, seed=0)
+        strategy("async_sgd", world, ahead=True, **other).require(learner)
+
+    with pytest.raises(ConfigError, match=f"ahead = true: not together with {said}"):
+        run_virtual(main, 2)
+
+
 @pytest.mark.parametrize("servers", [1, 3])
 def test_few_ranks_hold_the_model(servers):
     ranks = train(
