@@ -1,6 +1,6 @@
 """Where does a step of `async_sgd` spend what its learner does not compute?
 
-    mpirun -n 4 python benchmarks/async_step.py
+    mpirun -n 4 python benchmarks/async_step.py [--ahead]
 
 Learners that sleep 40 ms, 100,000 parameters. Printed for rank 0: mean times of the
 parts of a step; `waits` is that of pull in which nothing is left but to wait.
@@ -39,6 +39,7 @@ def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--steps", type=int, default=80)
+    arguments.add_argument("--ahead", action="store_true", help="strategy.ahead")
     args = arguments.parse_args()
     parameter_server.finish_all = timed("waits", parameter_server.finish_all)
     with MpiWorld() as world:
@@ -51,10 +52,11 @@ def main() -> None:
             return world.compute(sleeping, ready)
 
         learner = ProtocolLearner(100_000, compute=compute, seed=world.rank)
-        chosen: Any = strategy("async_sgd", world)
+        chosen: Any = strategy("async_sgd", world, ahead=args.ahead)
         chosen.start(learner)
         server = chosen.service
         server.pull = timed("pull", server.pull)
+        server.ask, server.take = timed("ask", server.ask), timed("take", server.take)
         server.push = timed("push", server.push)
         world.comm.Barrier()
         step = timed("step", chosen.step)
