@@ -1,6 +1,7 @@
 """What of a model of 267,735 words travels, with gradients of rows, in which format?
 
     python benchmarks/bench_row_traffic.py --out benchmarks/results/row_traffic.json
+    python benchmarks/bench_row_traffic.py --periods 1 2 3 4 5 10 20 --out ...
 
 Virtual ranks count the bytes that they send in `--steps` steps; nothing is learned. A
 step reads the rows of 700 Zipf words (T = 35, B = 20) and of a softmax's sample. Tables
@@ -10,6 +11,8 @@ flags that say which rows travel weigh more than at 512.
 
 dense    bytes of the same exchanges of whole models in float32, by their equations
 goal     at most 5% of them for `allreduce`, averaging and gossip
+at 512   the share with rows of 512: what was counted but the flags, as much longer
+--periods  what is exchanged every so many steps, for several numbers of them
 """
 
 from __future__ import annotations
@@ -104,6 +107,8 @@ def sent(
 ) -> tuple[float, float, float]:
     """Return bytes sent in a step and rank, those of whole models, rows in a step."""
 
+    every = settings.get("period", 1)
+
     def main(world: World) -> tuple[int, int, float]:
         learner = Reader(layout, world)
         method = strategy(name, world, **settings)
@@ -118,7 +123,7 @@ def sent(
         partners = int(method.metrics()["partners"].sum())
         return (
             moved,
-            whole(name, layout, ranks, steps, partners),
+            whole(name, layout, ranks, steps, partners, every=every),
             learner.num_read / steps,
         )
 
@@ -127,17 +132,31 @@ def sent(
     return means[0] / steps, means[1] / steps, means[2]
 
 
-def whole(name: str, layout: Layout, ranks: int, steps: int, partners: int) -> int:
+def whole(
+    name: str, layout: Layout, ranks: int, steps: int, partners: int, *, every: int
+) -> int:
     """Return the bytes that exchanges of whole models would have sent on a rank."""
     model = 4 * layout.size
     summed = 2 * model * (ranks - 1) // ranks
     if name in ("dpsgd", "adpsgd"):
         return partners * model
     if name == "gossip_bmuf":  # models and start points, in pairs
-        return steps // EVERY * 2 * model
+        return steps // every * 2 * model
     if name in ("model_averaging", "bmuf"):
-        return steps // EVERY * summed
+        return steps // every * summed
     return steps * summed  # async_sgd: served and pushed shards
+
+
+def flags(name: str, layout: Layout, ranks: int, steps: int, every: int) -> float:
+    """Return the bytes of flags that a rank sends in a step; no ids are among them."""
+    num_rows = sum(table.shape[0] for table in layout.tables)
+    if name in ("adpsgd", "async_sgd"):
+        return 0.0  # ids: they are counted as rows
+    if name == "gossip_bmuf":
+        return num_rows / 8 / every
+    if name == "dpsgd":
+        return num_rows / 8 * min(2, ranks - 1)
+    return 2 * num_rows * (ranks - 1) / ranks / every
 
 
 def main() -> None:
@@ -146,24 +165,36 @@ def main() -> None:
     arguments.add_argument("--ranks", type=int, default=4)
     arguments.add_argument("--steps", type=int, default=20)
     arguments.add_argument("--width", type=int, default=32)
+    arguments.add_argument("--periods", type=int, nargs="*", default=[])
     args = arguments.parse_args()
     vocabulary = VOCABULARY
     if args.smoke:
         args.steps, args.width, vocabulary = EVERY, 4, 20_000
     layout = layout_of(args.width, vocabulary)
     rows: list[dict[str, Any]] = []
-    for name, settings in CASES.items():
+    cases = list(CASES.items())
+    if args.periods:
+        exchanged = [name for name, settings in CASES.items() if settings]
+        cases = [(n, {"period": every}) for n in exchanged for every in args.periods]
+    for name, settings in cases:
+        every = settings.get("period", 1)
+        steps = -(-args.steps // every) * every
         for wire in ("float32", "bfloat16"):
             given = {**settings, "wire": wire}
-            moved, dense, read = sent(name, given, layout, args.ranks, args.steps)
+            moved, dense, read = sent(name, given, layout, args.ranks, steps)
+            of_flags = flags(name, layout, args.ranks, steps, every)
+            longer = HIDDEN / args.width
+            at_512 = ((moved - of_flags) * longer + of_flags) / (dense * longer)
             rows.append(
                 {
                     "strategy": name,
+                    "period": every,
                     "wire": wire,
                     "rows read": round(read),
                     "MB": round(moved / 1e6, 4),
                     "dense MB": round(dense / 1e6, 3),
                     "share": round(moved / dense, 5),
+                    "at 512": round(at_512, 5),
                     "goal": GOAL,
                 }
             )

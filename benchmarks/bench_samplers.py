@@ -7,7 +7,8 @@
         --device cuda ...       where there is a GPU: 30 times as many tokens
 
 The same LSTM language model, from the same first weights, on the same minibatches, by
-the full softmax and by samples of F frequent and m drawn words; then the perplexity on
+the full softmax and by samples of F frequent and m drawn words (and, of a third number,
+those of so many targets before); then the perplexity on
 held-out text by the full softmax. On the WikiText-2 sample with its whole vocabulary,
 or, with --vocab, on a synthetic language of Zipf's law. --bias unigram begins with the
 logarithms of the words' frequencies as biases.
@@ -26,6 +27,7 @@ import math
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -71,9 +73,11 @@ def make_learner(
     def softmax(num_inputs: int, num_words: int) -> Softmax:
         if name == FULL:
             return Softmax(num_inputs, num_words)
-        kind = Uncorrected if "left out" in name else SampledSoftmax
+        kind: Any = Uncorrected if "left out" in name else SampledSoftmax
         numbers = name.partition(",")[0].partition(" (")[0].split("+")
-        frequent, random = (min(int(number), num_words) for number in numbers)
+        frequent, random, *recent = (min(int(each), num_words) for each in numbers)
+        if recent:
+            kind = partial(kind, num_recent=recent[0])
         return kind(
             num_inputs,
             num_words,
@@ -116,8 +120,13 @@ def train(args: argparse.Namespace, name: str, seed: int, corpus: Corpus) -> Any
 
 def compare(args: argparse.Namespace, corpus: Corpus) -> list[str]:
     """Report perplexities; return the ratios against the goal."""
-    everything = [FULL, *args.words, *([] if args.no_controls else CONTROLS)]
-    found: dict[str, list[Any]] = {name: [] for name in everything}
+    given = {} if args.full is None else {FULL: [(args.full, math.nan)]}
+    everything = [
+        *([] if given else [FULL]),
+        *args.words,
+        *([] if args.no_controls else CONTROLS),
+    ]
+    found: dict[str, list[Any]] = {name: [] for name in everything} | given
     for seed in range(1, args.seeds + 1):
         for name in everything:
             found[name].append(train(args, name, seed, corpus))
@@ -160,6 +169,7 @@ def main() -> None:
     arguments.add_argument("--decay", action="store_true", help="the rate falls to 0")
     arguments.add_argument("--bias", choices=["zero", "unigram"], default="zero")
     arguments.add_argument("--words", nargs="*", default=SAMPLES, metavar="F + m")
+    arguments.add_argument("--full", type=float, help="its perplexity, if known")
     arguments.add_argument("--no-controls", action="store_true")
     arguments.add_argument("--device", default="cpu")
     args = arguments.parse_args()

@@ -54,7 +54,7 @@ class Measured(Trainer):
 
     def set_up(self, *, resume: bool) -> None:
         gc.collect()
-        self.before = resident("VmRSS")
+        self.libraries = resident("VmRSS")
         super().set_up(resume=resume)
         self.wall_s: list[float] = []
         self.cpu_s: list[float] = []
@@ -67,7 +67,7 @@ class Measured(Trainer):
             self.wall_s.append(time.perf_counter() - wall_s)
             self.cpu_s.append(time.process_time() - cpu_s)
             if len(self.wall_s) % 5 == 0:
-                self.memory = max(self.memory, resident("VmRSS") - self.before)
+                self.memory = max(self.memory, resident("VmRSS") - self.libraries)
             return loss
 
         self.strategy.step = noted  # type: ignore[method-assign]

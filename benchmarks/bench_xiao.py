@@ -1,6 +1,7 @@
 """Xiao et al.'s four systems, to one perplexity: what does sampling save?
 
     python benchmarks/bench_xiao.py --out benchmarks/results/xiao.json
+    python benchmarks/bench_xiao.py --fill 33278 --out ...
     python benchmarks/bench_xiao.py --vocab 33278 --samples 60000 --out ...
 
     naive                 one rank, all words, dense gradients
@@ -9,7 +10,9 @@
     sampled asynchronous  both, and hidden units sampled
 
 They are jobs/configs/xiao_*.toml on one corpus: the WikiText-2 sample with its whole
-vocabulary, or, with --vocab, a synthetic language of Zipf's law.
+vocabulary, or, with --vocab, a synthetic language of Zipf's law. --fill adds words that
+stand nowhere in the sample, up to the size of WikiText-2's own vocabulary: the softmax
+and the exchanges are as large as there, the text is real.
 
 learn  every system once, for the same samples, evaluated by the full softmax as it
        goes. The target is the worst last perplexity of the four: all reach it. How many
@@ -46,6 +49,7 @@ import numpy as np
 from fleets import ENVIRONMENT
 from harness import parser, report
 
+from mpilm.data.hdf5 import Corpus, CorpusWriter, new_hdf5
 from mpilm.data.synthetic import prepare_synthetic
 from mpilm.data.text import prepare_text
 from mpilm.storage.runlog import read_run
@@ -109,6 +113,18 @@ def prepare_wikitext(corpus: Path) -> None:
     prepare_text([WIKITEXT / "wiki.valid.tokens"], [held_out], [held_out], corpus)
 
 
+def fill_vocabulary(corpus: Path, vocab: int) -> None:
+    """Give a corpus more words, up to `vocab`, that its text does not have."""
+    with Corpus.open(corpus) as old, new_hdf5(corpus.with_suffix(".filled")) as file:
+        words = list(old.vocabulary)
+        words += [f"<{number}>" for number in range(len(words), vocab)]
+        writer = CorpusWriter(file, level=old.level, vocabulary=words)
+        for split in old.splits:
+            writer.append(split, old.split(split)[:])
+        writer.finish(corpus, {**old.provenance, "filled": vocab})
+    corpus.with_suffix(".filled").replace(corpus)
+
+
 class Bench:
     """The corpus, and runs on it.
 
@@ -132,6 +148,8 @@ class Bench:
             )
         else:
             prepare_wikitext(self.corpus)
+        if args.fill:
+            fill_vocabulary(self.corpus, args.fill)
 
     def start(self, ranks: int, command: Sequence[object], cluster: Any = None) -> None:
         """Run a command on some ranks, of this machine or of an emulated cluster.
@@ -252,6 +270,7 @@ def compare(bench: Bench) -> list[str]:
     args.learned = curves
     target = max((curves[n][-1][1] for n in SYSTEMS if n in curves), default=math.nan)
     corpus = f"synthetic, V={args.vocab}" if args.vocab else "WikiText-2 sample"
+    corpus += f" filled to V={args.fill}" if args.fill else ""
     about = f"{corpus}, {args.ranks} ranks, to perplexity {target:.1f}"
     if not curves:
         about = f"{corpus}, {args.ranks} ranks, for the same samples"
@@ -333,6 +352,7 @@ def main() -> None:
     arguments.add_argument("--points", type=int, default=7, help="evaluations of each")
     arguments.add_argument("--seconds", type=float, default=3.0, help="of a round")
     arguments.add_argument("--vocab", type=int, default=0, help="synthetic corpus")
+    arguments.add_argument("--fill", type=int, default=0, help="words in all")
     arguments.add_argument("--rate", default="1gbit", help="of emulated links")
     arguments.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments.add_argument("--curves", type=Path, help="JSON file of what is learned")

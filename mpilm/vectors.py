@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -44,15 +46,44 @@ def copy_of(vector: Any) -> Any:
     return vector.detach().clone() if hasattr(vector, "clone") else vector.copy()
 
 
+LENDING = ContextVar("LENDING", default=False)  # of a rank: virtual ones have their own
+
+
+@contextmanager
+def lending() -> Iterator[None]:
+    """Let `to_array` return the vector's own memory within the block, where it can.
+
+    For who reads it before it changes: a checkpoint would copy the whole state else.
+    """
+    token = LENDING.set(True)
+    try:
+        yield
+    finally:
+        LENDING.reset(token)
+
+
 def to_array(vector: Any) -> Any:
-    """Return a numpy array or a tensor as a numpy array of its own memory."""
-    return vector.cpu().numpy().copy() if hasattr(vector, "cpu") else vector.copy()
+    """Return a numpy array or a tensor as a numpy array of its own memory.
+
+    Under `lending` it is the vector's memory, if that is a CPU's.
+
+    >>> import numpy as np
+    >>> vector = np.zeros(2)
+    >>> with lending():
+    ...     lent = to_array(vector)
+    >>> lent is vector, to_array(vector) is vector
+    (True, False)
+    """
+    is_tensor = hasattr(vector, "detach")
+    array = vector.detach().cpu().numpy() if is_tensor else vector
+    lends = LENDING.get() and isinstance(array, np.ndarray)
+    return array if lends else array.copy()
 
 
 def fill_(vector: Any, array: Any) -> None:
     """Set a numpy array or a tensor to the values of a numpy array."""
     is_tensor = hasattr(vector, "new_tensor")
-    vector[:] = vector.new_tensor(array) if is_tensor else array
+    vector[:] = sys.modules["torch"].as_tensor(array) if is_tensor else array
 
 
 def is_finite(vector: Any) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.errors import CheckpointError, ModelError
+from mpilm.vectors import to_array
 
 # Types that numpy and a state file know; any other is stored as bytes.
 STORABLE = (
@@ -190,10 +191,9 @@ def from_bytes(content: Tensor, like: Tensor) -> Tensor:
 
 
 def stored(tensor: Tensor) -> Any:
-    """Return a tensor as an array that a state file holds, of its own memory."""
+    """Return a tensor as an array that a state file holds, as `to_array` does."""
     tensor = tensor.detach().cpu()
-    plain = tensor if tensor.dtype in STORABLE else as_bytes(tensor)
-    return plain.numpy().copy()
+    return to_array(tensor if tensor.dtype in STORABLE else as_bytes(tensor))
 
 
 def restored(array: Any, like: Tensor, name: str) -> Tensor:

@@ -109,6 +109,7 @@ def softmax_of(
             SampledSoftmax,
             num_frequent=config.sampled_frequent,
             num_random=config.sampled_random,
+            num_recent=config.sampled_recent,
             sparse=config.sparse,
         )
     return Softmax

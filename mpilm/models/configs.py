@@ -54,6 +54,8 @@ class LstmLmConfig:
     """sampled: the most frequent words, in every sample"""
     sampled_random: Natural = 1000
     """sampled: words drawn for each minibatch, beside its targets and the frequent"""
+    sampled_recent: Natural = 0
+    """sampled: targets of the last minibatches, whose words are in every sample"""
     adaptive_cutoffs: tuple[Positive, ...] = (2000, 10000)
     """adaptive: ids where a cluster of rarer words begins; ascending, below V"""
     adaptive_div: Annotated[float, Meta(ge=1.0)] = 4.0

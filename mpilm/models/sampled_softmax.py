@@ -7,7 +7,8 @@ Source      Y. Bengio and J.-S. Senecal, "Adaptive Importance Sampling to Accele
             reading (docs/references.md).
 Notation    x_NH, W_VH, b_V, y_N  as in softmax.py; word ids 0..V-1, most frequent first
             F -> num_frequent    m -> num_random    S -> number of words in the sample
-Sample      A = {targets of the minibatch} and {0..F-1}: certain                 (1)
+Sample      A = {targets of the minibatch}, {0..F-1} and the last `num_recent` targets
+                before it: certain                                               (1)
             R = one draw of m words from F..V-1 by the log-uniform distribution,
                 q(k) = ln((k+2) / (k+1)) / ln((V+1) / (F+1)),                    (2)
                 one from each of m strata of equal probability
@@ -142,10 +143,17 @@ class SampledSoftmax(Softmax):
         num_words: V.
         num_frequent: F, the most frequent words, always in the sample; 0 <= F <= V.
         num_random: m, words drawn.
+        num_recent: targets of earlier minibatches whose words are in the sample. What
+            was a target has a large logit; drawn with a small pi it stands for hundreds
+            of words, and the sum over the sample varies as much.
 
+    recent  (num_recent,) int64, these targets, the latest last; -1: none yet. A buffer;
+            there is none if num_recent is 0
     sparse  the gradients of weight and bias are torch's sparse tensors, of the rows of
             the sample; else of all rows, zeros for the others
     """
+
+    recent: Tensor | None
 
     def __init__(
         self,
@@ -154,9 +162,12 @@ class SampledSoftmax(Softmax):
         *,
         num_frequent: int,
         num_random: int,
+        num_recent: int = 0,
         sparse: bool = False,
     ) -> None:
         super().__init__(num_inputs, num_words)
+        none_yet = torch.full((num_recent,), PADDING) if num_recent else None
+        self.register_buffer("recent", none_yet)
         self.sparse, self.num_frequent = sparse, num_frequent
         self.random = LogUniform(
             num_words, num_frequent=num_frequent, num_random=num_random
@@ -204,9 +215,19 @@ class SampledSoftmax(Softmax):
         is_target_N = targets_N != PADDING
         any_target = targets_N.amax().clamp(min=0) if len(targets_N) else 0
         known_N = torch.where(is_target_N, targets_N, any_target)
-        parts = torch.cat([self._frequent_F, known_N, self.random.draw(device)])
+        before = [] if self.recent is None else self._before(targets_N[is_target_N])
+        drawn = self.random.draw(device)
+        parts = torch.cat([self._frequent_F, known_N, *before, drawn])
         ids_S, places = torch.unique(parts, return_inverse=True)
         known = places[self.num_frequent : self.num_frequent + len(known_N)]
+        certain = places[self.num_frequent : len(parts) - len(drawn)]
         log_pi_S = self.random.log_probabilities(device).index_select(0, ids_S)
-        log_pi_S.index_fill_(0, known, 0.0)  # certain, drawn or not
+        log_pi_S.index_fill_(0, certain, 0.0)  # drawn or not
         return ids_S, log_pi_S, torch.where(is_target_N, known, PADDING)
+
+    def _before(self, known: Tensor) -> list[Tensor]:
+        """Return the targets before these (1), which are remembered from now on."""
+        assert self.recent is not None
+        before = self.recent.clone()
+        self.recent.copy_(torch.cat([before, known])[len(known) :])
+        return [before[before != PADDING]]

@@ -10,11 +10,12 @@
 The files are state files (state_file.py) with the header step and size (ranks), and in
 a rank's own file rank. Writing:
 
-    rank 0:  make .partial | write, fsync | all well? | rename, fsync | all well? | ...
-    rank 1:                | write, fsync | all well? |               | all well? |
+    rank 0:  make .partial, shared.h5 | rank-0000.h5 | all well? | rename | all well? |
+    rank 1:                           | rank-0001.h5 | all well? |        | all well? |
 
-Each "all well?" is an allgather of the first error. If there is one, the partial folder
-is removed and every rank raises it; older checkpoints are touched only at the very end.
+Files are forced to the disk. Each "all well?", and one after each thing that rank 0
+does first, is an allgather of the first error. If there is one, the partial folder is
+removed and every rank raises it; older checkpoints are touched only at the very end.
 Loading runs no code, whatever the files hold.
 """
 
@@ -132,7 +133,21 @@ class Checkpoints:
             CheckpointError: on every rank the same line, which names rank and file;
                 the earlier checkpoints stand.
 
-        Communicates: collective, four small allgathers, blocking.
+        Communicates: collective, five small allgathers, blocking.
+        """
+        with self.writing(step) as writing:
+            writing.shared(shared)
+            writing.own(own)
+        return writing.checkpoint
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[Writing]:
+        """Write a checkpoint part by part in the block; after it, as after `save`.
+
+        Raises:
+            CheckpointError: as `save`. Whatever the block raises, nothing is left.
+
+        Communicates: collective, three small allgathers, blocking.
         """
         rank, size = self.world.rank, self.world.size
         step = self.world.comm.allgather(step)[0]
@@ -143,18 +158,14 @@ class Checkpoints:
                 if rank == 0:
                     self._clean()
                     partial.path.mkdir(parents=True)
-            with self._all_or_none():
-                if rank == 0:
-                    write_state(partial.shared, shared, step=step, size=size)
-                write_state(partial.own(rank), own, step=step, size=size, rank=rank)
+            yield Writing(partial, Checkpoint(final, step, size), self)
             with self._all_or_none():
                 if rank == 0:
                     self._put_in_place(partial.path, final)
-        except CheckpointError:
+        except BaseException:
             if rank == 0:
                 shutil.rmtree(partial.path, ignore_errors=True)
             raise
-        return Checkpoint(final, step, size)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that can be read; None if there is none at all.
@@ -274,6 +285,41 @@ class Checkpoints:
                 _remove(path)
             except OSError as error:
                 _warn(f"{path}: could not be removed: {reason(error)}")
+
+
+class Writing:
+    """A checkpoint that is being written.
+
+    partial     where
+    checkpoint  what it will be
+    """
+
+    def __init__(
+        self, partial: Checkpoint, checkpoint: Checkpoint, of: Checkpoints
+    ) -> None:
+        self.partial, self.checkpoint, self._of = partial, checkpoint, of
+
+    def shared(self, state: Mapping[str, Any]) -> None:
+        """Write what all ranks have alike; nothing of it may change meanwhile.
+
+        Raises:
+            CheckpointError: on every rank the same line, which names rank and file.
+
+        Communicates: collective, a small allgather, blocking.
+        """
+        with self._of._all_or_none():
+            if self._of.world.rank == 0:
+                write_state(self.partial.shared, state, **self._header)
+
+    def own(self, state: Mapping[str, Any]) -> None:
+        """Write what only this rank has. As `shared`."""
+        rank = self._of.world.rank
+        with self._of._all_or_none():
+            write_state(self.partial.own(rank), state, **self._header, rank=rank)
+
+    @property
+    def _header(self) -> dict[str, int]:
+        return {"step": self.partial.step, "size": self.partial.size}
 
 
 def load_shared(folder: Path | str) -> State:

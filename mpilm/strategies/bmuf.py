@@ -49,6 +49,7 @@ from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner, WireConfig
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks, due
 from mpilm.strategies.leave_out import left_out_of
+from mpilm.strategies.rows import ShardPart
 from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.world.base import IN_PLACE, World
 
@@ -120,7 +121,8 @@ class Bmuf(BlockStrategy):
         """Start the mean of a part over all ranks; without `delay` nothing yet.
 
         Returns:
-            the part; what of it travels, `wbar` itself where that is all; its request.
+            the part; what of it travels, `wbar` itself where that is all, None where it
+            goes in pieces; its request.
 
         Communicates: collective, with `delay` an Iallreduce of the part; not blocking.
             With `leave_out` before it an Allreduce of 8K bytes, blocking.
@@ -133,6 +135,8 @@ class Bmuf(BlockStrategy):
             if self.leaving.out_C[number]:
                 self.snapshot[where] = 0.0
         part, vector = self.rows.agree(where), self.wbar[where]
+        if part.rows and not self.apart:
+            return part, None, None
         if part.rows:
             vector = part.of(self.snapshot)
         elif self.apart:
@@ -149,6 +153,9 @@ class Bmuf(BlockStrategy):
         Communicates: collective; without `delay` one Allreduce of the part. Blocking.
         """
         part, vector, request = started
+        if vector is None:
+            self.average_pieces_(part)
+            return
         left = None
         if request is not None:
             request.Wait()
@@ -170,6 +177,14 @@ class Bmuf(BlockStrategy):
             sent = part.of(self.snapshot)
             sent -= left
             part.set_(self.snapshot, sent)
+
+    def average_pieces_(self, part: ShardPart) -> None:
+        """Write the mean of some rows into `wbar`, which is theta, piece by piece."""
+        for piece in part.pieces():
+            vector = piece.of(self.wbar)
+            self.mean_(vector)
+            piece.set_(self.wbar, vector)
+            self.moved += self.allreduced_bytes(len(vector))
 
     def is_plain(self, step: int) -> bool:
         return step <= self.config.warmup * self.config.period

@@ -192,7 +192,7 @@ class GossipBmuf(BlockStrategy):
         if self.rows.touched is not None:
             pairs = agree_in_pairs(self.rows, where, members, tag)
             means = [
-                RowMean(self.comm, vector, pairs, tag + n)
+                RowMean(self.comm, vector, pairs, tag + n, piecewise=not self.delay)
                 for n, vector in enumerate(vectors)
             ]
         else:

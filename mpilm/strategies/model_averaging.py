@@ -107,9 +107,10 @@ class ModelAveraging(Strategy):
         if self.is_due(before, learner.samples):
             if learner.layout.tables:
                 part = self.rows.agree(slice(0, learner.layout.size))
-                values = part.of(learner.theta)
-                self.average_(values)  # (2)
-                part.set_(learner.theta, values)
+                for piece in part.pieces():
+                    values = piece.of(learner.theta)
+                    self.average_(values)  # (2)
+                    piece.set_(learner.theta, values)
             else:
                 self.average_those_in_(learner)  # (2)
             self.rounds += 1

@@ -18,6 +18,7 @@ Departs     from the mean of whole models: a row that nobody of a pair has touch
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from mpilm.vectors import zeros
 from mpilm.world.base import Comm, Request
 
 Pairs = Mapping[int, ShardPart]  # another rank -> what of a vector goes both ways
+PIECES_UNDER_WAY = 2  # one is received while the other is added
 
 
 def agree_in_pairs(
@@ -68,19 +70,40 @@ class RowMean:
 
     Args:
         vector: x of this rank, (P,); not to be changed before `finish_`.
+        piecewise: whether what goes to a single other member goes in pieces, a few of
+            them on their way at a time: little memory, but only `finish_` sends on.
+
+    sources  the other ranks of S, ascending
+    sends    one for each source
 
     Communicates: pairwise, the elements of each pair there; not blocking.
     """
 
-    def __init__(self, comm: Comm, vector: Any, pairs: Pairs, tag: int = 0) -> None:
-        self.comm, self.vector, self.pairs = comm, vector, pairs
+    def __init__(
+        self,
+        comm: Comm,
+        vector: Any,
+        pairs: Pairs,
+        tag: int = 0,
+        *,
+        piecewise: bool = False,
+    ) -> None:
+        self.comm, self.vector, self.pairs, self.tag = comm, vector, pairs, tag
         self.sources = sorted(pairs)
-        self.own = {peer: part.of(vector) for peer, part in pairs.items()}
-        self.came = {peer: zeros(p.size, like=vector) for peer, p in pairs.items()}
-        self.receives = [comm.Irecv(v, peer, tag) for peer, v in self.came.items()]
-        self.sends: list[Request] = [
-            comm.Isend(values, peer, tag) for peer, values in self.own.items()
-        ]
+        self.ahead: deque[Pairs] = deque([pairs])
+        if piecewise and len(pairs) == 1:  # of more, x_i must stay for all of them
+            [(peer, part)] = pairs.items()
+            self.ahead = deque({peer: piece} for piece in part.pieces())
+        self.under_way: deque[Piece] = deque()
+        for _ in range(min(PIECES_UNDER_WAY, len(self.ahead))):
+            self.start_next()
+        self.sends = self.under_way[0].sends
+
+    def start_next(self) -> None:
+        """Start sending and receiving what comes next."""
+        self.under_way.append(
+            Piece(self.comm, self.vector, self.ahead.popleft(), self.tag)
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -93,15 +116,35 @@ class RowMean:
         Communicates: waits for all that was started.
         """
         out = self.vector if out is None else out
+        while self.under_way:
+            self.under_way.popleft().finish_(out)
+            if self.ahead:
+                self.start_next()
+
+
+class Piece:
+    """A part of a mean (1) on its way, with buffers for each other member."""
+
+    def __init__(self, comm: Comm, vector: Any, pairs: Pairs, tag: int) -> None:
+        self.comm, self.pairs = comm, pairs
+        self.own = {peer: part.of(vector) for peer, part in pairs.items()}
+        self.came = {peer: zeros(p.size, like=vector) for peer, p in pairs.items()}
+        self.receives = [comm.Irecv(v, peer, tag) for peer, v in self.came.items()]
+        self.sends: list[Request] = [
+            comm.Isend(values, peer, tag) for peer, values in self.own.items()
+        ]
+
+    def finish_(self, out: Any) -> None:
+        """Apply (1) to its elements of `out`; waits for them."""
         for request in (*self.receives, *self.sends):
             request.Wait()
-        for peer in self.sources:
+        for peer in sorted(self.pairs):
             part, delta, own = self.pairs[peer], self.came[peer], self.own[peer]
             left = self.comm.left_of(own)
             if left is not None:
                 own -= left  # what the other has got
             delta -= own
-            delta /= 1 + len(self.sources)
+            delta /= 1 + len(self.pairs)
             mixed = part.of(out)
             mixed += delta
             part.set_(out, mixed)

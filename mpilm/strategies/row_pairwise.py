@@ -74,7 +74,7 @@ class PairwiseRows(Pairwise):
     def ask(self) -> None:
         with self.lock:
             touched = self.rows.part(self.whole, self.rows.taken(self.whole))
-        self.parts = cut_part(touched, self.num_pieces)
+        self.parts = touched.cut(self.num_pieces)
         super().ask()
 
     def send_snapshot(self) -> None:
@@ -130,7 +130,7 @@ class PairwiseRows(Pairwise):
         tables, end = self.layout.tables, self.layout.num_dense
         counts, ids = np.split(head, [len(tables)])
         each = np.split(ids, np.cumsum(counts)[:-1])
-        dense = cut_part(ShardPart((slice(0, end),), ()), self.num_pieces)[piece].dense
+        dense = ShardPart((slice(0, end),), ()).cut(self.num_pieces)[piece].dense
         return ShardPart(dense, tuple(zip(tables, each, strict=True)))
 
     def note(self, part: ShardPart) -> None:
@@ -146,24 +146,3 @@ class PairwiseRows(Pairwise):
         """Count bytes that travel."""
         self.sent += sent
         self.received += received
-
-
-def cut_part(part: ShardPart, pieces: int) -> list[ShardPart]:
-    """Return a part in pieces: of its dense slice, and of the rows of each table.
-
-    >>> [piece.dense for piece in cut_part(ShardPart((slice(0, 5),), ()), 2)]
-    [(slice(0, 2, None),), (slice(2, 5, None),)]
-    """
-
-    def share(start: int, stop: int, index: int) -> slice:
-        length = stop - start
-        ends = [start + number * length // pieces for number in (index, index + 1)]
-        return slice(*ends)
-
-    return [
-        ShardPart(
-            tuple(share(span.start, span.stop, index) for span in part.dense),
-            tuple((s, ids[share(0, len(ids), index)]) for s, ids in part.rows),
-        )
-        for index in range(pieces)
-    ]

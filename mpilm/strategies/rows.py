@@ -21,6 +21,9 @@ from mpilm.world.base import IN_PLACE, Comm
 # Of every rank a server gets three messages a step. Chosen, not tuned: of so many ranks
 # all are servers, and of more as many as have so many bytes each (machine.eager_bytes).
 FEW_RANKS, SHARD_BYTES = 16, 65_536
+# Elements that are copied to travel: 4 MB. Chosen, not tuned: large enough for MPI's
+# full rate, small beside the model.
+PIECE = 1 << 20
 
 
 def shards(layout: Layout, num_ranks: int) -> list[slice]:
@@ -131,6 +134,30 @@ class ShardPart(NamedTuple):
         """Number of elements."""
         rows = sum(len(ids) * segment.row_width for segment, ids in self.rows)
         return sum(span.stop - span.start for span in self.dense) + rows
+
+    def cut(self, pieces: int) -> list[ShardPart]:
+        """Return it in pieces: of its dense slices, and of the rows of each table.
+
+        >>> [piece.dense for piece in ShardPart((slice(0, 5),), ()).cut(2)]
+        [(slice(0, 2, None),), (slice(2, 5, None),)]
+        """
+
+        def share(start: int, stop: int, index: int) -> slice:
+            length = stop - start
+            ends = [start + number * length // pieces for number in (index, index + 1)]
+            return slice(*ends)
+
+        return [
+            ShardPart(
+                tuple(share(span.start, span.stop, index) for span in self.dense),
+                tuple((s, ids[share(0, len(ids), index)]) for s, ids in self.rows),
+            )
+            for index in range(pieces)
+        ]
+
+    def pieces(self) -> list[ShardPart]:
+        """Return it in pieces of about `PIECE` elements, to be copied one by one."""
+        return self.cut(max(1, -(-self.size // PIECE)))
 
     @property
     def some_rows(self) -> list[tuple[Segment, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpilm.storage.saved import nested, under
+from mpilm.vectors import fill_, to_array
 
 if TYPE_CHECKING:
     from mpilm.learner.learner import Learner
@@ -36,7 +37,7 @@ class BestModel:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold of this rank."""
         return {
-            "theta": self.theta_P.cpu().numpy().copy(),
+            "theta": to_array(self.theta_P),
             **nested("model", self.learner.rest.state(self.rest)),
         }
 
@@ -45,5 +46,5 @@ class BestModel:
         if not state:
             self.judge(is_kept=True)
         else:
-            self.theta_P.copy_(self.theta_P.new_tensor(state["theta"]))
+            fill_(self.theta_P, state["theta"])
             self.rest |= self.learner.rest.read(under("model", state))

@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpilm.strategies.topology import realised, spectral_gap
+from mpilm.vectors import copy_of
 from mpilm.world.base import IN_PLACE, MAX, World
 
 if TYPE_CHECKING:
     from mpilm.learner.learner import Learner
+
+# Elements of a part of theta that is copied: 16 MB. Chosen, not tuned.
+PART = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -46,22 +50,35 @@ def measure_consensus(
     Args:
         metrics: of this rank's strategy.
 
-    Communicates: collective, one Bcast and, if the models differ, one Allreduce of 4P
-        bytes, and 8K bytes from each rank; blocking.
+    Communicates: collective, Bcasts and, if the models differ, Allreduces of 4P bytes
+        together, part by part, and 8K bytes from each rank; blocking.
     """
     gap = realised_gap(world.comm.allgather(dict(metrics)))
-    model = learner.theta.clone()
-    world.comm.Bcast(model, root=0)
-    differ = np.array([bool((model != learner.theta).any())], np.int64)
+    parts, squares = parts_of(learner.theta), np.zeros(2)
+    differ = np.zeros(1, np.int64)
+    for own in parts:
+        part = copy_of(own)
+        world.comm.Bcast(part, root=0)
+        differ |= bool((part != own).any())
+        squares[1] += float(part.norm()) ** 2
     world.comm.Allreduce(IN_PLACE, differ, MAX)
     if not differ[0]:  # the same on all ranks
-        return Consensus(0.0, float(model.norm()), gap)
-    model.copy_(learner.theta)
-    world.comm.Allreduce(IN_PLACE, model)
-    model *= 1.0 / world.size
-    norm = float(model.norm())
-    model -= learner.theta
-    return Consensus(float(model.norm()), norm, gap)
+        return Consensus(0.0, float(np.sqrt(squares[1])), gap)
+    squares[:] = 0.0
+    for own in parts:
+        part = copy_of(own)
+        world.comm.Allreduce(IN_PLACE, part)
+        part *= 1.0 / world.size
+        squares[1] += float(part.norm()) ** 2
+        part -= own
+        squares[0] += float(part.norm()) ** 2
+    distance, norm = np.sqrt(squares).tolist()
+    return Consensus(distance, norm, gap)
+
+
+def parts_of(theta: Any) -> list[Any]:
+    """Return views of theta, one after the other, each of at most PART elements."""
+    return [theta[start : start + PART] for start in range(0, len(theta), PART)]
 
 
 def realised_gap(metrics: Sequence[Mapping[str, Any]]) -> float:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpilm.data.hdf5 import Corpus, read_tokens
-from mpilm.storage.saved import State
+from mpilm.storage.aside import Aside
 from mpilm.strategies import Strategy
 from mpilm.strategies.ema import Ema
 from mpilm.world.base import IN_PLACE, World
@@ -151,29 +152,35 @@ def quality(nll: float, count: float, errors: float) -> Quality:
 
 
 @contextmanager
-def swapped(learner: Learner, source: Strategy | Ema) -> Iterator[None]:
+def swapped(
+    learner: Learner, source: Strategy | Ema, folder: Path | None = None
+) -> Iterator[None]:
     """Let the learner hold the final model of `source` inside the block.
 
     Afterwards it has its own again, buffers and all.
 
+    Args:
+        folder: where a long theta waits in a file meanwhile; None: in memory.
+
     Communicates: collective, what `source.final_model_` does.
     """
-    theta, rest = learner.theta.clone(), learner.rest.copy()
-    source.final_model_(learner, learner.theta)
-    try:
+    if holds_final(source):  # there is nothing to be put back
         yield
-    finally:
-        learner.theta.copy_(theta)
-        learner.rest.put_back(rest)
+        return
+    theta, rest = learner.theta, learner.rest.copy()
+    with Aside(theta, folder) as own:
+        try:
+            source.final_model_(learner, theta)
+            yield
+        finally:
+            own.put_back_()
+            learner.rest.put_back(rest)
 
 
-def final_model(learner: Learner, source: Strategy | Ema) -> tuple[Any, State]:
-    """Return the final model of `source`: theta, (P,), and the state outside it.
-
-    Communicates: collective, what `source.final_model_` does.
-    """
-    with swapped(learner, source):
-        return learner.theta.cpu().numpy().copy(), learner.rest.state()
+def holds_final(source: Strategy | Ema) -> bool:
+    """Return whether theta is the final model: the mean of one rank's."""
+    is_mean = getattr(type(source), "final_model_", None) is Strategy.final_model_
+    return is_mean and source.world.size == 1  # type: ignore[union-attr]
 
 
 def evaluate_mean(

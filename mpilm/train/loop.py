@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from mpilm.config import Config
 from mpilm.errors import (
     CheckpointError,
@@ -22,12 +20,13 @@ from mpilm.strategies import Strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.assembly import Assembly
 from mpilm.train.consensus import measure_consensus
-from mpilm.train.evaluate import Quality, evaluate, final_model, swapped
+from mpilm.train.evaluate import Quality, evaluate, swapped
 from mpilm.train.folder import RunFolder
 from mpilm.train.profile import StepProfile
 from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
 from mpilm.train.summary import closing_lines, summarise
+from mpilm.vectors import is_finite, lending, to_array
 from mpilm.world.base import World
 
 COUNTS = ("mixes", "staleness")  # of a strategy's metrics, in a row of the log
@@ -301,19 +300,21 @@ class Trainer(Assembly):
     def quality(self, split: str, source: Strategy | Ema) -> Quality:
         """Measure the final model of `source` on a split. Collective."""
         learner, train = self.learner, self.config.train
-        with swapped(learner, source):
+        with swapped(learner, source, self.folder.path):
             watch = partial(self.screen.watch, f"evaluating {split}")
             return evaluate(learner, self.task, split, train, self.world, watch=watch)
 
-    def final_model(self, source: Strategy | Ema, name: str) -> State:
-        """Return the final model of `source`, (P,) under `name`. Collective.
+    def lent_model(self, name: str) -> State:
+        """Return theta as it is, (P,) under `name`, and what lies outside it: not to
+        be changed as long as it is looked at.
 
         Raises:
             DivergenceError: it is not finite.
         """
-        theta, rest = final_model(self.learner, source)
-        if not np.isfinite(theta).all():
+        if not is_finite(self.learner.theta):
             raise self.failure.diverged("the model is not finite")
+        with lending():
+            theta, rest = to_array(self.learner.theta), self.learner.rest.state()
         return {name: theta, **nested("model", rest)}
 
     def save(self) -> None:
@@ -330,10 +331,15 @@ class Trainer(Assembly):
                 self.log.flush()  # what is saved is logged
             except CheckpointError as error:
                 self.failure.note(error)
-            models = self.final_model(self.strategy, "theta")
-            if self.ema:
-                models |= self.final_model(self.ema, "theta_ema")
-            self.saving.write(models, self.parts, self.totals, self.samples)
+            learner, average, folder = self.learner, State(), self.folder.path
+            of_run = self.parts, self.totals, self.samples
+            with self.saving.writing(*of_run) as write_models:
+                if self.ema:
+                    with swapped(learner, self.ema, folder):
+                        found = self.lent_model("theta_ema")
+                        average = {name: value.copy() for name, value in found.items()}
+                with swapped(learner, self.strategy, folder):
+                    write_models(self.lent_model("theta") | average)
         self.is_saved = True
 
     @contextmanager

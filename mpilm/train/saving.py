@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import Totals
 from mpilm.train.resume_point import ResumePoint, Stateful
 from mpilm.train.task import Task
+from mpilm.vectors import lending
 from mpilm.world.base import World
 
 # What a checkpoint's arrays, its place in the data or its first model depend on. The
@@ -44,18 +46,22 @@ class Saving:
             folder.checkpoints, world, keep=config.checkpoint.keep
         )
 
-    def write(
-        self,
-        models: Mapping[str, Any],
-        parts: Mapping[str, Stateful],
-        totals: Totals,
-        samples: int,
-    ) -> None:
-        """Write a checkpoint.
+    @contextmanager
+    def writing(
+        self, parts: Mapping[str, Stateful], totals: Totals, samples: int
+    ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Write a checkpoint: in the block the models, after it the parts' states.
+
+        No vector is copied. So the models can be where theta is in the block, and theta
+        is itself again after it.
 
         Args:
-            models: theta, and theta_ema if there is one, (P,).
+            parts: what has a state, by name.
             samples: of all ranks.
+
+        Yields:
+            what is called once with the models: theta, and theta_ema if there is one,
+            (P,); and the state outside them. Collective, a small allgather.
 
         Raises:
             CheckpointError: it cannot be written, or another run has the folder now.
@@ -64,16 +70,23 @@ class Saving:
         """
         with self.world.all_or_none():
             self.folder.require_own()
-        shared = {
-            **models,
-            "fingerprint": self.task.fingerprint,
-            "config": self.config.to_toml(),
-            "samples": samples,
-        }
-        own = nested("totals", asdict(totals))
-        for name, part in parts.items():
-            own |= nested(name, part.state())
-        self.checkpoints.save(totals.step, shared, own)
+        with self.checkpoints.writing(totals.step) as writing:
+
+            def write_models(models: Mapping[str, Any]) -> None:
+                shared = {
+                    **models,
+                    "fingerprint": self.task.fingerprint,
+                    "config": self.config.to_toml(),
+                    "samples": samples,
+                }
+                writing.shared(shared)
+
+            yield write_models
+            own = nested("totals", asdict(totals))
+            with lending():
+                for name, part in parts.items():
+                    own |= nested(name, part.state())
+            writing.own(own)
 
     def find(self) -> ResumePoint | None:
         """Return where to go on from; None: there is no checkpoint.

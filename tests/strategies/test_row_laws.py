@@ -9,6 +9,7 @@ from mpilm.errors import MpilmError
 from mpilm.learner.flat import Rows
 from mpilm.strategies import STRATEGIES
 from mpilm.strategies.row_mixing import RowMean, agree_in_pairs
+from mpilm.strategies.rows import ShardPart
 from mpilm.strategies.shared_rows import SharedRows
 from mpilm.testing import LawBroken, check_strategy
 from mpilm.testing.fleet import ROWS
@@ -138,3 +139,28 @@ def test_a_learner_with_tables_gives_rows_and_no_more():
     assert len(grad) == ROWS.num_dense == 21
     assert rows.keys() == {segment.name for segment in ROWS.tables}
     assert all(isinstance(found, Rows) for found in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [
+        ("model_averaging", "float32"),
+        ("bmuf", "float32"),
+        ("gossip_bmuf", "float32"),
+        ("gossip_bmuf", "bfloat16"),
+    ],
+)
+def test_in_pieces_it_is_the_same_to_the_bit(monkeypatch, name, wire):
+    run = {"learner": {"layout": ROWS, "noise": 0.2}, "steps": 24, "wire": wire}
+    at_once = thetas(fleet(name, 4, **run, period=3))
+    monkeypatch.setattr("mpilm.strategies.rows.PIECE", 5)
+    num_pieces = []
+    pieces = ShardPart.pieces
+
+    def counted(part):
+        num_pieces.append(len(pieces(part)))
+        return pieces(part)
+
+    monkeypatch.setattr(ShardPart, "pieces", counted)
+    np.testing.assert_array_equal(thetas(fleet(name, 4, **run, period=3)), at_once)
+    assert (name == "bmuf" and wire == "bfloat16") or max(num_pieces) > 2

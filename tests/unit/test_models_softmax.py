@@ -155,3 +155,18 @@ def test_under_autocast_it_is_as_exact_as_torchs_own(
         error, theirs_is = ((v - right).abs().max() for v in (our, their))
         assert error <= 2.0 * theirs_is + 1e-6
         assert error < 0.02 * right.abs().max()
+
+
+def test_words_in_blocks_are_as_exact_as_all_at_once(monkeypatch):
+    monkeypatch.setattr("mpilm.models.softmax.MOST_WORDS", 7)
+    *leaves, targets = draw_problem(11, 4, 40)
+    inputs = [leaf.detach().double() for leaf in leaves]
+    targets[:3] = torch.tensor([0, 39, -1])
+    inputs[2][5] = 300.0  # exp of it is no float32, of the rest 0 beside it
+    logits = inputs[0] @ inputs[1].T + inputs[2]
+    reference = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    found = linear_nll(*(part.float() for part in inputs), targets)
+    assert found.item() == pytest.approx(reference.item(), rel=1e-6)
+    targets[1] = 40
+    with pytest.raises((RuntimeError, IndexError)):
+        linear_nll(*(part.float() for part in inputs), targets)

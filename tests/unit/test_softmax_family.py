@@ -64,6 +64,24 @@ def test_the_whole_vocabulary_as_sample_is_the_full_softmax(frequent, random, sp
         assert (got - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
+def test_recent_targets_are_certain_until_others_took_their_place():
+    layer = SampledSoftmax(H, V, num_frequent=2, num_random=0, num_recent=3)
+    certain = []
+    for targets in ([9, -1], [8, 7], [9, 6], [5, 5, 5, 4]):
+        ids, log_pi, places = layer.sample(torch.tensor(targets))
+        assert not log_pi.any()
+        kept = torch.tensor(targets) != -1
+        assert ids[places[kept]].tolist() == [t for t in targets if t != -1]
+        certain.append(ids.tolist())
+    assert certain == [
+        [0, 1, 9],
+        [0, 1, 7, 8, 9],
+        [0, 1, 6, 7, 8, 9],
+        [0, 1, 4, 5, 6, 7, 9],
+    ]
+    assert layer.recent.tolist() == [5, 5, 4]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("frequent", "random"), [(0, 30), (5, 12), (5, 40), (50, 3)])
 def test_words_are_drawn_as_often_as_is_said(frequent, random):
@@ -228,8 +246,8 @@ def train(learner, steps):
 
 @pytest.mark.parametrize(
     "settings",
-    [SAMPLED, {**SAMPLED, "tied": True}, ADAPTIVE],
-    ids=["sampled", "tied", "adaptive"],
+    [SAMPLED, {**SAMPLED, "tied": True}, {**SAMPLED, "sampled_recent": 50}, ADAPTIVE],
+    ids=["sampled", "tied", "recent", "adaptive"],
 )
 def test_resumed_to_the_bit_and_learns(settings):
     learner = make(**settings)

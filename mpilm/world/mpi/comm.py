@@ -23,7 +23,7 @@ from mpilm.world.base import (
     Op,
     Request,
 )
-from mpilm.world.mpi.large import Several, num_bytes, pieces, posted
+from mpilm.world.mpi.large import REDUCED, Several, num_bytes, pieces, posted
 from mpilm.world.mpi.membership import guarded
 from mpilm.world.mpi.requests import CollectiveQueue, Transfer, perform
 from mpilm.world.mpi.resources import Resources
@@ -312,7 +312,7 @@ class MpiComm(Comm):
         is_kept = send is MPI.IN_PLACE and self.resources.has_ulfm
         kept = recv.host.copy() if is_kept else None
         try:
-            for x, y in pieces(send, recv.host):
+            for x, y in pieces(send, recv.host, REDUCED):
                 self.handle.Allreduce(x, y, OPS[op])
         except MPI.Exception:
             if kept is not None:

@@ -16,6 +16,9 @@ from mpi4py import MPI
 from mpi4py.util.dtlib import from_numpy_dtype
 
 MOST = 2**31 - 1  # elements in one call
+# Elements that one blocking reduction sums. MPI has a buffer of its own for it: Open
+# MPI's was half a model between two ranks, 283 MB of 566 (docs/wikitext103.md).
+REDUCED = 1 << 22
 
 
 def posted(call: Callable[..., MPI.Request], host: np.ndarray, *to: int) -> Any:
@@ -40,16 +43,20 @@ def as_one(host: np.ndarray) -> MPI.Datatype:
     return whole.Commit()
 
 
-def pieces(send: Any, host: np.ndarray) -> list[tuple[Any, np.ndarray]]:
+def pieces(
+    send: Any, host: np.ndarray, most: int | None = None
+) -> list[tuple[Any, np.ndarray]]:
     """Return what to send and where to receive it, piece by piece.
 
     Args:
         send: as long as `host`, or `MPI.IN_PLACE`.
         host: where MPI receives.
+        most: elements in a piece; None: as many as MPI takes.
     """
-    if host.size <= MOST:
+    most = MOST if most is None else min(most, MOST)
+    if host.size <= most:
         return [(send, host)]
-    parts = [slice(start, start + MOST) for start in range(0, host.size, MOST)]
+    parts = [slice(start, start + most) for start in range(0, host.size, most)]
     in_place = send is MPI.IN_PLACE
     return [(send if in_place else send[part], host[part]) for part in parts]
 
