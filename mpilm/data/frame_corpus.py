@@ -142,7 +142,7 @@ class FrameSplit:
     def _read(self, dataset: Any, where: slice) -> NDArray[Any]:
         try:
             return dataset[where]
-        except (OSError, UnicodeDecodeError) as error:
+        except Exception as error:  # as in `open_corpus`
             line = f"the {self.name} split of {self.path} is damaged: {reason(error)}"
             raise DataError(line) from error
 

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.errors import DataError
-from mpilm.storage.files import create_hdf5, new_output, reason
+from mpilm.storage.files import create_hdf5, new_output, reason, require_stored
 
 T = TypeVar("T")
 ShowProgress = Callable[[int, int], None]  # called with how much is done, and in all
@@ -243,11 +243,13 @@ def open_corpus(path: str | Path, make: Callable[[h5py.File, Path], T], kind: st
         found = str(file.attrs["kind"])
         if found != kind:
             raise DataError(f"{path} is a corpus of {found}, not of {kind}")
+        require_stored(file)
         return make(file, path)
     except DataError:
         file.close()
         raise
-    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:
+        # the content may be anything, so h5py and numpy may raise anything
         file.close()
         raise DataError(f"{path} is a damaged corpus: {reason(error)}") from error
 

@@ -32,6 +32,9 @@ BEGINNING = re.compile(rb"\0B|[\s\[0-9+-]")
 # of Kaldi's kaldi-holder.cc, for edge effects (2) and rounded times of segments (1).
 BEYOND = 3
 LONGEST_KEY_BYTES = 1 << 12  # what has no blank for longer is no archive
+MOST_HEADER_BYTES = 32
+ELEMENT_BYTES = {b"FM": 4, b"DM": 8, b"FV": 4, b"DV": 8}
+COMPRESSED_BYTES = {b"CM": 1, b"CM2": 2, b"CM3": 1}
 PLACE = re.compile(r"(?P<path>.*?)(:(?P<offset>\d+))?(\[(?P<part>[\d:,]*)\])?")
 
 
@@ -123,7 +126,7 @@ class Archives:
             self.close()
             try:
                 self._file = path.open("rb")
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a path with a null byte
                 raise DataError(f"{path}: {reason(error)}") from None
             self._path = path
         return self._file
@@ -166,6 +169,7 @@ def read_object(file: BinaryIO, path: Path, offset: int) -> NDArray[Any]:
         file.seek(offset)
         if beginning != b"\0B":
             return _read_text(file)
+        require_room(file)
         return np.asarray(read_kaldi(file))
     except DataError:
         raise
@@ -174,6 +178,50 @@ def read_object(file: BinaryIO, path: Path, offset: int) -> NDArray[Any]:
         raise DataError(
             f"{path}: no whole matrix or vector at byte {offset}: truncated?"
         ) from error
+
+
+def require_room(file: BinaryIO) -> None:
+    """Raise unless what a binary header declares can stand in the rest of the file.
+
+    kaldiio would ask for the memory first. The file stays where it is, before "\\0B".
+
+    Raises:
+        ValueError: it is too large, or of a kind that Kaldi does not write.
+    """
+    begin = file.tell()
+    head = file.read(MOST_HEADER_BYTES)
+    left = os.fstat(file.fileno()).st_size - begin
+    file.seek(begin)
+    if head[2:3] == b"\4":  # integers, each with a byte before it
+        needed = 5 * _sizes(head, 3, 1)
+    else:
+        kind, _, _ = head[2:].partition(b" ")
+        at = 3 + len(kind)
+        if kind in ELEMENT_BYTES:
+            is_matrix = kind.endswith(b"M")
+            needed = ELEMENT_BYTES[kind] * _sizes(head, at, 1 + is_matrix, gap=1)
+        elif kind in COMPRESSED_BYTES:
+            needed = COMPRESSED_BYTES[kind] * _sizes(head, at + 8, 2)
+        else:
+            raise ValueError("no matrix or vector")
+    if needed > left:
+        raise ValueError(f"{needed} bytes are declared, {left} are there")
+
+
+def _sizes(head: bytes, at: int, num: int, *, gap: int = 0) -> int:
+    """Return the product of so many int32, each behind a gap.
+
+    Raises:
+        ValueError: one is negative.
+    """
+    product = 1
+    for _ in range(num):
+        at += gap
+        size = int.from_bytes(head[at : at + 4], "little", signed=True)
+        if size < 0:
+            raise ValueError(f"a size of {size}")
+        product, at = product * size, at + 4
+    return product
 
 
 def _read_text(file: BinaryIO) -> NDArray[Any]:

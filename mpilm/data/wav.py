@@ -137,7 +137,7 @@ class WavReader:
             found = read_pcm(recording.path)
         except DataError as error:
             raise self._bad(recording, str(error)) from None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             raise self._bad(recording, f"cannot be read: {reason(error)}") from error
         if found.channels != 1:
             what = "stereo" if found.channels == 2 else f"{found.channels} channels"

@@ -250,6 +250,7 @@ def open_hdf5(path: Path, what: str, version: int) -> Iterator[h5py.File]:
                     f"{path}: {what} of version {file.attrs['version']}, this program"
                     f" reads {version}"
                 )
+            require_stored(file)
             yield file
     except CheckpointError:
         raise
@@ -258,6 +259,30 @@ def open_hdf5(path: Path, what: str, version: int) -> Iterator[h5py.File]:
     except Exception as error:
         # the content may be anything, so h5py and numpy may raise anything
         raise CheckpointError(f"{path}: corrupt: {reason(error)}") from error
+
+
+def require_stored(file: h5py.File) -> None:
+    """Raise unless all that a file declares stands in it, as we write it.
+
+    So that nothing is allocated for what is only declared: a dataset may say that it is
+    a terabyte long and take no byte; links may lead to other files, or in a circle.
+
+    Raises:
+        ValueError: one line that names what is stored otherwise.
+    """
+
+    def look(name: str, link: Any) -> None:
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{name} is a link")
+        item = file[name]
+        if not isinstance(item, h5py.Dataset):
+            return
+        creation = item.id.get_create_plist()
+        is_elsewhere = item.is_virtual or creation.get_external_count() > 0
+        if is_elsewhere or item.nbytes > item.id.get_storage_size():
+            raise ValueError(f"{name} is not stored as it is declared")
+
+    file.visititems_links(look)
 
 
 class _Sink:
