@@ -6,7 +6,8 @@
 # make bench          every benchmark; make bench-smoke: seconds of each
 # make claims         what the papers claim, measured; make claims-smoke: seconds of each
 # make gpu-wheels     what benchmarks/gpu.py needs on a bare machine with a GPU
-# make soak           random schedules in the virtual world, SOAK of each kind
+# make soak           random schedules and deaths in the virtual world, SOAK of each kind;
+#                     damaged files
 # make clean          remove what these make
 #
 # Everything is installed into .venv (Open MPI), .venv-mpich and .venv-impi.
@@ -82,6 +83,8 @@ gpu-wheels: .venv/demo.stamp
 	    pytest pytest-timeout iniconfig pluggy packaging
 
 soak: .venv/test.stamp
+	$(BIN)/python -m tests.fuzz.readers all 0 1000
+	$(BIN)/python -m tests.strategies.deaths all 0 $$(($(SOAK) / 50))
 	$(BIN)/python -m tests.strategies.schedules all 0 $(SOAK)
 	for seed in $$(seq $$(($(SOAK) / 400))); do \
 	    $(BIN)/python -m pytest -q -m 'long or not long' tests/virtual/test_schedules.py \

@@ -48,7 +48,7 @@ def saved_state(owner: Any, names: Sequence[str]) -> State:
 
     Args:
         names: "steps", or "server.velocity" for an attribute of an attribute: its entry
-            is "server/velocity".
+            is "server/velocity", left out where the server is None.
     """
     values = {name.replace(".", "/"): _get(owner, name) for name in names}
     return {
@@ -96,4 +96,8 @@ def restore_state_(
 
 
 def _get(owner: Any, name: str) -> Any:
-    return reduce(getattr, name.split("."), owner)
+    """Return an attribute, or one of an attribute; None where that is None."""
+    part = owner
+    for step in name.split("."):
+        part = None if part is None else getattr(part, step)
+    return part

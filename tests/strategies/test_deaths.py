@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from mpilm.strategies import STRATEGIES
+from tests.strategies import deaths
+from tests.strategies.deaths import SURVIVING
 
-SURVIVING = [name for name, kind in STRATEGIES.items() if kind.survives]
 SETTINGS = {
     "model_averaging": {"period": 3},
     "bmuf": {"period": 4, "delay": 2},
@@ -48,3 +48,20 @@ def test_the_others_go_on(train, tmp_path, capsys, name):
     assert 4000 <= summary["samples"] < 4300
     assert summary["valid_perplexity"] < 40
     assert "rank 2 died; 3 go on from the mean" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SURVIVING)
+def test_random_deaths(name):
+    found = deaths.sweep(name, range(3))
+    assert found["the others went on"] > 0
+
+
+def test_without_filter_a_death_is_survived():
+    """gossip_bmuf asked for the momentum of a filter that was off."""
+    assert deaths.run("gossip_bmuf", 5) == "the others went on"
+
+
+def test_an_exchange_of_before_a_death_keeps_nobody_waiting():
+    """The last one left ended its run before what adpsgd had begun knew of the end."""
+    assert deaths.run("adpsgd", 1) == "the others went on"

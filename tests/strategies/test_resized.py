@@ -60,6 +60,25 @@ def saved(folder):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "size", "settings"),
+    [("gossip_bmuf", 2, {"filter": False, "delay": 1}), ("eager_diloco", 1, {})],
+)
+def test_a_run_goes_on_without_what_it_had_no_need_of(
+    run, tmp_path, name, size, settings
+):
+    """A filter that is off, or that one rank alone does not need."""
+    train = {"test": False, "worst_rank": False}
+    strategy = {"strategy": {"period": 3, **settings}}
+    run(3, name, out="x", train={**train, "samples": 1000}, **strategy)
+    more = {**train, "samples": 2000}
+    run(size, name, out="x", resume=True, train=more, **strategy)
+    summary = json.loads((tmp_path / "x/summary.json").read_text())
+    assert summary["ranks"] == size
+    assert summary["samples"] >= 2000
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_run_goes_on_at_another_size(run, tmp_path, taken_over, name):
     size = {"hierarchical": 2, "sparta": 5, "async_sgd": 5, "noloco": 1}.get(name, 3)

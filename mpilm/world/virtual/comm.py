@@ -305,7 +305,7 @@ class VirtualComm(Comm):
         activity = self.engine.active(self.state)
         if self.state.is_dead:
             raise Died
-        self.state.require_alive(learner=activity.is_learner)
+        self.state.require_alive(activity)
 
     def _check(self, rank: int, what: str) -> None:
         if not 0 <= rank < self.size:

@@ -216,15 +216,23 @@ class RankState:
             if activity.waits_for != CLOCK and not activity.is_woken:
                 activity.wake()
 
-    def require_alive(self, *, learner: bool) -> None:
+    def leave_behind(self) -> None:
+        """Go on without the dead; what was begun with them ends when it is resumed."""
+        self.death = None
+        for activity in self.activities:
+            activity.is_left_behind = not activity.is_learner
+
+    def require_alive(self, activity: VirtualActivity) -> None:
         """Raise if a rank has died and is not left behind yet.
 
         Raises:
             RanksDiedError: in the learner.
-            Died: in its other activities, which end.
+            Died: in its other activities, which end; though the learner go on since.
         """
+        if activity.is_left_behind:
+            raise Died
         if self.death is not None:
-            raise self.death if learner else Died
+            raise self.death if activity.is_learner else Died
 
     def changed(self) -> None:
         """Let every activity in `world.wait` look again."""
@@ -235,7 +243,12 @@ class RankState:
 
 
 class VirtualActivity(Activity):
-    """A greenlet: the learner of a rank or what it started beside itself."""
+    """A greenlet: the learner of a rank or what it started beside itself.
+
+    is_left_behind  it was begun with ranks that have died: it ends
+    """
+
+    is_left_behind = False
 
     def __init__(
         self,
@@ -338,8 +351,8 @@ class VirtualActivity(Activity):
             state.traffic.blocked_s += waited_s
             if state.traffic.on_blocked is not None and waited_s > 0.0:
                 state.traffic.on_blocked(waited_s)
-        if waits_for != CLOCK and not despite_death:
-            state.require_alive(learner=self.is_learner)
+        if self.is_left_behind or (waits_for != CLOCK and not despite_death):
+            state.require_alive(self)
 
     def block_until(self, time_s: float) -> None:
         """Let others run until `time_s`; the caller has asked `may_block`."""
@@ -399,7 +412,7 @@ class VirtualRequest(Request):
 
     def Test(self) -> bool:
         if not self.done:
-            self.state.require_alive(learner=self.is_learners)
+            self.state.require_alive(self.engine.active(self.state))
             self.engine.polled()
         return self.done
 
@@ -411,7 +424,7 @@ class VirtualRequest(Request):
         activity = self.engine.active(self.state)
         activity.may_block()
         if not self.done:
-            self.state.require_alive(learner=activity.is_learner)
+            self.state.require_alive(activity)
             self.waiting.append(activity)
             activity.block(self, counts=counts)
 

@@ -126,7 +126,8 @@ class Simulation:
         worlds = self.living
         group = Communicator(self.network, [w.state for w in worlds], "world")
         for world, comm in zip(worlds, group.comms, strict=True):
-            world.comm, world.state.death = comm, None
+            world.comm = comm
+            world.state.leave_behind()
             if world.waits_in_shrink is not None:
                 world.waits_in_shrink.wake()
 
@@ -198,7 +199,7 @@ class VirtualWorld(World):
         activity.may_block()
         did = -1
         while True:
-            state.require_alive(learner=activity.is_learner)
+            state.require_alive(activity)
             found = activity.not_blocking("ready() of wait", ready)
             if found is not None and found is not False:
                 return found
@@ -251,7 +252,7 @@ class VirtualWorld(World):
         if self._closed:
             return
         self._is_closing = self._closed = True
-        require_ended(self.state.activities)
+        require_ended(a for a in self.state.activities if not a.is_left_behind)
         while True:
             try:
                 for activity in list(self.state.activities):

@@ -1,0 +1,194 @@
+"""Random deaths in training in the virtual world, by seed: the trainer itself.
+
+    python -m tests.strategies.deaths bmuf 17       # replay a seed
+    python -m tests.strategies.deaths all 0 2000    # seeds 0..1999 of each
+
+A seed decides everything: ranks, the machine, who is how slow, the strategy's settings,
+who dies before which of its steps. Whatever it is, the ranks that are left train to the
+end, alike and finite, and every sample is counted once; or, where the second death
+comes while the others go on after the first, all end with one line that says so. The
+same seed gives the same bits.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpilm.config import resolve
+from mpilm.data.synthetic import prepare_synthetic
+from mpilm.errors import MpilmError, WorldError
+from mpilm.strategies import STRATEGIES
+from mpilm.testing.schedules import draw_faults, draw_machine
+from mpilm.train.loop import Trainer
+from mpilm.world.faults import Faults
+from mpilm.world.machine import Machine
+from mpilm.world.profiles import FailAt
+from mpilm.world.virtual import run_virtual
+from tests.strategies.schedules import SETTINGS
+
+SURVIVING = [name for name, kind in STRATEGIES.items() if kind.survives]
+BATCH, UNROLL = 2, 5
+TWICE = 20  # every so many seeds are run twice
+AGAIN = "a rank died while the others went on after a death"  # ends a run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a seed decides.
+
+    deaths  rank -> the step before which it dies
+    """
+
+    name: str
+    size: int
+    steps: int
+    settings: dict[str, Any]
+    source: str
+    machine: Machine
+    faults: Faults
+    deaths: dict[int, int]
+
+
+class Unsaved(Trainer):
+    """A trainer that writes no checkpoint: the disk is not what is tried here."""
+
+    def save(self) -> None:
+        """Do nothing, but mark it."""
+        self.is_saved = True
+
+
+@cache
+def corpus() -> Path:
+    """Return the path of a small corpus, made once in a process."""
+    path = Path(tempfile.mkdtemp(prefix="mpilm-deaths-")) / "corpus.h5"
+    prepare_synthetic(path, vocab=12, tokens=4000, seed=3, branching=3)
+    return path
+
+
+def plan(name: str, seed: int) -> Plan:
+    """Return what a seed decides."""
+    draw = random.Random(f"deaths {name} {seed}")
+    size, steps = draw.randint(2, 5), draw.randint(4, 14)
+    machine, faults = draw_machine(draw), draw_faults(draw, size)
+    dead = draw.sample(range(size), draw.choice([1, 1, 1, min(2, size - 1)]))
+    deaths = {rank: draw.randint(1, steps) for rank in dead}
+    failing = tuple(FailAt(rank=rank, step=step) for rank, step in deaths.items())
+    return Plan(
+        name,
+        size,
+        steps,
+        SETTINGS[name](draw, size),
+        draw.choice(["shards", "shards", "pool"]),
+        machine,
+        Faults(slow=faults.slow, profile=(*faults.profile, *failing)),
+        deaths,
+    )
+
+
+def train(chosen: Plan, folder: Path) -> list[Any]:
+    """Train; return for each rank what it came to, None where it died."""
+    samples = chosen.steps * chosen.size * BATCH * UNROLL
+    config = resolve(
+        {
+            "data": {"corpus": str(corpus()), "source": chosen.source},
+            "model": {"embed": 3, "hidden": 4},
+            "optim": {"name": "sgd", "lr": 0.1},
+            "train": {
+                "batch": BATCH,
+                "unroll": UNROLL,
+                "samples": samples,
+                "test": False,
+                "worst_rank": False,
+            },
+            "strategy": {"name": chosen.name, **chosen.settings},
+            "world": {"on_death": "go_on"},
+        }
+    )
+
+    def main(world):
+        trainer = Unsaved(config, world, folder)
+        trainer.train()
+        learner, counts = trainer.learner, trainer.batches.counts
+        total = trainer.samples
+        own = sum(world.comm.allgather(learner.samples))
+        final = trainer.final_model(trainer.strategy, "theta")["theta"]
+        return world.size, total, own + counts.rest, final
+
+    how = {"machine": chosen.machine, "faults": chosen.faults}
+    return run_virtual(main, chosen.size, **how, can_shrink=True)
+
+
+def run(name: str, seed: int) -> str:
+    """Run the plan of a seed and check it; return how it went."""
+    chosen = plan(name, seed)
+    results = []
+    for _ in range(2 if seed % TWICE == 0 else 1):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                results.append(train(chosen, Path(folder) / "run"))
+            except WorldError as error:
+                assert len(chosen.deaths) > 1, error
+                assert AGAIN in str(error), error
+                return "a second death ended it"
+            except MpilmError as error:
+                assert "cannot be made of" in str(error), error
+                return "too few were left for a group"
+    alive = check(chosen, results[0])
+    if len(results) > 1:
+        for one, other in zip(*results, strict=True):
+            assert (one is None) == (other is None), "another one died"
+            if one is not None:
+                assert one[:3] == other[:3], "other counts"
+                assert np.array_equal(one[3], other[3]), "other bits"
+    return "nobody died" if alive == chosen.size else "the others went on"
+
+
+def check(chosen: Plan, found: list[Any]) -> int:
+    """Raise unless the ranks that are left kept the promises; return how many."""
+    alive = {rank for rank, result in enumerate(found) if result is not None}
+    assert {*range(chosen.size)} - alive <= chosen.deaths.keys(), "others died too"
+    assert alive, "nobody is left"
+    asked = chosen.steps * chosen.size * BATCH * UNROLL
+    first = found[min(alive)]
+    for rank in alive:
+        size, total, counted, final = found[rank]
+        assert size == len(alive), f"{size} ranks, {len(alive)} are left"
+        assert total == first[1], "ranks count apart"
+        assert total == counted, f"{total} samples, {counted} were taken"
+        assert total >= asked, f"{total} samples of {asked}"
+        assert np.isfinite(final).all(), "not finite"
+        assert np.array_equal(final, first[3]), "ranks end apart"
+    return len(alive)
+
+
+def sweep(name: str, seeds: range) -> Counter[str]:
+    """Run the plans of `seeds`; say how to replay the first one that fails."""
+    outcomes: Counter[str] = Counter()
+    for seed in seeds:
+        try:
+            outcomes[run(name, seed)] += 1
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            command = f"python -m tests.strategies.deaths {name} {seed}"
+            raise AssertionError(f"{reason}\nreplay: {command}") from error
+    return outcomes
+
+
+def main(name: str, first: str, stop: str | None = None) -> None:
+    """Run one seed, or a range of seeds."""
+    seeds = range(int(first), int(stop) if stop else int(first) + 1)
+    for each in SURVIVING if name == "all" else [name]:
+        print(f"{each}: {len(seeds)} plans, {dict(sweep(each, seeds))}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
