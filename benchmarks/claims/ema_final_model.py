@@ -28,8 +28,8 @@ WHY = {
     "not reproduced": (
         "It depends on the rate. Where it falls to a tenth, the last models move little"
         " and an average over the last tenth of the run is behind them; where it is"
-        " constant, the average is the better model. Which of the two the paper has, and"
-        " its window, cannot be had. Use it with a rate that stays high."
+        " constant, the average is the better model. Which of the two the paper has,"
+        " and its window, cannot be had. Use it with a rate that stays high."
     )
 }
 TASKS: dict[str, tuple[Any, float, dict[str, Any]]] = {
