@@ -28,7 +28,9 @@ from mpilm.data.synthetic import prepare_synthetic
 from mpilm.errors import MpilmError, WorldError
 from mpilm.strategies import STRATEGIES
 from mpilm.testing.schedules import draw_faults, draw_machine
+from mpilm.train.evaluate import swapped
 from mpilm.train.loop import Trainer
+from mpilm.vectors import to_array
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.profiles import FailAt
@@ -120,7 +122,8 @@ def train(chosen: Plan, folder: Path) -> list[Any]:
         learner, counts = trainer.learner, trainer.batches.counts
         total = trainer.samples
         own = sum(world.comm.allgather(learner.samples))
-        final = trainer.final_model(trainer.strategy, "theta")["theta"]
+        with swapped(learner, trainer.strategy):
+            final = to_array(learner.theta).copy()
         return world.size, total, own + counts.rest, final
 
     how = {"machine": chosen.machine, "faults": chosen.faults}
