@@ -7,7 +7,7 @@
 # make claims         what the papers claim, measured; make claims-smoke: seconds of each
 # make gpu-wheels     what benchmarks/gpu.py needs on a bare machine with a GPU
 # make soak           random schedules and deaths in the virtual world, SOAK of each kind;
-#                     damaged files
+#                     damaged files; kill -9 at random moments
 # make clean          remove what these make
 #
 # Everything is installed into .venv (Open MPI), .venv-mpich and .venv-impi.
@@ -84,6 +84,7 @@ gpu-wheels: .venv/demo.stamp
 
 soak: .venv/test.stamp
 	$(BIN)/python -m tests.fuzz.readers all 0 1000
+	$(BIN)/python -m tests.soak.kills --out build/kills.json
 	$(BIN)/python -m tests.strategies.deaths all 0 $$(($(SOAK) / 50))
 	$(BIN)/python -m tests.strategies.schedules all 0 $(SOAK)
 	for seed in $$(seq $$(($(SOAK) / 400))); do \
