@@ -20,7 +20,9 @@ from mpilm.storage.saved import State, nested, saved_state
 from mpilm.train.resume_point import ResumePoint
 from mpilm.world.base import Comm
 
-ALIKE = ("schedule/", "validations/", "totals/step")  # as the first rank left has it
+# As the first rank left has it: what decides when the ranks communicate.
+ALIKE = ("schedule/", "validations/", "totals/step")
+IN_LOCKSTEP = (*ALIKE, "strategy/")  # at a death some ranks are a step ahead
 
 
 def go_on(trainer: Any) -> ResumePoint | None:
@@ -55,7 +57,8 @@ def go_on(trainer: Any) -> ResumePoint | None:
                 total += (size - len(ranks)) * min(done)
             else:
                 total = max(total, *(known for *_, known in found))
-            merged = merge(comm, ranks, size, state, total)
+            alike = IN_LOCKSTEP if trainer.strategy.lockstep else ALIKE
+            merged = merge(comm, ranks, size, state, total, alike=alike)
             break
         except RanksDiedError:
             continue
@@ -83,14 +86,24 @@ def left_here(trainer: Any) -> tuple[State, int]:
 
 
 def merge(
-    comm: Comm, ranks: list[int], size: int, state: State, samples: int
+    comm: Comm,
+    ranks: list[int],
+    size: int,
+    state: State,
+    samples: int,
+    *,
+    alike: tuple[str, ...],
 ) -> Merged:
-    """Return the states of the ranks that are left, merged. Collective."""
+    """Return the states of the ranks that are left, merged. Collective.
+
+    Args:
+        alike: prefixes of the entries that all take from the first rank left.
+    """
     gathered = Gathered()
     gathered.add(ranks[comm.rank], dict(state))
     shared = {"theta": state["learner/theta"], "samples": samples}
     merged = gathered.merged(comm, size, state, shared)
-    first = {n: v for n, v in merged.nearest.items() if n.startswith(ALIKE)}
+    first = {n: v for n, v in merged.nearest.items() if n.startswith(alike)}
     first = comm.allgather(first if comm.rank == 0 else None)[0] or {}
     return replace(merged, nearest={**merged.nearest, **first})
 

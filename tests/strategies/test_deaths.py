@@ -65,3 +65,9 @@ def test_without_filter_a_death_is_survived():
 def test_an_exchange_of_before_a_death_keeps_nobody_waiting():
     """The last one left ended its run before what adpsgd had begun knew of the end."""
     assert deaths.run("adpsgd", 1) == "the others went on"
+
+
+@pytest.mark.parametrize(("name", "seed"), [("bmuf", 53), ("des_loc", 112)])
+def test_ranks_that_were_a_step_apart_count_alike_after_a_death(name, seed):
+    """Each went on counting its own steps to the next mean, and waited for ever."""
+    assert deaths.run(name, seed) == "the others went on"
