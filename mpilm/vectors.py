@@ -133,6 +133,14 @@ def set_rows_(table: Any, ids: Any, values: Any) -> None:
         table[ids] = values
 
 
+def add_rows_(table: Any, ids: Any, values: Any) -> None:
+    """Add to rows of a matrix, each once."""
+    if hasattr(table, "new_tensor"):
+        table.detach().index_add_(0, as_ids(ids, table), values)
+    else:
+        table[ids] += values
+
+
 def as_ids(ids: Any, like: Any) -> Any:
     """Return numpy's int64 as it is, or as torch's where the tensor `like` lies."""
     if not hasattr(like, "new_tensor"):

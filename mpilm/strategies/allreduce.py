@@ -17,7 +17,7 @@ Invariants  K ranks with minibatch b = one rank with minibatch K*b, to rounding.
             In another wire format than float32, (1) sums g_i + e_i, and e_i is what of
             it did not travel: the sum of all updates and of lr e / K is that of float32
             (plain SGD); ranks stay alike.
-Rows        of row tables are summed after the buckets: shared_rows.py.
+Rows        of row tables are summed after the buckets: row_sum.py.
 Departs     nowhere.
 Cost        in another wire format than float32 one copy of the model: e.
 """
@@ -25,13 +25,13 @@ Cost        in another wire format than float32 one copy of the model: e.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, WireConfig
-from mpilm.strategies.shared_rows import SharedRows
+from mpilm.strategies.row_sum import RowSum
 from mpilm.vectors import zeros
 from mpilm.world.base import IN_PLACE, Comm, Request, World
 
@@ -42,6 +42,8 @@ class AllreduceConfig(WireConfig):
 
     bucket_bytes: Annotated[int, Meta(ge=1)] = 2_000_000
     """bytes of gradient reduced by one call; fewer: earlier start, more calls"""
+    rows: Literal["auto", "union", "gather", "dense"] = "auto"
+    """how gradients of row tables are summed: "auto" is the cheapest, see row_sum.py"""
 
 
 class Allreduce(Strategy):
@@ -56,7 +58,10 @@ class Allreduce(Strategy):
     same_optimizer = True
     synchronises = True
     takes_rows = True
-    saves = ("error", "rounds", "rows.moved")
+    saves = (
+        *("error", "rounds"),
+        *("rows.num_dense", "rows.received", "rows.seen", "rows.sent"),
+    )
     lasting = ("rounds",)
 
     def __init__(self, world: World, config: AllreduceConfig) -> None:
@@ -66,7 +71,7 @@ class Allreduce(Strategy):
 
     def start(self, learner: Learner) -> None:
         super().start(learner)
-        self.rows = SharedRows(self.comm, learner.layout)
+        self.rows = RowSum(self.comm, learner.layout, self.config.rows)
         if self.comm.exact is not self.comm:
             self.error = zeros(learner.layout.size, like=learner.grad)
 
@@ -91,8 +96,8 @@ class Allreduce(Strategy):
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
         once = summed_bytes(layout, self.config.bucket_bytes, self.comm)
-        moved = self.rounds * once + self.rows.moved
-        return moved, moved
+        moved = self.rounds * once
+        return moved + self.rows.sent, moved + self.rows.received
 
 
 class OverlappedSum:

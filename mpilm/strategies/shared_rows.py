@@ -28,7 +28,7 @@ from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.strategies.base import Learner
 from mpilm.strategies.rows import ShardPart
-from mpilm.vectors import as_ids, set_rows_, to_array, zeros
+from mpilm.vectors import to_array
 from mpilm.world.base import IN_PLACE, MAX, Comm
 
 
@@ -36,7 +36,7 @@ class SharedRows:
     """What a strategy knows of the row tables.
 
     touched  touched_R, uint8; None: there are no tables
-    moved    bytes of (1) and `sum_` so far, each way
+    moved    bytes of (1) so far, each way
     """
 
     def __init__(self, comm: Comm, layout: Layout) -> None:
@@ -93,36 +93,6 @@ class SharedRows:
         dense = slice(min(where.start, end), min(where.stop, end))
         spans = (dense,) if dense.stop > dense.start else ()
         return ShardPart(spans, tuple(zip(segments, rows, strict=True)))
-
-    def sum_(self, learner: Learner, error: Any = None) -> None:
-        """Replace the learner's gradient rows by their sum over ranks.
-
-        Args:
-            error: (P,), is added, and becomes what did not travel; None: all does.
-
-        Communicates: as `agree`; then an Allreduce of 4 u w bytes. Blocking.
-        """
-        if self.touched is None or self.comm.size == 1:
-            return
-        self.touch(learner)
-        part = self.agree(slice(self.layout.num_dense, self.layout.size))
-        total = zeros(part.size, like=learner.grad)
-        found, start = {}, 0
-        for segment, ids in part.rows:
-            stop = start + len(ids) * segment.row_width
-            rows = learner.rows[segment.name]
-            values = total[start:stop].reshape(-1, segment.row_width)
-            set_rows_(values, np.searchsorted(ids, to_array(rows.ids)), rows.values)
-            new_ids = as_ids(ids, learner.grad)
-            found[segment.name] = rows._replace(ids=new_ids, values=values)
-            start = stop
-        if error is not None:
-            total += part.of(error)
-        left = self.comm.Allreduce(IN_PLACE, total)
-        if left is not None:
-            part.set_(error, left)
-        self.moved += self.comm.allreduced_bytes(len(total))
-        learner.rows = found
 
 
 def require_resting_rows(name: str, learner: Learner) -> None:

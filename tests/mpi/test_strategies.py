@@ -260,6 +260,30 @@ def test_rows_lose_no_mass(
 
 
 @pytest.mark.mpich
+@pytest.mark.parametrize("rows", ["auto", "union", "gather", "dense"])
+def test_rows_are_summed_alike_in_every_way(
+    world: MpiWorld, rows: str, agree: list[bool]
+) -> None:
+    learners = []
+    for way in ("union", rows):
+        learner = Witness(
+            ROWS.size, compute=world.compute, seed=world.rank, layout=ROWS, noise=0.1
+        )
+        method = strategy("allreduce", world, rows=way)
+        method.start(learner)
+        for _ in range(12):
+            method.step(learner)
+        method.finish(learner)
+        learners.append(learner)
+    agree.append(is_quiet(world))
+    found = [np.array(learner.theta) for learner in learners]
+    agree.append(float(np.abs(found[0] - found[1]).max()) <= 1e-5)
+    agree.append(
+        len({theta.tobytes() for theta in world.comm.allgather(found[1])}) == 1
+    )
+
+
+@pytest.mark.mpich
 @pytest.mark.parametrize("name", list(STRATEGIES))
 def test_state_outside_theta_is_one_for_all_ranks(
     world: MpiWorld, name: str, agree: list[bool]

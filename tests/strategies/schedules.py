@@ -37,7 +37,10 @@ TWICE = 10  # every so many seeds are run twice
 # what a strategy is set to: (random numbers, ranks) -> settings of its Config
 SETTINGS = {
     "local": lambda draw, size: {},
-    "allreduce": lambda draw, size: {"bucket_bytes": draw.choice([4, 48, 2_000_000])},
+    "allreduce": lambda draw, size: {
+        "bucket_bytes": draw.choice([4, 48, 2_000_000]),
+        "rows": ["auto", "union", "gather", "dense"][size % 4],
+    },
     "model_averaging": lambda draw, size: {
         "period": draw.randint(1, 4),
         "warmup": draw.choice([0, 0, 2]),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from mpilm.errors import MpilmError
+from mpilm.learner.flat import Layout, Rows
 from mpilm.strategies import STRATEGIES
+from mpilm.strategies.row_sum import RowSum
 from mpilm.strategies.shared_rows import SharedRows
+from mpilm.testing.fleet import with_tables
 from mpilm.train.notes import introduction
+from mpilm.world.virtual import run_virtual
 
 SAMPLED = {"softmax": "sampled", "sampled_frequent": 4, "sampled_random": 16}
 MOMENTUM = {"optim": {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3}}
@@ -85,6 +91,9 @@ def test_a_sample_without_rows_is_noted(run):
 # among ranks: rows against whole models
 TAKING = {
     "allreduce": {},
+    "allreduce union": {"strategy": {"rows": "union"}},
+    "allreduce gather": {"strategy": {"rows": "gather"}},
+    "allreduce dense": {"strategy": {"rows": "dense"}},
     "model_averaging": {"strategy": {"period": 3}},
     "bmuf": {"strategy": {"period": 3, "momentum": "classical"}},
     "bmuf nesterov": {"strategy": {"period": 3}},
@@ -99,7 +108,9 @@ PAIRS = ("dpsgd", "gossip_bmuf")  # against whole models: test_row_laws.py
 
 @pytest.mark.long
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("case", [c for c in TAKING if c not in ("allreduce", *PAIRS)])
+@pytest.mark.parametrize(
+    "case", [c for c in TAKING if c not in PAIRS and not c.startswith("allreduce")]
+)
 def test_rows_are_exchanged_as_whole_models_are_to_the_bit(
     run, monkeypatch, case, size
 ):
@@ -222,3 +233,80 @@ def test_rows_that_move_by_themselves_are_refused(run, name):
     for sections in (MOMENTUM, {"optim": {"name": "adamw", "lr": 0.01}}):
         with pytest.raises(MpilmError, match="momentum or weight decay"):
             run(2, name, steps=1, model=model, **sections, **POOL)
+
+
+class Sums:
+    """Gradients of rows, summed in one way after the other on the same ranks."""
+
+    def __init__(self, size, rows_of, num_words=200, width=8):
+        parts = [("table", (num_words, width), "table"), ("bias", (num_words,), "bias")]
+        layout = with_tables(Layout.of(parts), {"table", "bias"})
+        self.chosen = []
+
+        def main(world):
+            learner = SimpleNamespace(grad=np.zeros(0, np.float32), layout=layout)
+            found = []
+            for way in ("union", "gather", "dense", *["auto"] * 4):
+                if way != "auto" or len(found) == 3:
+                    sums = RowSum(world.comm, layout, way)
+                if world.rank == 0 and way == "auto":
+                    self.chosen.append(sums.way())
+                learner.rows = rows_of(world.rank, layout)
+                sums.sum_(learner)
+                whole = np.zeros(layout.size, np.float32)
+                for segment in layout:
+                    ids, values = learner.rows[segment.name]
+                    assert (ids[1:] > ids[:-1]).all()
+                    part = whole[segment.slice].reshape(segment.shape[0], -1)
+                    part[ids] = values
+                found.append(whole)
+            return found
+
+        self.found = run_virtual(main, size)
+
+
+def drawn_rows(share, *, same=False):
+    """Return what draws so many rows, on all ranks the same or fewer on later ones."""
+
+    def rows_of(rank, layout):
+        rank = 0 if same else rank
+        draw = np.random.default_rng(rank)
+        found = {}
+        for segment in layout:
+            num = max(0, round(share * segment.shape[0]) - rank)
+            ids = np.sort(draw.choice(segment.shape[0], num, replace=False))
+            values = draw.normal(size=(num, segment.row_width)).astype(np.float32)
+            found[segment.name] = Rows(ids, values)
+        return found
+
+    return rows_of
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("share", [0.0, 0.005, 0.1, 1.0])
+def test_rows_are_summed_alike_in_every_way(size, share):
+    rows_of = drawn_rows(share)
+    sums = Sums(size, rows_of)
+    parts = [("table", (200, 8), "table"), ("bias", (200,), "bias")]
+    layout = Layout.of(parts)
+    right = np.zeros(layout.size)
+    for rank in range(size):
+        for segment in layout:
+            ids, values = rows_of(rank, layout)[segment.name]
+            right[segment.slice].reshape(segment.shape[0], -1)[ids] += values
+    for found in sums.found:
+        for own, first in zip(found, sums.found[0], strict=True):
+            assert np.array_equal(own, first)
+            assert np.abs(own - right).max() <= 1e-5
+
+
+def test_the_cheapest_way_is_taken():
+    cases = (
+        (drawn_rows(0.0005), "gather"),
+        (drawn_rows(0.1, same=True), "union"),
+        (drawn_rows(0.1), "gather"),
+        (drawn_rows(1.0), "dense"),
+    )
+    for rows_of, way in cases:
+        chosen = Sums(4, rows_of, num_words=40_000, width=32).chosen
+        assert chosen == ["union", way, way, way]
