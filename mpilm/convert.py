@@ -116,3 +116,21 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return value
+
+
+def counts_in(option: str, text: str) -> list[int]:
+    """Return the numbers in a list such as "4,8,16", each of them once.
+
+    >>> counts_in("--ranks", "4,8, 16,8"), counts_in("--periods", "1e3")
+    ([4, 8, 16], [1000])
+
+    Raises:
+        ConfigError: not such a list of numbers above 0.
+    """
+    try:
+        found = [whole_number(word) for word in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise ConfigError(f"{option} {text}: write numbers, such as 4,8,16")
+    return list(dict.fromkeys(found))

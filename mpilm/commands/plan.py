@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mpilm.convert import whole_number
+from mpilm.convert import counts_in, whole_number
 from mpilm.errors import ConfigError, say
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def plan(
     chosen = plans.candidates(
         settings,
         names,
-        numbers("periods", periods) if periods else plans.PERIODS,
+        counts_in("--periods", periods) if periods else plans.PERIODS,
         batch_steps(batches) if batches else {settings.train.batch: 0.0},
     )
     written = [path for path in (out, json) if path is not None]
@@ -169,24 +169,6 @@ def checked_strategies(text: str) -> list[str]:
         if name not in STRATEGIES:
             raise ConfigError(f"--strategies: {unknown('name', name, STRATEGIES)}")
     return names
-
-
-def numbers(option: str, text: str) -> list[int]:
-    """Return the numbers in a list such as "4,8,16", each of them once.
-
-    >>> numbers("periods", "5,20, 5")
-    [5, 20]
-
-    Raises:
-        ConfigError: not such a list.
-    """
-    try:
-        found = [whole_number(word) for word in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise ConfigError(f"--{option} {text}: write numbers, such as 4,8,16")
-    return list(dict.fromkeys(found))
 
 
 def batch_steps(text: str) -> dict[int, float]:

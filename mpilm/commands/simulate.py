@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mpilm.convert import whole_number
+from mpilm.convert import counts_in
 from mpilm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def simulate(
     from mpilm.storage.files import require_apart
     from mpilm.train.folder import RunFolder
 
-    numbers = rank_counts(ranks)
+    numbers = counts_in("--ranks", ranks)
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps {steps}: must be 1 or more")
     for option, value in (("vocab", vocab), ("classes", classes)):
@@ -182,21 +182,3 @@ def strategy_names(text: str) -> list[str]:
     (['allreduce', 'adpsgd'], [])
     """
     return list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
-
-
-def rank_counts(text: str) -> list[int]:
-    """Return the numbers in a list such as "4,8,16", each of them once.
-
-    >>> rank_counts("4,8, 16,8"), rank_counts("1e3")
-    ([4, 8, 16], [1000])
-
-    Raises:
-        ConfigError: not such a list.
-    """
-    try:
-        numbers = [whole_number(word) for word in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise ConfigError(f"--ranks {text}: write numbers of ranks, such as 4,8,16")
-    return list(dict.fromkeys(numbers))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mpilm.commands.queued import Submitted, make, require_free
-from mpilm.commands.simulate import rank_counts
+from mpilm.convert import counts_in
 from mpilm.errors import ConfigError, WorldError, say
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def submit(
     require_time(limit, warn)
     per_node = {"ranks_per_node": ranks_per_node, "gpus_per_node": gpus_per_node}
     if ranks:
-        sizes = [Size.of(number, **per_node) for number in rank_counts(ranks)]
+        sizes = [Size.of(number, **per_node) for number in counts_in("--ranks", ranks)]
     else:
         sizes = [Size(nodes, **per_node)]
     settings = read_config(config, set_)

@@ -161,7 +161,7 @@ def test_a_protocol_needs_no_corpus_and_several_strategies_one_call(tmp_path, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ranks", "0"], "write numbers of ranks"),
+        (["--ranks", "0"], "write numbers"),
         (["--steps", "0"], "--steps 0: must be 1 or more"),
         (["--set", "machine.step_s=0.0"], "machine.step_s is 0"),
         (["--set", "faults.slow={9=2.0}"], "faults.slow.9"),

@@ -123,7 +123,7 @@ def test_the_number_of_the_job_is_printed_and_the_script_gets_its_variables(fold
         (["--set", "data.corpus=no.h5"], "no.h5: no such file"),
         (["--set", "faults.slow={3=2.0}"], "faults.slow.3"),
         (["--ranks", "2,9", "--ranks-per-node", "4"], "no multiple of"),
-        (["--ranks", "2,x"], "write numbers of ranks"),
+        (["--ranks", "2,x"], "write numbers"),
         (["--nodes", "600"], "600 ranks"),
         (["--nodes", "0"], "--nodes 0: must be 1 or more"),
         (["--time", "480"], "--time 480: write hours:minutes:seconds"),
