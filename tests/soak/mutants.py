@@ -31,10 +31,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.plugins import get_operator
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("mpilm/strategies", "mpilm/world", "mpilm/world/virtual")
 COPIED = ("mpilm", "tests", "pyproject.toml", "setup.py")
@@ -84,6 +80,9 @@ def mutants_of(module: str) -> list[Mutant]:
 
     Not of defaults, annotations and what raises errors: bad input has its own tests.
     """
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator
+
     source = (ROOT / module).read_text()
     lines: set[int] = set()
     for node in ast.walk(ast.parse(source)):
@@ -152,6 +151,9 @@ def run(command: list[str], tree: Path, limit_s: float) -> bool:
 
 def survives(mutant: Mutant, tree: Path, python: str, seeds: int) -> str:
     """Return who kills a mutant: "schedules", "tests" or "" (nobody)."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
     file = tree / mutant.module
     original = file.read_text()
     changed = mutate_code(original, get_operator(mutant.operator)(), mutant.occurrence)

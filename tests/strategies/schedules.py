@@ -215,6 +215,7 @@ def takes_rows(strategy, settings):
     cut = isinstance(settings.get("components"), int)
     directed = settings.get("topology") == "exponential"
     others = settings.get("leave_out") or settings.get("units", 1.0) < 1.0
+    others = others or settings.get("ahead")
     whole = settings.get("ahead", False)
     return strategy.takes_rows and not (cut or directed or others or whole)
 

@@ -22,7 +22,8 @@ def takes_rows(case):
     settings = case.of(4)
     cut = isinstance(settings.get("components"), int)
     directed = settings.get("topology") == "exponential"
-    return STRATEGIES[case.name].takes_rows and not cut and not directed
+    refuses = cut or directed or settings.get("ahead", False)
+    return STRATEGIES[case.name].takes_rows and not refuses
 
 
 TAKING = {name: case for name, case in CASES.items() if takes_rows(case)}
