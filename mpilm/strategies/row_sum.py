@@ -56,10 +56,10 @@ class Costs(NamedTuple):
     call: float
 
 
-# benchmarks/bench_rows.py: 2 ranks that share memory, where copies cost most; and over
-# a network, where bytes do (one of a ring travels once, of an Allreduce twice).
+# benchmarks/bench_rows.py: 2 ranks that share memory, where copies cost most; 4 nodes
+# over 1 Gbit/s, where bytes do (one of a ring travels once, of an Allreduce twice).
 ON_ONE_NODE = Costs(gathered=2.2, united=1.6, flag=2.0, dense=1.0, call=500_000)
-OVER_A_NETWORK = Costs(gathered=0.55, united=1.05, flag=1.0, dense=1.0, call=10_000)
+OVER_A_NETWORK = Costs(gathered=0.55, united=1.05, flag=1.0, dense=1.0, call=40_000)
 
 
 class RowSum:

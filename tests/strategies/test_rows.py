@@ -300,13 +300,17 @@ def test_rows_are_summed_alike_in_every_way(size, share):
             assert np.abs(own - right).max() <= 1e-5
 
 
-def test_the_cheapest_way_is_taken():
-    cases = (
-        (drawn_rows(0.0005), "gather"),
-        (drawn_rows(0.1, same=True), "union"),
-        (drawn_rows(0.1), "gather"),
-        (drawn_rows(1.0), "dense"),
-    )
-    for rows_of, way in cases:
-        chosen = Sums(4, rows_of, num_words=40_000, width=32).chosen
-        assert chosen == ["union", way, way, way]
+@pytest.mark.parametrize(
+    ("rows_of", "shape", "way"),
+    [
+        (drawn_rows(0.0001), (400_000, 2), "gather"),  # flags would be more
+        (drawn_rows(0.0005), (40_000, 32), "union"),  # messages would be more
+        (drawn_rows(0.1, same=True), (40_000, 32), "union"),
+        (drawn_rows(0.1), (40_000, 32), "gather"),
+        (drawn_rows(1.0), (40_000, 32), "dense"),
+    ],
+)
+def test_the_cheapest_way_is_taken(rows_of, shape, way):
+    num_words, width = shape
+    chosen = Sums(4, rows_of, num_words=num_words, width=width).chosen
+    assert chosen == ["union", way, way, way]
