@@ -161,10 +161,11 @@ def checked_strategies(text: str) -> list[str]:
     Raises:
         ConfigError: there is no such strategy.
     """
+    from mpilm.commands.simulate import strategy_names
     from mpilm.convert import unknown
     from mpilm.strategies import STRATEGIES
 
-    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    names = strategy_names(text)
     for name in names:
         if name not in STRATEGIES:
             raise ConfigError(f"--strategies: {unknown('name', name, STRATEGIES)}")

@@ -25,7 +25,7 @@ from mpilm.learner.malloc import keep_freed_memory
 from mpilm.learner.minibatch import moved
 from mpilm.learner.objective import Objective
 from mpilm.learner.optimizer import THETA, LearnerOptimizer
-from mpilm.learner.parameters import FlatParameters
+from mpilm.learner.parameters import FlatParameters, no_notice
 from mpilm.learner.parts import Parts
 from mpilm.learner.places import require_ready
 from mpilm.learner.random_state import RandomState
@@ -43,11 +43,7 @@ Compute = Callable[[Callable[[Notify], Any], Notify | None], Any]
 
 def run_now(work: Callable[[Notify], T], ready: Notify | None = None) -> T:
     """Return `work(notify)`, as `World.compute` does, without a world."""
-    return work(ready if ready is not None else _ignore)
-
-
-def _ignore(part: Any) -> None:
-    pass
+    return work(ready if ready is not None else no_notice)
 
 
 def keep_lr() -> None:

@@ -230,7 +230,7 @@ class FlatParameters:
             raise ModelError(NO_GRADIENT)
         self.attach_grad()
         at_once = notify is None and self.takes_all_at_once
-        self._notify = None if at_once else notify or _ignore
+        self._notify = None if at_once else notify or no_notice
         self._scale, self._add = scale, add
         self._pending = {slot.segment.name for slot in self.slots}
         try:
@@ -313,8 +313,8 @@ class FlatParameters:
         return gradient_is_final
 
 
-def _ignore(part: slice) -> None:
-    pass
+def no_notice(part: Any) -> None:
+    """Take note of a part that is ready where nobody waits for it: do nothing."""
 
 
 def rows_of(grad: Tensor, segment: Segment, scale: float) -> Rows:

@@ -74,16 +74,19 @@ def precondition(
     else:
         H = X_ND @ W.t()
         rows, ones_hat = torch.addmm(X_ND, H, W, alpha=-1.0), None
+    hats = [rows] if ones_hat is None else [rows, ones_hat]
     due = ng.is_due(state)
     L = H.t() @ H if due or not H.is_cuda else None
     if L is None or L.is_cuda:
-        squares, left = squares_of(X_ND, rows, ones_hat)
+        squares, *parts = squares_of(X_ND, *hats)
+        squares, left = squares + N if ones else squares, sum(parts[1:], parts[0])
     else:
-        squares = torch.linalg.vector_norm(X_ND).square()
+        (squares,) = squares_of(X_ND)
         squares = squares + N if ones else squares
         left = squares_left(squares, L, gram(ng, W))
         if not left > MIN_LEFT * squares:
-            _, left = squares_of(X_ND, rows, ones_hat)
+            parts = squares_of(*hats)
+            left = sum(parts[1:], parts[0])
     found = None
     if due:
         assert L is not None
@@ -94,18 +97,12 @@ def precondition(
     return Hat(rows, ones_hat, norm_ratio(squares.sqrt(), left.sqrt()))
 
 
-def squares_of(
-    X_ND: Tensor, rows_ND: Tensor, ones_N: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return ||[X, 1]||^2 and ||[rows, ones]||^2, 0-d; without ones if there are none.
+def squares_of(*parts: Tensor) -> list[Tensor]:
+    """Return ||part||^2 of each, 0-d.
 
     With the fewest kernels: on a GPU a call costs more than a pass over the rows.
     """
-    parts = [X_ND, rows_ND, *([] if ones_N is None else [ones_N])]
-    squares = torch.stack(torch._foreach_norm(parts)).square().unbind()
-    if ones_N is None:
-        return squares[0], squares[1]
-    return squares[0] + len(X_ND), squares[1] + squares[2]
+    return list(torch.stack(torch._foreach_norm(parts)).square().unbind())
 
 
 def with_ones(X_ND: Tensor) -> Tensor:

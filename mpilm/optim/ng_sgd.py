@@ -115,7 +115,8 @@ class NgSgd(Optimizer):
         pairs = [(p, p.grad) for p in self._parameters() if p.grad is not None]
         factor: float | None = 1.0
         if self.config.max_change == "nnet3" and pairs:
-            factor = self._limit_([gradient for _, gradient in pairs])
+            gradients = [gradient for _, gradient in pairs]
+            factor = self._limit_(gradients, looks=not gradients[0].is_cuda)
         if factor is None:  # not finite
             return
         alpha = -self._rate() * factor
@@ -140,34 +141,15 @@ class NgSgd(Optimizer):
                 found.append(own)
         return found
 
-    def _limit_(self, gradients: list[Tensor]) -> float | None:
+    def _limit_(self, gradients: list[Tensor], *, looks: bool) -> float | None:
         """Limit every map by (7); return the factor of the whole, None for g = 0.
 
-        On a GPU the gradients are scaled here. On a CPU they are read once, and written
-        only where a map is over its limit.
-        """
-        if gradients[0].is_cuda:
-            self._limit_on_gpu_(gradients)
-            return 1.0
-        lr, most = self._rate(), self.config.max_change_map
-        norms: list[Tensor] = []
-        for own in self._gradients_of_maps():
-            norm = _joint_norm(own)
-            factor = (most / (lr * norm)).clamp(max=1.0)
-            norms.append(norm * factor)
-            if factor < 1.0:
-                torch._foreach_mul_(own, factor)
-        if self._maps_are_all:
-            norm = torch.linalg.vector_norm(torch.stack(norms))
-        else:
-            norm = _joint_norm(gradients)
-        factor = (self.config.max_change_all / (lr * norm)).clamp(max=1.0)
-        return factor.item() if norm.isfinite() else None
+        All norms are taken at once, for on a GPU kernels are what costs.
 
-    def _limit_on_gpu_(self, gradients: list[Tensor]) -> None:
-        """Limit every map, and the whole, by (7); g = 0 if it is not finite.
-
-        Nothing waits, and all norms are taken at once: kernels are what costs.
+        Args:
+            looks: whether factors may be looked at, which on a GPU would wait: then the
+                gradients are read once, and written only where a map is over its limit;
+                else all of them are scaled here.
         """
         lr, config = self._rate(), self.config
         maps = self._gradients_of_maps()
@@ -177,17 +159,20 @@ class NgSgd(Optimizer):
             norms_M = torch.stack(torch._foreach_norm(list(parts)))
             factors_M = (config.max_change_map / (lr * norms_M)).clamp(max=1.0)
             for own, factor in zip(maps, factors_M.unbind(), strict=True):
-                torch._foreach_mul_(own, factor)
+                if not looks or factor < 1.0:
+                    torch._foreach_mul_(own, factor)
         if maps and self._maps_are_all:
             norm = torch.linalg.vector_norm(norms_M * factors_M)
         else:
             norm = _joint_norm(gradients)
-        torch._foreach_mul_(
-            gradients, (config.max_change_all / (lr * norm)).clamp(max=1.0)
-        )
+        factor = (config.max_change_all / (lr * norm)).clamp(max=1.0)
+        if looks:
+            return factor.item() if norm.isfinite() else None
+        torch._foreach_mul_(gradients, factor)
         is_bad = ~norm.isfinite()
         for gradient in gradients:
             gradient.masked_fill_(is_bad, 0.0)
+        return 1.0
 
     def _expose(self) -> None:
         """Show the preconditioners' states as the first parameter's."""

@@ -66,7 +66,7 @@ class RowSum:
     """Sums `learner.rows`.
 
     sent, received  bytes so far
-    seen            u, elements of these rows, sum_j n_j, elements of those; -1: unknown
+    seen            elements of the union, sum_j n_j, elements of those; -1: unknown
     num_dense       dense steps since
 
     Args:
@@ -79,7 +79,7 @@ class RowSum:
         self.comm, self.layout, self._way = comm, layout, way
         self.shared = SharedRows(comm, layout)
         self.sent = self.received = self.num_dense = 0
-        self.seen = np.full(4, -1, np.int64)
+        self.seen = np.full(3, -1, np.int64)
         self.widths = [segment.row_width for segment in layout.tables]
         self.prices = OVER_A_NETWORK
         if layout.tables and comm.size > 1 and comm.Split_node().size == comm.size:
@@ -98,7 +98,7 @@ class RowSum:
 
     def costs(self) -> dict[Way, float]:
         """Return what each way costs, in bytes that an Allreduce moves meanwhile."""
-        _, united, n, gathered = self.seen.tolist()
+        united, n, gathered = self.seen.tolist()
         flags, size = self.shared.ends[-1], sum(s.size for s in self.layout.tables)
         by, ring = self.prices, 2 * self.comm.size - 1
         return {
@@ -228,6 +228,5 @@ class RowSum:
 
     def note(self, united: list[int], numbers: list[int]) -> None:
         """Keep u and sum_j n_j, of each table, for the next choice."""
-        both = (united, numbers)
-        sizes = [np.dot(counts, self.widths) for counts in both]
-        self.seen[:] = sum(united), sizes[0], sum(numbers), sizes[1]
+        sizes = [np.dot(counts, self.widths) for counts in (united, numbers)]
+        self.seen[:] = sizes[0], sum(numbers), sizes[1]

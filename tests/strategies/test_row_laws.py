@@ -16,17 +16,13 @@ from mpilm.testing.fleet import ROWS
 from mpilm.world.virtual import run_virtual
 from tests.strategies.cases import CASES
 from tests.strategies.fleets import fleet, thetas
+from tests.strategies.schedules import takes_rows
 
-
-def takes_rows(case):
-    settings = case.of(4)
-    cut = isinstance(settings.get("components"), int)
-    directed = settings.get("topology") == "exponential"
-    refuses = cut or directed or settings.get("ahead", False)
-    return STRATEGIES[case.name].takes_rows and not refuses
-
-
-TAKING = {name: case for name, case in CASES.items() if takes_rows(case)}
+TAKING = {
+    name: case
+    for name, case in CASES.items()
+    if takes_rows(STRATEGIES[case.name], case.of(4))
+}
 
 
 def settings_of(name):
