@@ -122,6 +122,19 @@ def terminal_width() -> int | None:
         os.close(descriptor)
 
 
+def about_banner(code: int, environment: Mapping[str, str] = os.environ) -> str:
+    """Return what to say where Open MPI's mpirun prints lines of its own about `code`.
+
+    >>> about_banner(75, {"OMPI_COMM_WORLD_SIZE": "2"})
+    ' (exit code 75; what mpirun says of it is no error)'
+    >>> about_banner(75, {"PMI_SIZE": "2"})
+    ''
+    """
+    if not environment.get("OMPI_COMM_WORLD_SIZE"):
+        return ""
+    return f" (exit code {code}; what mpirun says of it is no error)"
+
+
 def node_name(environment: Mapping[str, str]) -> str:
     """Return the name by which the scheduler knows this node, or else its host name.
 

@@ -38,6 +38,7 @@ def report(
     from mpilm.report.export import write_csv, write_tensorboard
     from mpilm.report.folders import SIMULATION, read_all
     from mpilm.report.page import page
+    from mpilm.simulate.machines import shipped_as
     from mpilm.storage.runlog import chrome_trace
     from mpilm.train.folder import RunFolder
     from mpilm.train.screen import count
@@ -45,6 +46,8 @@ def report(
     if not runs:
         raise ConfigError("name one run folder or more")
     found, problems = read_all(list(runs))
+    for run in found:
+        run.machine = shipped_as(run.config.get("machine", {}))
     read = [path for run in found for path in RunFolder(run.path).files()]
     read += [path / SIMULATION for path in {*runs, *(run.path for run in found)}]
     written = [out, *([trace] if trace else [])]

@@ -217,8 +217,8 @@ def find_scheduler(name: str, *, dry_run: bool) -> str:
 def time_of(text: str) -> str:
     """Return a time limit as both schedulers read it.
 
-    >>> time_of("8:00:00"), time_of("30:00")
-    ('8:00:00', '0:30:00')
+    >>> time_of("8:00:00"), time_of("30:00"), time_of("90:00")
+    ('8:00:00', '0:30:00', '1:30:00')
 
     Raises:
         ConfigError: it is no such time, or a bare number: minutes to SLURM, but
@@ -228,7 +228,9 @@ def time_of(text: str) -> str:
     fine = 2 <= len(parts) <= 3 and all(part.isdecimal() for part in parts)
     if not fine or not any(map(int, parts)) or any(int(p) > 59 for p in parts[1:]):
         raise ConfigError(f"--time {text}: write hours:minutes:seconds, as in 8:00:00")
-    return text if len(parts) == 3 else f"0:{text}"
+    *hours, minutes, seconds = parts
+    whole, rest = divmod(int(minutes), 60)
+    return f"{int(hours[0]) if hours else whole}:{rest:02}:{int(seconds):02}"
 
 
 def require_time(limit: str, warn: int) -> None:

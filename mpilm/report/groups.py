@@ -28,9 +28,11 @@ IDLE = "#c9ced6"  # waiting
 WITHOUT_SPEED = {
     *("train.seed", "train.samples", "train.valid_every", "train.test"),
     *("train.worst_rank", "train.eval_streams", "train.log_every", "optim.lr"),
+    *("train.worst_rank_share", "train.max_bad_steps", "train.max_bad_rounds"),
     *("train.trace_steps",),
 }
 WITHOUT_SPEED_SECTIONS = {"checkpoint", "schedule", "pretrain"}
+STEP = "machine.step_s"  # the model's as much as the machine's
 
 
 def looks(runs: list[Run]) -> list[Look]:
@@ -84,9 +86,16 @@ def differing(runs: list[Run]) -> list[str]:
 
 
 def kind(run: Run, keys: Iterable[str]) -> str:
-    """Return the values of those settings, as words that fit behind a strategy."""
+    """Return the values of those settings, as words that fit behind a strategy.
+
+    The numbers of a machine that ships are its name.
+    """
     settings = flat(run.config)
-    words = []
+    words, keys = [], list(keys)
+    of_machine = [key for key in keys if key.startswith("machine.") and key != STEP]
+    if of_machine and run.machine:
+        words.append(run.machine)
+        keys = [key for key in keys if key not in of_machine]
     for key in keys:
         value = settings.get(key, "")
         short = key.removeprefix("strategy.").removeprefix("faults.")

@@ -165,6 +165,7 @@ def charts(drawn: Sequence[str], runs: list[Run] | None = None) -> str:
         key = keys(
             f'<li data-run="{i}">{swatch(look)}{html.escape(run.name)}</li>'
             for i, (run, look) in enumerate(items)
+            if any(f'data-run="{i}"' in chart for chart in made)
         )
     return f'{key}<div class="charts">{"".join(made)}</div>'
 

@@ -85,6 +85,7 @@ class Run:
     config     the resolved configuration it began with, section -> key -> value
     changes    settings that were changed later, see train/changes.py
     logs       rank -> its log
+    machine    name of the machine that its seconds are of, if that has one
     simulated  whether its seconds are virtual
     """
 
@@ -95,6 +96,7 @@ class Run:
     toml: str = ""
     logs: dict[int, RankLog] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
+    machine: str = ""
     simulated: bool = field(init=False)
 
     def __post_init__(self) -> None:

@@ -14,6 +14,11 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 8px;
   padding: 18px 20px; margin: 16px 0; }
 .scroll { overflow: auto; max-height: 85vh; border: 1px solid var(--line);
   border-radius: 6px; }
+.to-right { mask-image: linear-gradient(to left, transparent, #000 42px); }
+.to-below { mask-image: linear-gradient(to top, transparent, #000 42px); }
+.to-right.to-below { mask-composite: intersect; mask-image:
+  linear-gradient(to left, transparent, #000 42px),
+  linear-gradient(to top, transparent, #000 42px); }
 table { border-collapse: separate; border-spacing: 0;
   font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { padding: 5px 12px 5px 6px; text-align: right; white-space: nowrap;
@@ -66,6 +71,7 @@ summary { cursor: pointer; padding: 4px 0; overflow-wrap: anywhere; }
   body { background: #fff; font-size: 11px; } main { max-width: none; padding: 0; }
   section { border: 0; padding: 6px 0; } figure, tr { break-inside: avoid; }
   .scroll { max-height: none; overflow: visible; border: 0; }
+  .scroll, .keys { mask-image: none !important; }
   table { font-size: 8px; } th, td { padding: 2px 4px; position: static !important; }
   td, th { white-space: normal; min-width: 0 !important; }
   .charts { grid-template-columns: 1fr 1fr; }
@@ -73,7 +79,8 @@ summary { cursor: pointer; padding: 4px 0; overflow-wrap: anywhere; }
 """
 
 # a click on a heading sorts, on the first one brings back the groups; a click on a run
-# picks it out in all charts, another one lets it go
+# picks it out in all charts, another one lets it go; what goes on beyond the edge of a
+# box that scrolls fades out there
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sorts")) {
   const body = table.tBodies[0], first = [...body.rows];
@@ -107,6 +114,17 @@ for (const one of document.querySelectorAll("tr[data-run], li[data-run]")) {
   one.onclick = () => {
     kept = kept === one.dataset.run ? null : one.dataset.run; pick(kept);
   };
+}
+for (const box of document.querySelectorAll(".scroll, .keys")) {
+  const fade = () => {
+    const right = box.scrollWidth - box.clientWidth - box.scrollLeft;
+    const below = box.scrollHeight - box.clientHeight - box.scrollTop;
+    box.classList.toggle("to-right", right > 2);
+    box.classList.toggle("to-below", below > 2);
+  };
+  box.addEventListener("scroll", fade);
+  new ResizeObserver(fade).observe(box);
+  fade();
 }
 for (const box of document.querySelectorAll("details"))
   addEventListener("beforeprint", () => { if (box.dataset.print) box.open = true; });

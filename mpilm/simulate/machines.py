@@ -71,6 +71,21 @@ def find_machine(name: str) -> MachineFile:
     return _checked(read_document(path), path)
 
 
+def shipped_as(values: Mapping[str, Any]) -> str:
+    """Return the name of the machine that ships with these numbers; "": none does.
+
+    A step's time may be another one.
+
+    Args:
+        values: of a [machine], all of them.
+    """
+    for name in shipped():
+        found = dataclasses.asdict(find_machine(name).machine)
+        if all(values.get(key) == found[key] for key in found if key != "step_s"):
+            return name
+    return ""
+
+
 def _checked(document: Mapping[str, Any], path: Path) -> MachineFile:
     about, values = document.get("about", ""), document.get("machine")
     if not isinstance(values, Mapping):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from mpilm.config import Config
 from mpilm.errors import (
+    STOPPED_EARLY,
     CheckpointError,
     DivergenceError,
     MpilmError,
     RanksDiedError,
 )
+from mpilm.launch import about_banner
 from mpilm.storage.saved import State, nested
 from mpilm.strategies import Strategy
 from mpilm.strategies.ema import Ema
@@ -157,17 +159,19 @@ class Trainer(Assembly):
             self.save()  # before anything else that may fail, or take long
             self.raise_failure()
             if not agreement.stopped:
-                self.screen.done()
+                self.screen.done(samples)
                 self.validations.pass_(samples)
                 self.validate()
                 if not self.is_saved:  # it went back to the best model
                     self.save()
                 self.raise_failure()
         if agreement.stopped:
+            how, note = self.resumed_by, ""
+            if not how:  # the command line, whose exit code is ours
+                how = f"mpilm resume {self.folder.path}"
+                note = about_banner(STOPPED_EARLY)
             self.screen.line(
-                f"stopped early at {samples:,} samples;"
-                f" {self.resumed_by or f'mpilm resume {self.folder.path}'} goes on from"
-                " here"
+                f"stopped early at {samples:,} samples; {how} goes on from here{note}"
             )
         return not agreement.stopped
 

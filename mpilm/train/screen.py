@@ -77,6 +77,7 @@ class Screen:
             else None
         )
         self.task: TaskID | None = None
+        self.last = (0.0, math.nan)  # samples/s and loss, as shown last
         self.began_s = self.shown_s = time.monotonic()
 
     def __enter__(self) -> Screen:
@@ -104,6 +105,7 @@ class Screen:
         rate = done / max(train_seconds - self.first_s, 1e-9)
         took_s = now_s - self.began_s - self.watched_s
         left_s = max(self.total - samples, 0) * took_s / max(done, 1)
+        self.last = rate, loss
         status = self.status(samples, rate, loss, left_s)
         if self.bar and self.task is not None:
             self.bar.update(self.task, completed=samples, status=status)
@@ -175,10 +177,11 @@ class Screen:
             self.shown_s = now_s
             self.line(f"{min(1.0, done / num):4.0%}  {status}" if num else status)
 
-    def done(self) -> None:
+    def done(self, samples: int) -> None:
         """Show that training has come to its end, whatever was shown last."""
         if self.bar and self.task is not None:
-            self.bar.update(self.task, completed=self.total)
+            status = self.status(samples, *self.last, 0.0)
+            self.bar.update(self.task, completed=self.total, status=status)
 
 
 def count(number: int, what: str) -> str:

@@ -62,6 +62,7 @@ def test_usr1_to_mpirun_then_resume_is_the_uninterrupted_run_to_the_bit(
     stopped.has_no_traceback()
     assert "\x1b" not in stopped.out
     assert "stopped early at" in stopped.out
+    assert "(exit code 75; what mpirun says of it is no error)" in stopped.out
     assert not (tmp_path / "summary.json").exists()
     step = int(newest(tmp_path).name.removeprefix("step-"))
     assert step < TINY_STEPS

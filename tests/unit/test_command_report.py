@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -20,6 +21,7 @@ from mpilm.report.folders import read, read_all, short_names
 from mpilm.report.groups import looks, pairs_of, series_of
 from mpilm.report.page import page
 from mpilm.report.timeline import timeline
+from mpilm.simulate.machines import find_machine
 from mpilm.storage.runlog import RunLog, write_summary
 from mpilm.train.metrics import LOG_FIELDS
 
@@ -295,6 +297,35 @@ def test_a_simulation_is_compared_with_ranks_that_never_wait(tmp_path):
     assert series.efficiency() == ([2, 4], pytest.approx([0.2, 0.2]))
 
 
+def test_the_numbers_of_a_machine_that_ships_are_its_name(tmp_path):
+    def legend(**change):
+        for name in ("ethernet_1g", "cloud_25g"):
+            machine = asdict(find_machine(name).machine) | {"step_s": 0.5} | change
+            for ranks in (2, 4):
+                folder = tmp_path / f"{len(change)}-{name}-{ranks}"
+                write_run(folder, ranks, more={"machine": machine})
+                speed(folder, 100.0, simulated=True)
+        out = tmp_path / "r.html"
+        runs = tmp_path.glob(f"{len(change)}-*")
+        assert main(["report", *map(str, runs), "--out", str(out)]) == 0
+        part = out.read_text().partition("<h2>Scaling</h2>")[2]
+        return re.findall(r"</svg>([^<]*)</li>", part.partition("<figure")[0])
+
+    assert sorted(legend()) == ["allreduce, cloud_25g", "allreduce, ethernet_1g"]
+    assert legend(latency_s=1.0)[0].startswith("allreduce, machine.bandwidth_Bps ")
+
+
+def test_a_key_names_the_runs_that_are_drawn_and_no_others(tmp_path):
+    runs = [read(write_run(tmp_path / name), name) for name in ("drawn", "empty")]
+    for log in runs[1].logs.values():
+        log.rows = {name: values[:0] for name, values in log.rows.items()}
+    runs[1].summary.clear()
+    text = page(runs, "two runs")
+    part = text[text.index("Loss and perplexity") : text.index("<h2>Communication")]
+    assert ">drawn</li>" in part
+    assert ">empty</li>" not in part
+
+
 @pytest.mark.long
 def test_many_runs_look_different_and_are_all_in_the_table(tmp_path):
     for number in range(18):
@@ -430,6 +461,9 @@ def test_a_browser_finds_nothing_too_wide_and_the_table_sorts(tmp_path, width):
         shown.every(svg => svg.viewBox.baseVal.width <= 1.2 * svg.clientWidth),
         new Set(shown.map(svg => svg.className.baseVal)).size,
         shown[0].className.baseVal,
+        [...document.querySelectorAll(".scroll")].filter(box => box.clientWidth > 0)
+          .every(box => box.classList.contains("to-right")
+            === box.scrollWidth > box.clientWidth + 2),
         rows.filter(row => !row.hidden).map(row => row.dataset.run).join(""),
       ];
       document.body.innerHTML = `<p id="result">${result.join(" ")}</p>`;
@@ -445,4 +479,4 @@ def test_a_browser_finds_nothing_too_wide_and_the_table_sorts(tmp_path, width):
     assert result, done.stderr
     kind = "wide" if width == 1280 else "narrow"
     # the runs in the page's order: run-0, run-3, run-1, run-4, run-2, run-5
-    assert result[1] == f"true true 1 {kind} 024135"
+    assert result[1] == f"true true 1 {kind} true 024135"

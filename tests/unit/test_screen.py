@@ -51,6 +51,17 @@ def test_the_bar_has_room(on_terminal, capsys, width):
     assert capsys.readouterr().out
 
 
+def test_at_the_end_the_bar_stands_at_all_samples(on_terminal):
+    """Which was shown last is some steps ago, and a run ends behind its total."""
+    on_terminal(100)
+    with Screen(1000) as screen:
+        screen.update(900, math.log(50.0), 9.0)
+        screen.done(1040)
+        (task,) = screen.bar.tasks
+        assert task.finished
+        assert task.fields["status"] == "1,040  100/s  perplexity 50.0  0:00 left"
+
+
 def test_an_evaluation_is_a_phase_of_its_own(on_terminal, capsys):
     on_terminal(100)
     with Screen(100) as screen:
