@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 from fleets import ENVIRONMENT, answer, figure, sleeper
-from harness import parser, report
+from harness import parser, report, session_nice, take_session_nice
 
 from mpilm.simulate.calibrate import calibrate, spread, step_times
 from mpilm.simulate.simulation import PROTOCOL_PARAMETERS, scaled_settings
@@ -186,7 +186,7 @@ def measured(network: str, ranks: int, args: argparse.Namespace) -> Found:
             size_of(network, args),
         ]
         script += ["--learner", args.learner, "--batch", args.batch]
-        script += ["--result", result]
+        script += ["--result", result, "--session-nice", session_nice()]
         script += ["--strategies", *args.strategies]
         arguments = ["-n", *map(str, [ranks, *script])]
         if network == SHARED:
@@ -332,12 +332,14 @@ def main() -> None:
     arguments.add_argument("--replay", action="store_true", help="only what is kept")
     arguments.add_argument("--plots", type=Path, help="folder for the plots")
     arguments.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    arguments.add_argument("--session-nice", type=int, help=argparse.SUPPRESS)
     args = arguments.parse_args()
     if args.smoke:
         args.loops, args.ranks, args.steps = 1, [2], 2
         args.warmup, args.step_s = 2, 0.01
         args.networks, args.strategies = [SHARED, "100mbit"], ["allreduce", "adpsgd"]
     if args.result:
+        take_session_nice(args.session_nice)
         under_mpi(args)
         return
     if (reason := why_not()) and args.networks != [SHARED]:

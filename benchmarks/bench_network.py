@@ -9,7 +9,9 @@ language model of characters (247,873 parameters, 0.99 MB) on tinyshakespeare;
 MPILM_DATA says where it is. Without root or data the benchmark is skipped; --smoke
 takes random characters, and no cluster. Every point is written to --out as soon as it
 is over and is not measured again: a stopped benchmark goes on where it was. --minutes
-says when to stop.
+says when to stop. A seed is measured in all series before the next one is; the tables
+hold all seeds of a point that are in the file. --tables measures nothing: it makes the
+tables of what the file holds.
 
 Fixed before the table was measured, the same in every row:
 
@@ -22,6 +24,7 @@ Fixed before the table was measured, the same in every row:
                seed 1; begin with FIRST_RATE, double it, else halve it, while the
                perplexity falls; that rate at every network, number of nodes and seed.
                Torch's ways have that of the strategy that computes the same (LIKE)
+    ring       with Open MPI's segmented ring, by its own settings
     DDP        the quicker of two buckets, the default and 0.25 MB, in each network;
                gradient_as_bucket_view. fp16: with torch's own hook beside it
     seeds      of the first model and of what a strategy draws
@@ -55,7 +58,7 @@ from typing import Any
 import numpy as np
 import torch
 from fleets import ENVIRONMENT, figure, legend, lines
-from harness import environment, parser, report
+from harness import commit, environment, parser, report, session_nice
 from network_judge import TEXT, Judge, at, busy, characters
 from network_ranks import ALIKE, STRATEGIES, TORCH, begun
 from points import best_rate
@@ -73,7 +76,8 @@ PERPLEXITY = 10.0
 CAPS_S = {"10mbit": 200.0, "100mbit": 45.0, "1gbit": 30.0}
 FIRST_RATE = 0.01
 TUNED = {"ranks": 4, "steps": 100, "step_s": 0.02}
-LIKE = {  # whose rate torch's ways have: they compute the same
+LIKE = {  # whose rate a series has: it computes the same
+    "allreduce, ring": "allreduce",
     "ddp": "allreduce",
     "ddp, 0.25 MB": "allreduce",
     "ddp, fp16": "allreduce",
@@ -118,7 +122,7 @@ class Table:
         limit_s = 1.0 if self.args.smoke else CAPS_S[key["network"]]
         if time.monotonic() + LEAST_S > self.ends:
             raise TimeoutError
-        found = {**key, **self.run(limit_s=limit_s, **key)}
+        found = {**key, **self.run(limit_s=limit_s, **key), "commit": commit()}
         shown = {k: v for k, v in found.items() if k != "curve"}
         print(shown, flush=True)
         self.points.append(found)
@@ -146,6 +150,7 @@ class Table:
         script += ["--series", series, "--lr", lr, "--seed", seed]
         script += ["--tokens", self.folder / "tokens.npy", "--folder", snapshots]
         script += ["--interface", "lo" if self.args.smoke else "eth0"]
+        script += ["--session-nice", session_nice()]
         arguments = ["-n", *map(str, [nodes, *script])]
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, snapshots)
@@ -306,6 +311,8 @@ def row(points: list[Point], ddp: list[Point], local: Point | None) -> Point:
     found: Point = {"series": first["series"], "lr": first["lr"], "seeds": len(points)}
     within = None not in times
     found["seconds"] = fmean(times) if within else f"> {first['limit (s)']:g}"
+    found["least (s)"] = min((x for x in times if x is not None), default="-")
+    found["most (s)"] = max(times) if within else f"> {first['limit (s)']:g}"
     theirs = [point["seconds"] or point["limit (s)"] for point in ddp]
     ratio = fmean(theirs) / fmean(times) if within and ddp else math.nan
     more = ">" if any(point["seconds"] is None for point in ddp) else ""
@@ -317,14 +324,24 @@ def row(points: list[Point], ddp: list[Point], local: Point | None) -> Point:
     return found
 
 
+def measured(table: Table, network: str, nodes: int) -> None:
+    """Measure what is not in the file, a seed after the other.
+
+    Raises:
+        TimeoutError: there is no more time.
+    """
+    for seed in table.args.seeds:
+        for series in table.args.series:
+            where = {"series": series, "network": network, "nodes": nodes}
+            table.point(**where, lr=table.lr(series), seed=seed)
+
+
 def table_of(table: Table, network: str, nodes: int) -> list[Point]:
     """Return the rows of a network and a number of nodes, the quickest first."""
-    seeds = range(1, table.args.loops + 1)
     found: dict[str, list[Point]] = {}
-    for series in table.args.series:
-        key = {"series": series, "network": network, "nodes": nodes}
-        lr = table.lr(series)
-        found[series] = [table.point(**key, lr=lr, seed=seed) for seed in seeds]
+    for point in table.points:
+        if (point["network"], point["nodes"]) == (network, nodes):
+            found.setdefault(point["series"], []).append(point)
     buckets = [found[name] for name in (DDP, "ddp, 0.25 MB") if name in found]
     mean_s = [fmean(p["seconds"] or math.inf for p in some) for some in buckets]
     ddp = buckets[int(np.argmin(mean_s))] if buckets else []
@@ -356,6 +373,7 @@ def plot(tables: dict[tuple[int, str], list[Point]], folder: Path | None) -> Non
 
 def main() -> None:
     arguments = parser(__doc__, warmup=0, loops=1)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[1])
     arguments.add_argument(
         "--networks", nargs="+", default=["100mbit", "10mbit", "1gbit"]
     )
@@ -363,6 +381,7 @@ def main() -> None:
     arguments.add_argument("--series", nargs="+", default=[*TORCH, *STRATEGIES])
     arguments.add_argument("--minutes", type=float, default=28, help="then stop")
     arguments.add_argument("--plots", type=Path, help="folder for the plots")
+    arguments.add_argument("--tables", action="store_true", help="measure nothing")
     args = arguments.parse_args()
     if args.smoke:
         args.networks, args.nodes, args.series = ["1gbit"], [2], [DDP, "bmuf"]
@@ -378,7 +397,10 @@ def main() -> None:
         try:
             for nodes in args.nodes:
                 for network in args.networks:
-                    rows = table_of(table, network, nodes)
+                    if not args.tables:
+                        measured(table, network, nodes)
+                    if not (rows := table_of(table, network, nodes)):
+                        continue
                     drawn[nodes, network] = rows
                     title = (
                         f"Time to perplexity {PERPLEXITY:g}: {nodes} nodes, {network}"

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from harness import session_nice, take_session_nice
+
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import strategy
 from mpilm.strategies.rows import num_servers
@@ -209,6 +211,7 @@ def mpirun(
         command += ["--result", str(result)]
         environment = {**os.environ, **ENVIRONMENT}
         process = subprocess.Popen(command, env=environment, start_new_session=True)
+        take_session_nice(session_nice(), process.pid)
         try:
             code = process.wait(limit_s)
         except BaseException:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -109,7 +110,7 @@ def environment(comm: Any = None) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
     }
     for package in PACKAGES:
         try:
@@ -163,6 +164,26 @@ def report(
     args.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
 
 
+def session_nice() -> int:
+    """Return the nice value of this session: Linux shares cores among sessions.
+
+    0 where the kernel does not.
+    """
+    try:
+        return int(Path("/proc/self/autogroup").read_text().split()[-1])
+    except OSError:
+        return 0
+
+
+def take_session_nice(nice: int, pid: int | str = "self") -> None:
+    """Give a process's session that nice value, where this is possible.
+
+    A session that mpirun or its daemons begin does not have that of its parent.
+    """
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as aligned text.
 
@@ -192,7 +213,8 @@ def _cpu() -> str:
     return platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit of this tree, "-dirty" behind it where it was changed."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty"],

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import take_session_nice
 from torch import nn
 
 from mpilm.data.batch import Batch
@@ -56,9 +57,15 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "noloco": ("noloco", {}),
     "hierarchical": ("hierarchical", {"inner": "bmuf", "settings": {"period": PERIOD}}),
     "allreduce": ("allreduce", {}),
+    "allreduce, ring": ("allreduce", {}),
     "delay_by_one": ("delay_by_one", {}),
     "async_sgd": ("async_sgd", {}),
     "dpsgd": ("dpsgd", {}),
+}
+RING = {  # Open MPI's segmented ring, for every Allreduce of a process
+    "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
+    "OMPI_MCA_coll_tuned_allreduce_algorithm": "5",
+    "OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize": "60000",
 }
 ALIKE = ("allreduce", "ddp")  # every rank has the same model after each step
 
@@ -154,6 +161,7 @@ def mpilm_rank(args: argparse.Namespace) -> None:
     """Train by a strategy of mpilm."""
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
+    os.environ.update(RING if args.series.endswith(", ring") else {})
     with MpiWorld() as world, abort_on_error(world):
         chosen, learner = begun(world, args.series, np.load(args.tokens), args)
 
@@ -238,7 +246,9 @@ def main() -> None:
     arguments.add_argument("--tokens", type=Path, required=True, help=".npy, to train")
     arguments.add_argument("--folder", type=Path, required=True)
     arguments.add_argument("--interface", default="eth0", help="of gloo")
+    arguments.add_argument("--session-nice", type=int, default=0)
     args = arguments.parse_args()
+    take_session_nice(args.session_nice)
     torch.set_num_threads(1)
     (torch_rank if args.series in TORCH else mpilm_rank)(args)
 
