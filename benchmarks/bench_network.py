@@ -119,7 +119,7 @@ class Table:
         for point in self.points:
             if all(point[name] == value for name, value in key.items()):
                 return point
-        limit_s = 1.0 if self.args.smoke else CAPS_S[key["network"]]
+        limit_s = self.args.limit_s or CAPS_S[key["network"]]
         if time.monotonic() + LEAST_S > self.ends:
             raise TimeoutError
         found = {**key, **self.run(limit_s=limit_s, **key), "commit": commit()}
@@ -380,11 +380,15 @@ def main() -> None:
     arguments.add_argument("--nodes", type=int, nargs="+", default=[4, 8])
     arguments.add_argument("--series", nargs="+", default=[*TORCH, *STRATEGIES])
     arguments.add_argument("--minutes", type=float, default=28, help="then stop")
+    arguments.add_argument(
+        "--limit-s", type=float, default=0.0, help="of a run; 0: by its network"
+    )
     arguments.add_argument("--plots", type=Path, help="folder for the plots")
     arguments.add_argument("--tables", action="store_true", help="measure nothing")
     args = arguments.parse_args()
     if args.smoke:
         args.networks, args.nodes, args.series = ["1gbit"], [2], [DDP, "bmuf"]
+        args.limit_s = 1.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the blocks' ends
     reason = "" if TEXT.exists() else f"no {TEXT}; MPILM_DATA says where it is"
     if reason := "" if args.smoke else reason or why_not():

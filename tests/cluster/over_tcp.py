@@ -15,7 +15,7 @@ from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import STRATEGIES, strategy
 from mpilm.world.mpi import MpiWorld
 
-SIZE = 20_000  # 80 KB a model: several packets, longer than what is sent eagerly
+SIZE = 20_000  # 80 KB a model: several packets
 STEPS, STEP_S = 60, 0.01
 SETTINGS = {
     "model_averaging": {"period": 5},

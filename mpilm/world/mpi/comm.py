@@ -90,7 +90,7 @@ class MpiComm(Comm):
         source: int = ANY_SOURCE,
         recvtag: int = ANY_TAG,
     ) -> None:
-        # first the send: docs/mpi-world.md, "Three settings"
+        # first the send: docs/mpi-world.md, "Settings of Open MPI"
         send = self._send(sendbuf, dest, sendtag, waited_for=True)
         receive = self._receive(recvbuf, source, recvtag, waited_for=True)
         send.Wait()

@@ -14,10 +14,13 @@ FT_SETTING = "OMPI_MCA_mpi_ft_enable"  # set by mpirun --with-ft
 # Open MPI: a thread that waits inside MPI lets others have its core; and a message that
 # must be copied in fragments has more than three under way between two polls. Over TCP
 # a long message without "put" goes in fragments: as one it holds up the other
-# direction, whose clearance to send waits behind it. All measured, docs/mpi-world.md;
-# what the environment sets already is left alone.
+# direction, whose clearance to send waits behind it. And so much of it goes before the
+# clearance that the link does not rest until that comes. All measured,
+# docs/mpi-world.md; what the environment sets already is left alone.
 SETTINGS = {
+    "OMPI_MCA_btl_tcp_eager_limit": "300000",
     "OMPI_MCA_btl_tcp_flags": "send,inplace,need-ack,need-csum",
+    "OMPI_MCA_btl_tcp_rndv_eager_limit": "300000",
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "OMPI_MCA_pml_ob1_send_pipeline_depth": "256",
 }

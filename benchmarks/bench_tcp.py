@@ -1,0 +1,153 @@
+"""What do settings of Open MPI make of a reduction over TCP?
+
+    python benchmarks/bench_tcp.py --out benchmarks/results/tcp.json
+
+Open MPI's own Allreduce, in place, one rank a node, over the links of an emulated
+cluster (tools/emulated_cluster.py: root, Debian's iproute2). Each of VARIANTS is an
+mpirun of its own, in turns; a reduction begins after a pause, when all ranks are there,
+and lasts until the slowest is done. Without root the benchmark is skipped; --smoke
+needs no cluster.
+
+    at least   2 (K - 1) / K of the bytes at the declared rate
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from fleets import ENVIRONMENT
+from harness import parser, report, session_nice, take_session_nice
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.emulated_cluster import EmulatedCluster, why_not
+
+RATES = {"10mbit": 1e7, "100mbit": 1e8, "1gbit": 1e9}  # bits/s
+PAUSE_S = 0.05
+
+
+def eager(num_bytes: int) -> dict[str, str]:
+    """Return so many bytes before the clearance of a message."""
+    keys = ("OMPI_MCA_btl_tcp_eager_limit", "OMPI_MCA_btl_tcp_rndv_eager_limit")
+    return dict.fromkeys(keys, str(num_bytes))
+
+
+RING = {
+    "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
+    "OMPI_MCA_coll_tuned_allreduce_algorithm": "5",
+    "OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize": "60000",
+}
+PUT = {"OMPI_MCA_btl_tcp_flags": "put,send,inplace,need-ack,need-csum"}
+VARIANTS: dict[str, dict[str, str]] = {
+    'with "put", 64 KB': PUT | eager(65536),
+    "64 KB": eager(65536),
+    "128 KB": eager(128_000),
+    "200 KB": eager(200_000),
+    "300 KB": {},  # mpilm's own
+    "400 KB": eager(400_000),
+    "600 KB": eager(600_000),
+    "300 KB, ring": RING,
+    "64 KB, ring": eager(65536) | RING,
+}
+
+
+def under_mpi(args: argparse.Namespace) -> None:
+    """Reduce; rank 0 prints the seconds of each reduction."""
+    os.environ.update(VARIANTS[args.variant])
+    from mpilm.world.mpi.start import start_mpi
+
+    MPI = start_mpi()
+    comm = MPI.COMM_WORLD
+    x = np.ones(args.bytes // 4, np.float32)
+    took = []
+    for index in range(args.warmup + args.loops):
+        time.sleep(PAUSE_S)
+        everyone = comm.Ibarrier()
+        while not everyone.Test():
+            time.sleep(1e-4)
+        began_s = time.perf_counter()
+        comm.Allreduce(MPI.IN_PLACE, x)
+        slowest_s = max(comm.allgather(time.perf_counter() - began_s))
+        if index >= args.warmup:
+            took.append(slowest_s)
+        x.fill(1.0)
+    if comm.rank == 0:
+        print(*took)
+
+
+def seconds(variant: str, args: argparse.Namespace) -> list[float]:
+    """Return those of each reduction, under a variant of the settings."""
+    script = [sys.executable, __file__, "--rank-of", variant, "--bytes", args.bytes]
+    script += ["--warmup", args.warmup, "--loops", args.loops]
+    script += ["--session-nice", session_nice()]
+    arguments = ["-n", *map(str, [args.ranks, *script])]
+    with ExitStack() as stack:
+        if args.smoke:
+            mpirun = str(Path(sys.executable).with_name("mpirun"))
+            command = [mpirun, "--oversubscribe", "--bind-to", "none", *arguments]
+            settings = {**os.environ, **ENVIRONMENT}
+        else:
+            cluster = EmulatedCluster(args.ranks, rate=args.rate)
+            stack.enter_context(cluster)
+            command, settings = cluster.command(arguments), cluster.environment
+        settings["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        done = subprocess.run(
+            command,
+            env=settings,
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=120,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
+    return [float(word) for word in done.stdout.split()]
+
+
+def main() -> None:
+    arguments = parser(__doc__, warmup=1, loops=11)
+    arguments.add_argument("--rate", default="100mbit", choices=list(RATES))
+    arguments.add_argument("--ranks", type=int, default=4)
+    arguments.add_argument("--bytes", type=int, default=991_492, help="bench_network's")
+    arguments.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    arguments.add_argument("--rank-of", dest="variant", help=argparse.SUPPRESS)
+    arguments.add_argument("--session-nice", type=int, help=argparse.SUPPRESS)
+    args = arguments.parse_args()
+    if args.variant:
+        take_session_nice(args.session_nice)
+        under_mpi(args)
+        return
+    if args.smoke:
+        args.loops, args.ranks, args.bytes = 2, 2, 400_000
+        args.variants = args.variants[:2]
+    if reason := "" if args.smoke else why_not():
+        print(f"skipped: {reason}")
+        return
+    bits = 8 * args.bytes
+    least_s = 2 * (args.ranks - 1) / args.ranks * bits / RATES[args.rate]
+    rows: list[dict[str, Any]] = []
+    for variant in args.variants:
+        took = seconds(variant, args)
+        rows.append(
+            {
+                "before the clearance": variant,
+                "min (ms)": min(took) * 1e3,
+                "median (ms)": median(took) * 1e3,
+                "max (ms)": max(took) * 1e3,
+                "median / least": median(took) / least_s,
+            }
+        )
+    where = f"{args.ranks} ranks, {args.rate}"
+    report("tcp", f"Allreduce of {args.bytes:,} bytes, {where}", rows, args)
+
+
+if __name__ == "__main__":
+    main()
