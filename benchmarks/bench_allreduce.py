@@ -156,12 +156,17 @@ def main() -> None:
     arguments.add_argument(
         "--sleep-s", type=float, default=0.006, help="sleep before each bucket"
     )
+    arguments.add_argument(
+        "--bandwidth", action="store_true", help="table 1 only", dest="only_first"
+    )
     args = arguments.parse_args()
     if args.smoke:
         args.warmup, args.loops, args.bytes, args.work = 0, 2, [4, 100_000], 1
     with MpiWorld() as world, abort_on_error(world):
         title = f"Reduction bandwidth, {world.size} ranks"
         report("allreduce", title, bandwidth(world, args), args, comm=world.control)
+        if args.only_first:
+            return
         for kind, sleeping in (("computing", False), ("a sleeping learner", True)):
             title = f"Reduction beside {kind}, {world.size} ranks"
             rows = overlap(world, args, sleeping=sleeping)

@@ -10,7 +10,9 @@ The last rank computes 2, 10 or 100 times as long, or the link between ranks 0 a
 ten times slower than the others. Measured, that link's rate and latency are declared:
 a tenth of what a message of this size takes here. Share of the ideal as in
 bench_straggler.py: each rank's own rate, summed. `local` sends nothing: what it lacks
-to 1 is the sleep. A strategy that waits for its slow rank falls to about
+to 1 is the sleep. `CPU of a step` is what a rank's process uses in a step, its threads
+together; `cores` is what all ranks together keep busy: near the number that the machine
+has, the machine is measured. A strategy that waits for its slow rank falls to about
 K / (K - 1 + 1/factor) / factor of it; `allreduce` beside them shows that.
 """
 
@@ -70,16 +72,24 @@ def under_mpi(args: argparse.Namespace) -> None:
     rows = []
     link = (args.latency_s, args.bandwidth_Bps)
     with MpiWorld(step_s=args.step_s) as world, abort_on_error(world):
-        for case in (*CASES, LINK):
+        for case in args.cases:
             world.configure(faults=faults(case, world.size, link))
-            for variant in CHOSEN:
-                many = variant == "async_sgd" and world.size > MOST_ASYNC
+            for variant in args.strategies:
+                many = variant.startswith("async_sgd") and world.size > MOST_ASYNC
                 if many or (variant == "allreduce" and CASES.get(case, 1.0) > TENFOLD):
                     continue
                 seconds = max(args.seconds, 2 * CASES.get(case, 1.0) * args.step_s)
                 learner = sleeper(world, args.parameters)
                 mine = run(world, variant, learner, seconds=seconds, warmup=1)
-                rows.append(row(variant, case, world.comm.allgather(mine), args.step_s))
+                runs = world.comm.allgather(mine)
+                cpu_s = sum(done.cpu_s for done in runs)
+                rows.append(
+                    {
+                        **row(variant, case, runs, args.step_s),
+                        "CPU of a step (ms)": 1e3 * cpu_s / sum(r.steps for r in runs),
+                        "cores": cpu_s / max(done.seconds for done in runs),
+                    }
+                )
         answer(world, args.result, rows)
 
 
@@ -88,10 +98,10 @@ def simulated(args: argparse.Namespace) -> list[dict[str, Any]]:
     machine = Machine(step_s=0.1, jitter=0.1)
     link = (machine.latency_s, machine.bandwidth_Bps)
     rows = []
-    for case in (*CASES, LINK):
-        for variant in CHOSEN:
+    for case in args.cases:
+        for variant in args.strategies:
             steps = args.virtual_steps
-            steps = max(2, steps // 4) if variant == "async_sgd" else steps
+            steps = max(2, steps // 4) if variant.startswith("async_sgd") else steps
             runs = simulate(
                 variant,
                 args.virtual_ranks,
@@ -117,6 +127,8 @@ def main() -> None:
     arguments.add_argument(
         "--bandwidth-Bps", type=float, default=1e9, help="of a link that is not slow"
     )
+    arguments.add_argument("--cases", nargs="+", default=[*CASES, LINK])
+    arguments.add_argument("--strategies", nargs="+", default=list(CHOSEN))
     arguments.add_argument("--virtual-ranks", type=int, default=128)
     arguments.add_argument("--virtual-steps", type=int, default=100)
     arguments.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -135,6 +147,7 @@ def main() -> None:
         settings += ["--parameters", args.parameters]
         settings += ["--latency-s", args.latency_s]
         settings += ["--bandwidth-Bps", args.bandwidth_Bps]
+        settings += ["--cases", *args.cases, "--strategies", *args.strategies]
         rows = mpirun(ranks, __file__, settings, limit_s=600)
         report("slow", f"Measured: {ranks} MPI ranks that sleep", rows, args)
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +46,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adpsgd, random_pairs": ("adpsgd", {"mixing": "random_pairs"}),
     "async_sgd": ("async_sgd", {}),
 }
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {  # where they are asked for
+    "async_sgd, ahead": ("async_sgd", {"ahead": True}),
+    "async_sgd, 4 servers": ("async_sgd", {"servers": 4}),
+    "async_sgd, 4 servers, ahead": ("async_sgd", {"servers": 4, "ahead": True}),
+}
 BUCKET_BYTES = 2_000_000  # default of allreduce, which shrinks with a model that does
 ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -61,6 +67,7 @@ class Run:
     seconds: float
     blocked_s: float
     bytes_sent: int
+    cpu_s: float  # of this process: of all ranks, if they are virtual
 
     @property
     def step_s(self) -> float:
@@ -102,17 +109,18 @@ def run(
     step, by the `Agreement` that training uses, up to two strides after the time.
 
     Args:
-        variant: of VARIANTS.
+        variant: of VARIANTS or FURTHER.
         scale: how many times smaller the learner is than the model it stands for.
         after_step: called after each step.
 
     Communicates: collective.
     """
-    kind, settings = VARIANTS[variant]
+    kind, settings = (VARIANTS | FURTHER)[variant]
     if kind == "allreduce":
         settings = {**settings, "bucket_bytes": max(1, round(BUCKET_BYTES / scale))}
     if kind == "async_sgd":
         servers = num_servers(world.size, round(learner.layout.size * scale))
+        servers = min(world.size, settings.get("servers", servers))
         settings = {**settings, "servers": servers}
     chosen = strategy(kind, world, **settings)
     chosen.require(learner)
@@ -121,6 +129,7 @@ def run(
         chosen.step(learner)
     world.comm.Barrier()
     began_s, before = world.now_s(), replace(world.traffic)
+    cpu_s = time.process_time()
     done = 0
     for _ in _turns(world, chosen, steps, seconds):
         chosen.step(learner)
@@ -128,6 +137,7 @@ def run(
         if after_step is not None:
             after_step()
     took_s, after = world.now_s() - began_s, replace(world.traffic)
+    cpu_s = time.process_time() - cpu_s
     chosen.retire(learner)
     chosen.finish(learner)
     return Run(
@@ -135,6 +145,7 @@ def run(
         seconds=took_s,
         blocked_s=after.blocked_s - before.blocked_s,
         bytes_sent=after.bytes_sent - before.bytes_sent,
+        cpu_s=cpu_s,
     )
 
 
