@@ -23,6 +23,7 @@ from mpilm.world.base import World
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, VirtualWorld
+from mpilm.world.virtual.rare import Rare
 
 Make = Callable[[World], Strategy]
 
@@ -204,6 +205,7 @@ def fleet(
     machine: Machine | None = None,
     faults: Faults | None = None,
     world_seed: int = 0,
+    rare: Rare | None = None,
     learner: Any = None,
     watch: Callable[[Strategy, Witness], Any] | None = None,
 ) -> list[Rank]:
@@ -221,6 +223,7 @@ def fleet(
         resume: ranks of an earlier fleet, to go on from what they kept.
         scatter: give every rank another first model, as no strategy would; or (K, P).
         world_seed: of the machine's jitter; rank i's learner has this seed + i.
+        rare: rare branches that are taken on purpose.
         learner: options of every rank's learner; or a function of the rank.
         watch: called with (strategy, learner) before the first step; may return an ema.
 
@@ -230,7 +233,8 @@ def fleet(
     """
     steps = [steps] * size if isinstance(steps, int) else steps
     training = Training(steps, parts, retire, save_at, until_s)
-    simulation = Simulation(size, machine=machine, faults=faults, seed=world_seed)
+    how: dict[str, Any] = {"seed": world_seed, "rare": rare}
+    simulation = Simulation(size, machine=machine, faults=faults, **how)
 
     def main(world: VirtualWorld) -> Rank:
         rank = world.rank

@@ -35,6 +35,7 @@ from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.profiles import FailAt
 from mpilm.world.virtual import run_virtual
+from mpilm.world.virtual.rare import drawn_rare
 from tests.strategies.schedules import SETTINGS
 
 SURVIVING = [name for name, kind in STRATEGIES.items() if kind.survives]
@@ -58,6 +59,7 @@ class Plan:
     machine: Machine
     faults: Faults
     deaths: dict[int, int]
+    seed: int
 
 
 class Unsaved(Trainer):
@@ -93,6 +95,7 @@ def plan(name: str, seed: int) -> Plan:
         machine,
         Faults(slow=faults.slow, profile=(*faults.profile, *failing)),
         deaths,
+        seed,
     )
 
 
@@ -127,6 +130,7 @@ def train(chosen: Plan, folder: Path) -> list[Any]:
         return world.size, total, own + counts.rest, final
 
     how = {"machine": chosen.machine, "faults": chosen.faults}
+    how["rare"] = drawn_rare(chosen.seed)
     return run_virtual(main, chosen.size, **how, can_shrink=True)
 
 

@@ -12,7 +12,7 @@ P = LAYOUT.size
 assert_quiet = require_quiet
 PLAN = (
     *("steps", "parts", "retire", "save_at", "until_s", "resume", "scatter"),
-    *("machine", "faults", "world_seed", "learner", "watch"),
+    *("machine", "faults", "world_seed", "rare", "learner", "watch"),
 )
 
 

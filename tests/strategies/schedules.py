@@ -4,10 +4,11 @@
     python -m tests.strategies.schedules all 0 100000   # soak: seeds 0..99999 of each
 
 A seed decides everything: ranks, their numbers of steps, the machine, who is how slow,
-the strategy's settings, sync points in the middle. Whatever it is, all ranks
-finish, nothing stays in flight, mass is conserved (laws.py), nobody is further ahead
-than the strategy allows, and the same seed gives the same bits, observed or not. The
-models follow FoundationDB's and TigerBeetle's simulations.
+the strategy's settings, sync points in the middle; every other seed takes rare branches
+of the world (mpilm/world/virtual/rare.py). Whatever it is, all ranks finish, nothing
+stays in flight, mass is conserved (laws.py), nobody is further ahead than the strategy
+allows, and the same seed gives the same bits, observed or not. The models follow
+FoundationDB's and TigerBeetle's simulations.
 
 A strategy may also be named module:Class; settings and checks are those of its `name`.
 """
@@ -28,6 +29,7 @@ from mpilm.strategies.registry import INNER
 from mpilm.strategies.topology import TOPOLOGIES
 from mpilm.testing.fleet import ROWS
 from mpilm.testing.schedules import draw_plan, draw_size
+from mpilm.world.virtual.rare import drawn_rare
 from tests.strategies.fleets import fleet, thetas
 from tests.strategies.laws import LAWS, SCATTERED, check_mass
 
@@ -179,6 +181,7 @@ class Schedule:
         """Train; return the ranks."""
         kinds = {self.name: find(self.kind)}
         arguments = {**self.plan, **self.settings, "watch": watch, "kinds": kinds}
+        arguments["rare"] = drawn_rare(self.plan["rare"])
         return fleet(self.name, self.size, **arguments)
 
 
@@ -206,7 +209,7 @@ def schedule(kind, seed):
     plan["scatter"] = may_differ and draw.random() < 0.7
     if takes_rows(strategy, settings) and random.Random(f"rows {seed}").random() < 0.3:
         plan["learner"]["layout"], plan["scatter"] = ROWS, False
-    plan["world_seed"] = seed
+    plan["world_seed"], plan["rare"] = seed, seed
     return Schedule(kind, name, size, settings, plan)
 
 

@@ -132,11 +132,23 @@ class Collective(ABC):
         if self.group.is_void:
             return
         requests, self.requests = self.requests, []  # no cycle: memory is freed at once
+        engine, num_late = self.group.engine, 0
         for request in requests:
             assert request is not None
+            late_s = engine.rare.delay_s("spread_end") if engine.rare else 0.0
+            if late_s > 0.0:
+                num_late += 1
+                engine.at(engine.now_s + late_s, NETWORK, self._end, request)
+            else:
+                self._end(request)
+        if not num_late:
+            self.data = None
+
+    def _end(self, request: CollectiveRequest) -> None:
+        """Let it be over on one rank."""
+        if not self.group.is_void:
             self.hand_out(request)
             request.complete()
-        self.data = None
 
     @abstractmethod
     def bring(self, rank: int, value: Any) -> None:

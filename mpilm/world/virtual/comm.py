@@ -171,7 +171,12 @@ class VirtualMessage(Message):
         self.data = None
         self.comm.traffic.bytes_received += self.nbytes
         if self.send is not None:
-            self.send.complete()
+            late_s = self.send.late_s()
+            if late_s > 0.0:
+                engine = self.comm.engine
+                engine.at(engine.now_s + late_s, NETWORK, self.send.complete, None)
+            else:
+                self.send.complete()
 
     def Recv(self, buf: Any) -> None:
         comm = self.comm
@@ -189,6 +194,10 @@ class SendRequest(VirtualRequest):
 
     def is_void(self) -> bool:
         return self.group.is_void
+
+    def late_s(self) -> float:
+        """Return how long after its time it is complete, seconds."""
+        return self.engine.rare.delay_s("late_send") if self.engine.rare else 0.0
 
     def __str__(self) -> str:
         envelope = self.message.envelope
@@ -257,13 +266,16 @@ class VirtualComm(Comm):
         arrival_s = max(start_s, now_s) + flight_s
         if message.burst_s:
             message.tail_s = max(state.send_free_s, now_s) + flight_s
+        if engine.rare is not None:
+            free_s = engine.rare.free_s(state.rank, peer.state.rank, now_s)
+            arrival_s = max(arrival_s, free_s)
         arrival_s = max(arrival_s, state.last_arrival_s.get(peer.state.rank, 0.0))
         state.last_arrival_s[peer.state.rank] = arrival_s  # messages do not overtake
         engine.at(arrival_s, NETWORK, message.arrive, None)
         if message.nbytes > machine.eager_bytes:
             message.send = request
         else:
-            left_s = max(state.send_free_s, now_s)
+            left_s = max(state.send_free_s, now_s) + request.late_s()
             engine.at(left_s, NETWORK, request.complete, None)
         self.traffic.bytes_sent += message.nbytes
         self.traffic.messages += 1
@@ -294,11 +306,19 @@ class VirtualComm(Comm):
         return message
 
     def _take(self, source: int, tag: int) -> VirtualMessage | None:
+        rare, found, sources = self.engine.rare, [], set[int]()
         for index, message in enumerate(self.arrived):
-            if wanted(message, source, tag):
-                self.state.num_taken += 1
-                return self.arrived.pop(index)
-        return None
+            if message.source not in sources and wanted(message, source, tag):
+                found.append(index)
+                if rare is None or source != ANY_SOURCE:
+                    break
+                sources.add(message.source)
+        if not found:
+            return None
+        is_other = len(found) > 1 and rare is not None and rare.happens("other_order")
+        index = rare.draw.choice(found) if is_other and rare else found[0]
+        self.state.num_taken += 1
+        return self.arrived.pop(index)
 
     def _require_alive(self) -> None:
         """Raise if a rank has died and is not left behind yet; or if dead itself."""

@@ -25,11 +25,13 @@ from greenlet import (  # type: ignore[import-untyped]
 
 from mpilm.errors import MpilmError, RanksDiedError, WorldError
 from mpilm.world.base import Activity, Request, Traffic
+from mpilm.world.virtual.rare import Rare
 
 T = TypeVar("T")
 
 NETWORK, ACTIVITY = 0, 1  # priorities
 CLOCK = "the clock"
+LATE = "late_start"
 MAX_POLLS = 100_000  # answers "not yet" to an activity that never lets time pass
 MAX_REPORTED = 64  # ranks in a report of a deadlock
 
@@ -39,9 +41,10 @@ class Died(BaseException):
 
 
 class Engine:
-    """Virtual time, and who runs in it."""
+    """Virtual time, and who runs in it; `rare`: which rare branches are taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, rare: Rare | None = None) -> None:
+        self.rare = rare
         self.now_s = 0.0
         self.num_events = 0
         self.begun = False
@@ -272,7 +275,9 @@ class VirtualActivity(Activity):
         self.joiners: list[VirtualActivity] = []
         self._inside = ""  # where blocking is forbidden
         state.activities.append(self)
-        self.wake()
+        self.is_woken = True
+        late_s = 0.0 if is_learner or not engine.rare else engine.rare.delay_s(LATE)
+        engine.at(engine.now_s + late_s, ACTIVITY, engine.resume, self)
 
     def _run(self) -> None:
         torch = sys.modules.get("torch")
@@ -384,6 +389,7 @@ class VirtualRequest(Request):
     def __init__(self, engine: Engine, state: RankState) -> None:
         self.engine, self.state = engine, state
         self.done = False
+        self.admitted = False  # Test has said so
         self.is_learners = engine.active(state).is_learner
         if self.is_learners:
             if state.num_in_flight == 0:
@@ -411,10 +417,25 @@ class VirtualRequest(Request):
         return False
 
     def Test(self) -> bool:
-        if not self.done:
+        if not self.done or (not self.admitted and self.is_denied()):
             self.state.require_alive(self.engine.active(self.state))
             self.engine.polled()
-        return self.done
+            return False
+        self.admitted = True
+        return True
+
+    def is_denied(self) -> bool:
+        """Return whether Test says no though it is done; all look again later."""
+        rare = self.engine.rare
+        if rare is None or not rare.happens("not_yet"):
+            return False
+        later_s = self.engine.now_s + rare.pause_s * rare.draw.random()
+        self.engine.at(later_s, NETWORK, self.look_again, None)
+        return True
+
+    def look_again(self, _: Any) -> None:
+        """Let whoever asked and was told no ask again."""
+        self.state.changed()
 
     def Wait(self) -> None:
         self.wait(counts=True)

@@ -31,6 +31,7 @@ from mpilm.world.virtual.engine import (
     RankState,
     VirtualActivity,
 )
+from mpilm.world.virtual.rare import Rare
 
 T = TypeVar("T")
 # from a death until the others are told: some milliseconds between real ranks, with a
@@ -46,6 +47,7 @@ def run_virtual(
     faults: Faults | None = None,
     seed: int = 0,
     can_shrink: bool = False,
+    rare: Rare | None = None,
 ) -> list[T]:
     """Return what `main(world)` returned on each of `size` virtual ranks.
 
@@ -57,6 +59,7 @@ def run_virtual(
         seed: of the machine's jitter.
         can_shrink: whether the others can go on when a rank dies (`World.shrink`);
             what it returned is None.
+        rare: rare branches that are taken on purpose, see rare.py.
 
     Raises:
         WorldError: a deadlock (who waits for what, a line per rank), or an error on a
@@ -64,7 +67,12 @@ def run_virtual(
         MpilmError: one on a rank, with the rank's number in front.
     """
     simulation = Simulation(
-        size, machine=machine, faults=faults, seed=seed, can_shrink=can_shrink
+        size,
+        machine=machine,
+        faults=faults,
+        seed=seed,
+        can_shrink=can_shrink,
+        rare=rare,
     )
     return simulation.run(main)
 
@@ -80,6 +88,7 @@ class Simulation:
         faults: Faults | None = None,
         seed: int = 0,
         can_shrink: bool = False,
+        rare: Rare | None = None,
     ) -> None:
         if size < 1:
             raise WorldError(f"{size} ranks cannot run")
@@ -88,7 +97,7 @@ class Simulation:
         self.faults.check(size)
         self.can_shrink = can_shrink
         self.shrinking: list[VirtualWorld] = []  # have come to `shrink`
-        self.engine = Engine()
+        self.engine = Engine(rare)
         states = [RankState(r, self.machine.node(r), seed) for r in range(size)]
         self.engine.ranks = states
         self.network = Network(self.engine, self.machine, self.faults)
