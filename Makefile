@@ -56,7 +56,7 @@ docs: .venv/test.stamp
 
 cluster-test: .venv/test.stamp
 	tools/slurm.sh
-	$(BIN)/python tests/all.py cluster
+	MPILM_MINUTES=1 $(BIN)/python tests/all.py cluster
 
 bench: .venv/test.stamp
 	tools/bench.sh

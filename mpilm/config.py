@@ -39,6 +39,7 @@ else:
 
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0.0)]
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
@@ -117,6 +118,9 @@ class WorldConfig:
     direct where a trial in a child process works"""
     on_death: Literal["end", "go_on"] = "end"
     """when a rank dies: all end; or the others go on (under mpirun --with-ft ulfm)"""
+    silence_s: Seconds = 600.0
+    """seconds without an answer from a rank that end the run, while others wait; 0:
+    never"""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def suites() -> list[Suite]:
         *(under("mpich", ranks) for ranks in (1, 2, 3)),
         *(under("impi", ranks) for ranks in (2, 3) if has_intel()),
         plain("launch", *SECOND_TRY, *(f"tests/{f}" for f in launchers), limit_s=2400),
-        plain("cluster", *SECOND_TRY, "tests/cluster", limit_s=900),
+        plain("cluster", *SECOND_TRY, "tests/cluster", limit_s=1200),
     ]
 
 

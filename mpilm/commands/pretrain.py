@@ -44,7 +44,7 @@ def pretrain(
         with world.all_or_none():
             settings = read_config(config, set_)
             require_apart([out], settings.inputs(config))
-            world.configure(faults=settings.faults)
+            world.configure(faults=settings.faults, silence_s=settings.world.silence_s)
         assert settings is not None
         speaks = world.rank == 0
         shown: Any = progress_bar() if speaks else nullcontext(lambda done, total: None)

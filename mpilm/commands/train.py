@@ -105,7 +105,7 @@ def run(
     with StopRequest() as stop, MpiWorld() as world, abort_on_error(world, out):
         with world.all_or_none():
             settings = read()
-            world.configure(faults=settings.faults)
+            world.configure(faults=settings.faults, silence_s=settings.world.silence_s)
         assert settings is not None
         if note := choose_messages(world, settings):
             Screen(1, speaks=world.rank == 0).line(note)

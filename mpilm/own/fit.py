@@ -167,7 +167,7 @@ def fit_in(
         if scheduler_per not in PER:
             raise ConfigError(f"scheduler_per: {scheduler_per!r} is none of {PER}")
         if hasattr(world, "configure"):
-            world.configure(faults=config.faults)
+            world.configure(faults=config.faults, silence_s=config.world.silence_s)
     assert config is not None
     if isinstance(world, MpiWorld):
         choose_messages(world, config)

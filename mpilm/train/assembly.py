@@ -46,6 +46,7 @@ class Assembly:
 
     def __init__(self, config: Config, world: World, folder: RunFolder) -> None:
         self.config, self.world, self.folder = config, world, folder
+        world.last_words = folder.last_words
         self.death = ""
 
     def set_up(self, *, resume: bool) -> None:

@@ -207,6 +207,14 @@ class RunFolder:
         last = with_changes(first, read_changes(self.changes))
         return resolve(last, overrides, origin=str(self.config))
 
+    def last_words(self) -> str:
+        """Return what people are told of the last checkpoint when a wait ends a run."""
+        found = complete_checkpoints(self.checkpoints)
+        if not found:
+            return "; there is no checkpoint yet"
+        way = self.resumed_by or f"mpilm resume {self.path}"
+        return f"; the last checkpoint is {found[0].name}, {way} goes on from it"
+
     def has_checkpoint(self) -> bool:
         """Return whether a complete checkpoint is there."""
         return bool(complete_checkpoints(self.checkpoints))

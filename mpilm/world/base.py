@@ -236,6 +236,7 @@ class World(ABC):
     is_virtual = False  # whether its seconds are those of a declared machine
     eval_s = 0.0  # seconds that evaluating a sample takes in virtual time
     can_shrink = False  # whether it can go on without ranks that have died
+    last_words: Callable[[], str] = str  # after the line on a wait that ends a run
 
     @property
     def rank(self) -> int:

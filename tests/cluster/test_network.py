@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from mpilm.cli import main
 from mpilm.data.synthetic import prepare_synthetic
+from mpilm.storage.checkpoint import complete_checkpoints, load_shared
 from mpilm.strategies import STRATEGIES
 from tools.emulated_cluster import EmulatedCluster, links, why_not
 
@@ -23,6 +26,9 @@ NEAR = 0.3  # of the first distance to the minimum: the final model's
 AGREED = 0.4  # the farthest rank's own model's; ranks that do not talk end at 0.75
 
 pytestmark = pytest.mark.timeout(300)
+minutes = pytest.mark.skipif(
+    "MPILM_MINUTES" not in os.environ, reason="takes minutes: make cluster-test"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +73,22 @@ def test_two_ranks_of_a_node_are_a_node(cluster: EmulatedCluster) -> None:
     assert found["hierarchical"][1] < NEAR
 
 
-@pytest.mark.parametrize("name", ["allreduce", "gossip_bmuf", "adpsgd", "async_sgd"])
-def test_a_node_that_is_cut_off_for_five_seconds_comes_back(
-    cluster: EmulatedCluster, name: str
+@pytest.mark.parametrize(
+    ("name", "cut_s"),
+    [
+        *((name, 5.0) for name in ("allreduce", "gossip_bmuf", "adpsgd", "async_sgd")),
+        pytest.param("bmuf", 60.0, marks=minutes),
+    ],
+)
+def test_a_node_that_is_cut_off_comes_back(
+    cluster: EmulatedCluster, name: str, cut_s: float
 ) -> None:
     """TCP holds what was sent: everybody waits or goes on, and nothing is lost."""
 
     def cut_and_mend() -> None:
         time.sleep(4.0)  # MPI has started, training goes on
         cluster.cut(3)
-        time.sleep(5.0)
+        time.sleep(cut_s)
         cluster.mend(3)
 
     cutter = threading.Thread(target=cut_and_mend)
@@ -88,7 +100,114 @@ def test_a_node_that_is_cut_off_for_five_seconds_comes_back(
     seconds, left, *_ = found[name]
     # ranks that went on took their steps without the others' data
     assert left < 2 * NEAR, found
-    assert seconds > 6.0, "it was over before the link was cut"
+    assert seconds > cut_s + 1.0, "it was over before the link was cut"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Return a folder with a configuration `train.toml` that trains for long."""
+    corpus = tmp_path / "corpus.h5"
+    prepare_synthetic(corpus, vocab=30, tokens=20_000, seed=1, branching=4)
+    (tmp_path / "train.toml").write_text(
+        f'[data]\ncorpus = "{corpus}"\n[model]\nembed = 8\nhidden = 8\n'
+        "[train]\nsamples = 100_000_000\nbatch = 4\nunroll = 10\n"
+        '[checkpoint]\nevery = 4000\n[strategy]\nname = "bmuf"\n'
+    )
+    return tmp_path
+
+
+def cut_for_ever(
+    cluster: EmulatedCluster, project: Path, *settings: str, **environment: str
+) -> tuple[subprocess.Popen, float, list[str]]:
+    """Train on all nodes, cut one off after the first checkpoint, wait for the end.
+
+    Returns:
+        mpirun, killed if it has not ended by itself; seconds from the cut until no rank
+        is left; what mpilm said on stderr.
+    """
+    run, err = project / "run", project / "stderr"
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    command = [sys.executable, "-m", "mpilm", "train", str(project / "train.toml")]
+    command += ["--out", str(run), *(f"--set={text}" for text in settings)]
+    options = ("-x", "PYTHONPATH") if "PYTHONPATH" in os.environ else ()
+    with err.open("w") as stream:
+        process = cluster.start([*options, "-n", "4", *command], "node", stderr=stream)
+    try:
+        wait_for(lambda: complete_checkpoints(run / "checkpoints"), "checkpoint")
+        cluster.cut(4)
+        began_s = time.monotonic()
+        wait_for(lambda: not ranks_on(cluster), "end of all ranks")
+        seconds = time.monotonic() - began_s
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5.0)
+    finally:
+        cluster.mend(4)
+        process.poll() is None and process.kill()
+        process.wait()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    said = err.read_text().splitlines()
+    return process, seconds, [line for line in said if line.startswith("mpilm: ")]
+
+
+def ranks_on(cluster: EmulatedCluster) -> list[str]:
+    """Return the processes of ranks on the nodes."""
+    found = []
+    for node in range(1, cluster.nodes + 1):
+        pids = ["ip", "netns", "pids", f"{cluster.prefix}n{node}"]
+        for pid in run_text(pids).split():
+            with suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                found += [pid] if b"mpilm" in command else []
+    return found
+
+
+def run_text(command: list[str]) -> str:
+    """Return what a command prints."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+def wait_for(ready: Callable[[], object], what: str, limit_s: float = 150.0) -> None:
+    """Wait until `ready()` is true."""
+    deadline_s = time.monotonic() + limit_s
+    while not ready():
+        assert time.monotonic() < deadline_s, f"no {what} after {limit_s} s"
+        time.sleep(0.1)
+
+
+@minutes
+def test_mpirun_ends_all_when_a_node_is_cut_off_for_ever(
+    cluster: EmulatedCluster, project: Path
+) -> None:
+    """By its own keepalive; its exit code is 0, so the summary tells."""
+    keepalive = {"time": "5", "intvl": "2", "probes": "3"}
+    process, seconds, said = cut_for_ever(
+        cluster,
+        project,
+        **{f"PRTE_MCA_oob_tcp_keepalive_{k}": v for k, v in keepalive.items()},
+    )
+    assert 5.0 < seconds < 60.0
+    assert process.returncode == 0
+    assert not (project / "run" / "summary.json").exists()
+    assert said == []  # nobody has waited for a minute
+    assert load_shared(project / "run" / "checkpoints")["samples"] >= 4000
+
+
+@minutes
+def test_ranks_end_by_themselves_when_a_node_is_cut_off_for_ever(
+    cluster: EmulatedCluster, project: Path
+) -> None:
+    """Also the one that is cut off, whom mpirun cannot reach."""
+    _, seconds, said = cut_for_ever(cluster, project, "world.silence_s=8")
+    assert 14.0 < seconds < 90.0
+    first, *_, last = (line for line in said if line.startswith("mpilm: rank 0: "))
+    newest = complete_checkpoints(project / "run" / "checkpoints")[0].name
+    words = f"; the last checkpoint is {newest}, mpilm resume {project / 'run'} goes on"
+    assert f"for rank 3 (no answer from rank 3{words} from it)" in first
+    assert "rank 0: no answer from rank 3 for 8 s, waiting in or for" in last
+    assert last.endswith(f"ends{words} from it")
 
 
 def test_one_link_ten_times_slower_holds_up_who_waits_for_it(

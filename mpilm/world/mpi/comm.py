@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from hashlib import blake2b
 from time import sleep
@@ -244,14 +245,15 @@ class MpiComm(Comm):
         return MpiComm(self.resources, handle, name)
 
     # how
-    def _enter(self, name: str, msg_bytes: int = 0) -> None:
+    def _enter(self, name: str, msg_bytes: int = 0) -> AbstractContextManager[None]:
         """Enter a collective: block until all ranks have, and a slow link's delay.
 
-        The barrier is polled with pauses, and the inspector knows of the wait.
+        The barrier is polled with pauses, and the inspector knows of the wait. What is
+        returned lets it know of MPI's own call, too: a link may break in that.
         """
         self.entered += 1
         if self.size == 1:
-            return
+            return nullcontext()
         request = self.handle.Ibarrier()
         if not any(request.Test() for _ in range(FIRST_LOOKS)):
             self.progress.wait(request.Test, Waiting(name, self, self.entered))
@@ -259,6 +261,8 @@ class MpiComm(Comm):
         delay_s = collective_delay_s(faults, self.members, self.rank, name, msg_bytes)
         if delay_s > 0.0:
             sleep(delay_s)
+        inside = Waiting(name, self, self.entered, inside=True)
+        return self.resources.inspector.watching(inside)
 
     def _do(
         self,

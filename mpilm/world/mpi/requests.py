@@ -8,6 +8,7 @@ CollectiveQueue   runs the collectives of one communicator in order, beside the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -21,9 +22,8 @@ from mpilm.world.mpi.staging import Stage
 from mpilm.world.mpi.stall import Waiting
 
 T = TypeVar("T")
-Enter = Callable[
-    [str, int], None
-]  # a collective: its name, bytes; blocks for all ranks
+# a collective: its name, bytes; blocks for all ranks, returns what watches the call
+Enter = Callable[[str, int], AbstractContextManager[None]]
 
 
 class Operation(Request):
@@ -138,7 +138,8 @@ def perform(
     """Wait for all ranks, then make an MPI call that blocks; return its result.
 
     Args:
-        enter: enters a collective of the communicator; returns when all ranks have.
+        enter: enters a collective of the communicator; returns when all ranks have,
+            with what watches the call.
         name: the MPI name of the call.
         call: makes it.
         stages: buffers that MPI reads or writes.
@@ -147,8 +148,8 @@ def perform(
     try:
         for stage in stages:
             stage.arrived()
-        enter(name, stages[-1].host.nbytes if stages else 0)
-        result = call()
+        with enter(name, stages[-1].host.nbytes if stages else 0):
+            result = call()
         if target is not None:
             target.deliver()
     finally:

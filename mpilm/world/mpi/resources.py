@@ -30,9 +30,9 @@ class Resources:
     has_ulfm    whether ranks go on after a death
 
     Args:
-        stall_s: a wait of so many seconds is reported; 0: never.
-        stall_abort_s: a wait of so many seconds ends all ranks; 0: never.
+        stall_s, stall_abort_s, silence_s: limits of waits, as of `StallInspector`.
         abort: ends all ranks.
+        last_words: what people are told then.
         background: whether threads may call MPI beside the learner.
     """
 
@@ -43,12 +43,19 @@ class Resources:
         *,
         stall_s: float,
         stall_abort_s: float,
+        silence_s: float,
         abort: Callable[[], None],
+        last_words: Callable[[], str],
         background: bool,
     ) -> None:
         self.control, self.faults = control, faults
         self.inspector = StallInspector(
-            control, stall_s=stall_s, abort_s=stall_abort_s, abort=abort
+            control,
+            stall_s=stall_s,
+            abort_s=stall_abort_s,
+            silence_s=silence_s if background else 0.0,  # else who computes is silent
+            abort=abort,
+            last_words=last_words,
         )
         self.meter = Meter()
         self.progress = Progress(self.meter, self.inspector, background=background)

@@ -10,6 +10,7 @@ move stands in progress.py, reports of stalls in stall.py, ends in abort.py.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from mpilm.errors import (
     BAD_INPUT,
@@ -50,6 +51,7 @@ FORWARD_S = 0.5  # for mpirun to read our last line; without it, 1 of 40 was los
 LEAVE_S = 10.0  # how long a rank that exits without close() waits for the others
 CRASH_S = 1.0  # the same after an uncaught exception
 JOIN_S = 5.0  # for threads at the end
+ABORT_S = 10.0  # for mpirun to end us when asked to; then we end by ourselves
 SETTLE_S = 1.0  # for requests under way when a rank has died
 
 
@@ -61,8 +63,11 @@ class MpiWorld(World):
             duplicated: the world's messages never match anybody else's.
         faults: what is wrong with the ranks (`mpilm.world.faults.Faults`).
         step_s: computing takes at least so long, seconds; for learners that sleep.
-        stall_s: a wait of so many seconds is reported on stderr; 0: never.
+        stall_s: a wait of so many seconds is reported on stderr, as long as the rank
+            has not waited in the same way some times (world/waits.py); 0: never.
         stall_abort_s: a wait of so many seconds ends all ranks; 0: never.
+        silence_s: so many seconds without an answer from a rank end all, while others
+            wait; 0: never, as without MPI_THREAD_MULTIPLE.
 
     Raises:
         WorldError: the launcher started several processes that do not see each other.
@@ -78,6 +83,7 @@ class MpiWorld(World):
         step_s: float = 0.0,
         stall_s: float = 60.0,
         stall_abort_s: float = 0.0,
+        silence_s: float = 0.0,
     ) -> None:
         mpi = start_mpi()
         if comm is None:
@@ -88,6 +94,7 @@ class MpiWorld(World):
         self.on_failure: Callable[[BaseException], None] | None = None
         self.number = comm.rank  # of this rank, whoever dies
         self._limits = {"stall_s": stall_s, "stall_abort_s": stall_abort_s}
+        self._limits["silence_s"] = silence_s
         self._num_steps = 0
         self._is_closing = self._closed = False
         self._before: list[Any] = []  # of worlds with more ranks: MPI may use them yet
@@ -108,6 +115,7 @@ class MpiWorld(World):
             faults,
             **self._limits,
             abort=lambda: self.abort(STALLED),
+            last_words=lambda: f"{self.last_words()}",  # as it is then
             background=self.background,
         )
         self.progress = self.resources.progress
@@ -127,8 +135,12 @@ class MpiWorld(World):
         """What is wrong with the ranks."""
         return self.resources.faults
 
-    def configure(self, *, faults: Faults | None) -> None:
-        """Declare what is wrong with the ranks in this run.
+    def configure(self, *, faults: Faults | None, silence_s: float = 0.0) -> None:
+        """Declare what is wrong with the ranks in this run, and what ends it.
+
+        Args:
+            faults: what is wrong.
+            silence_s: of a rank; as of the class.
 
         Raises:
             ConfigError: they speak of a rank that does not exist.
@@ -136,6 +148,8 @@ class MpiWorld(World):
         if faults is not None:
             faults.check(self.size)
         self.resources.faults = faults
+        self._limits["silence_s"] = silence_s
+        self.resources.inspector.silence_s = silence_s if self.background else 0.0
 
     def take_gpu_buffers(self, device: str) -> None:
         """Give MPI tensors on `device`, a GPU, as they are, from now on.
@@ -309,6 +323,8 @@ class MpiWorld(World):
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(FORWARD_S)
+        # where mpirun cannot be reached Abort waits for it, with Python's lock held
+        faulthandler.dump_traceback_later(ABORT_S, exit=True, file=_nowhere())
         self.control.Abort(code)
 
     def _leave(self) -> None:
@@ -401,6 +417,11 @@ class NotifyingLock(AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         self._lock.release()
         self.progress.notify()
+
+
+def _nowhere() -> IO[str]:
+    """Return a file that keeps nothing, open until the process ends."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _ignore(part: Any) -> None:
