@@ -6,6 +6,7 @@ RUN/job.json   {"job": "17", "scheduler": "slurm"}: the one submitted last
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ VARIABLES = {"slurm": "SLURM_JOB_ID", "pbs": "PBS_JOBID"}
 STATE = {
     "slurm": ("squeue", "--noheader", "--format=%T", "--jobs"),
     "pbs": ("qstat",),
+}
+# scheduler -> the command that prints why a job still waits, and how that looks
+REASON = {
+    "slurm": (("squeue", "--noheader", "--format=%r", "--jobs"), r"^(?!None$)(.+)$"),
+    "pbs": (("qstat", "-f", "-w"), r"^ *comment = (.+)$"),
 }
 
 
@@ -70,10 +76,25 @@ class Submitted:
         """
         if self.scheduler not in STATE:
             return False
-        command = [*STATE[self.scheduler], self.job]
+        return bool(self._ask(STATE[self.scheduler]).strip())
+
+    def waits_for(self) -> str:
+        """Ask the scheduler why the job does not run yet; "": it does not say.
+
+        Raises:
+            WorldError: it does not answer.
+        """
+        if self.scheduler not in REASON:
+            return ""
+        command, form = REASON[self.scheduler]
+        found = re.search(form, self._ask(command), re.M)
+        return found[1].strip() if found else ""
+
+    def _ask(self, command: tuple[str, ...]) -> str:
+        """Return what it prints of this job; "": it fails, or is not here."""
         try:
             done = subprocess.run(
-                command,
+                [*command, self.job],
                 check=False,
                 capture_output=True,
                 text=True,
@@ -82,10 +103,10 @@ class Submitted:
                 timeout=ASK_S,
             )
         except FileNotFoundError:
-            return False  # another cluster's
+            return ""  # another cluster's
         except (OSError, subprocess.TimeoutExpired) as error:
             raise WorldError(f"{command[0]}: {reason(error)}") from None
-        return done.returncode == 0 and bool(done.stdout.strip())
+        return done.stdout if done.returncode == 0 else ""
 
 
 def require_free(run: Path, *, after: str = "") -> None:

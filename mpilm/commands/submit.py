@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -320,8 +321,7 @@ def build(
         command += [f"--account={account}"] if account else []
         command += [f"--dependency=afterany:{after}"] if after else []
     else:
-        # PBS takes a name of 15 characters, the first one a letter
-        command = ["qsub", "-N", f"{'' if name[:1].isalpha() else 'r'}{name}"[:15]]
+        command = ["qsub", "-N", pbs_name(name)]
         ncpus = size.ranks_per_node * cpus_per_rank
         select = f"select={size.nodes}:ncpus={ncpus}:mpiprocs={size.ranks_per_node}"
         if size.gpus_per_node:
@@ -331,9 +331,33 @@ def build(
         command += ["-A", account] if account else []
         command += ["-W", f"depend=afterany:{after}"] if after else []
         variables = {**variables, "WALLTIME": time, "WARN": str(warn)}
+        settings = variables.get("SETTINGS", "")
+        if (encoded := without_quotes(settings)) != settings:
+            variables |= {"SETTINGS": encoded, "PERCENT": "1"}
         # by name: qsub takes the values from its environment, commas and all
         command += ["-v", ",".join(variables)]
     return Job(dict(variables), [*command, *options, str(SCRIPTS[scheduler])])
+
+
+def without_quotes(text: str) -> str:
+    """Return a text without what PBS garbles in a variable; train.pbs reads it back.
+
+    OpenPBS 23.06 was seen to make a backslash of a quote, and two of one.
+
+    >>> without_quotes('strategy.name="bmuf"')
+    'strategy.name=%22bmuf%22'
+    """
+    return re.sub(r"""[%"'\\]""", lambda found: f"%{ord(found[0]):02X}", text)
+
+
+def pbs_name(name: str) -> str:
+    """Return a name as PBS takes it: 15 characters, the first one a letter.
+
+    >>> pbs_name("2x"), pbs_name("bmuf,period=20-slow=no-r4")
+    ('r2x', 'bmuf_period_20-')
+    """
+    name = name if name[:1].isalpha() else f"r{name}"
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", name)[:15]
 
 
 def start(job: Job) -> str:
@@ -359,7 +383,8 @@ def start(job: Job) -> str:
     except OSError as error:
         raise WorldError(f"{name}: {error.strerror}") from None
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
+        said, _, _ = (done.stderr or done.stdout).partition("\nusage:")  # of qsub
+        lines = said.strip().splitlines()
         raise WorldError("; ".join(lines) or f"{name}: exit code {done.returncode}")
     # sbatch --parsable: "123" or "123;cluster"
     return done.stdout.strip().split(";")[0]

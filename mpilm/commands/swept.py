@@ -31,7 +31,7 @@ class State:
     """How a point stands.
 
     state   waiting, runs, queued (with a scheduler), done, stopped or failed
-    why     it failed: a line
+    why     it failed, or still waits in the queue: a line
     took_s  seconds that its command took
     """
 
@@ -66,8 +66,8 @@ class Sweep:
             states = {point.name: State() for point in points} | states
             return cls(out, spec, points, states, found["config"])
         except OSError as error:
-            problem = reason(error)
-            raise CheckpointError(f"{path}: no sweep here: {problem}") from None
+            problem = f"no run and no sweep here: {reason(error)}"
+            raise CheckpointError(f"{path}: {problem}") from None
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError):
             raise CheckpointError(f"{path}: is no record of a sweep") from None
 
@@ -102,14 +102,16 @@ class Sweep:
             run = self.out / point.name
             job = Submitted.read(run)
             if (run / "summary.json").exists():
-                state.state = "done"
+                state.state, state.why = "done", ""
             elif job is None or not job.is_queued():
                 logs = [*run.glob("job-*.log"), *run.glob("*.OU")]
                 newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
                 state.state = "failed"
                 state.why = last_line(newest) or "the job ended without a summary"
             else:
-                state.state = "runs" if (run / OWNER).exists() else "queued"
+                is_running = (run / OWNER).exists()
+                state.state = "runs" if is_running else "queued"
+                state.why = "" if is_running else job.waits_for()
 
 
 def last_line(log: Path | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mpilm.config import read_toml, tomllib
 from mpilm.errors import CheckpointError
 from mpilm.report.reader import Run
-from mpilm.storage.files import printable, text_of
+from mpilm.storage.files import printable, reason, text_of
 from mpilm.storage.runlog import read_run
 from mpilm.train.changes import read_changes
 from mpilm.train.folder import RunFolder
@@ -23,14 +23,18 @@ def read(path: Path, name: str) -> Run:
         CheckpointError: there is none, or it cannot be read.
     """
     folder = RunFolder(path).require()
+    at = folder.config
     try:
-        toml = read_toml(folder.config)
+        toml = read_toml(at)
         config = tomllib.loads(toml)
-        summary = {}
-        if folder.summary.exists():
-            summary = json.loads(text_of(folder.summary))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        summary, at = {}, folder.summary
+        if at.exists():
+            summary = json.loads(text_of(at))
+    except OSError as error:
+        raise CheckpointError(f"{at}: cannot read: {reason(error)}") from None
+    except ValueError as error:
+        kind = "TOML" if at == folder.config else "JSON"
+        raise CheckpointError(f"{at}: cut off? It is not {kind}: {error}") from None
     changes = read_changes(folder.changes)
     run = Run(name, path, summary, config, toml, read_run(path), changes)
     run.simulated |= (path.parent / SIMULATION).exists()  # one that is under way

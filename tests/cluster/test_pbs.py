@@ -41,7 +41,7 @@ Job Id: $2
     Account_Name = speech
 END"""
 QSUB = """printf '%s\\n' "$@" >{folder}/qsub.options
-for name in CONFIG RUN SETTINGS MPILM_ENV LAUNCH WALLTIME WARN RESUME; do
+for name in CONFIG RUN SETTINGS PERCENT MPILM_ENV LAUNCH WALLTIME WARN RESUME; do
     echo "$name=${{!name}}" >>{folder}/qsub.environment
 done
 echo 17.server"""
@@ -175,14 +175,15 @@ def test_time_limit_next_job_resume(submit: Submit, project: Project) -> None:
         walltime="00:01:00",
         RUN="runs/x",
         WARN="30",
-        SETTINGS="train.seed=2 optim.lr=0.1",
+        SETTINGS="train.seed=2 optim.lr=0.1 strategy.name=%22bmuf%22",
+        PERCENT="1",
     )
     assert first.wait() == 75, first.output()
     assert len(project.checkpoints()) == 1
     options = (project.folder / "qsub.options").read_text().splitlines()
     assert options == [
         *("-N", "mpilm"),
-        *("-v", "CONFIG,RUN,SETTINGS,MPILM_ENV,LAUNCH,WALLTIME,WARN,RESUME"),
+        *("-v", "CONFIG,RUN,SETTINGS,PERCENT,MPILM_ENV,LAUNCH,WALLTIME,WARN,RESUME"),
         *("-W", "depend=afterany:16.server"),
         *("-q", "workq"),
         *("-l", "select=2:ncpus=1:mpiprocs=1"),
@@ -193,7 +194,9 @@ def test_time_limit_next_job_resume(submit: Submit, project: Project) -> None:
     ]
     environment = (project.folder / "qsub.environment").read_text().splitlines()
     variables = dict(line.split("=", 1) for line in environment)
-    assert variables["SETTINGS"] == "train.seed=2 optim.lr=0.1"
+    assert variables["SETTINGS"].endswith("strategy.name=%22bmuf%22")
+    assert variables["PERCENT"] == "1"
+    assert 'name = "bmuf"' in (project.run / "config.toml").read_text()
     assert variables["WALLTIME"] == "00:01:00"
 
     done = samples_at_stop(first.output())

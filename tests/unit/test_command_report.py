@@ -377,6 +377,10 @@ def test_what_cannot_be_read_is_named_and_the_others_are_drawn(tmp_path, capsys)
     assert "bad" in said
     assert "left out" in out.read_text()
     assert main(["report", str(bad), "--out", str(out)]) == 2
+    assert f"{bad / 'summary.json'}: cut off? It is not JSON" in said
+    (bad / "config.toml").write_text('[model]\nname = "lstm')
+    assert main(["report", str(bad), "--out", str(out)]) == 2
+    assert f"{bad / 'config.toml'}: cut off? It is not TOML" in capsys.readouterr().err
 
 
 def test_a_protocol_that_was_simulated_is_drawn(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mpilm.commands import submit
+from mpilm.commands.queued import Submitted
 from mpilm.data.synthetic import prepare_synthetic
 from mpilm.storage.owner import Owner, Record
 
@@ -94,6 +95,29 @@ def test_pbs_gets_chunks_and_names_of_variables(folder):
     ]
     assert job.variables["SETTINGS"] == "a.b=[1,2]"
     assert (job.variables["WALLTIME"], job.variables["WARN"]) == ("8:00:00", "90")
+    assert "PERCENT" not in job.variables
+
+
+def test_pbs_gets_no_quotes(folder):
+    settings = 'a.b="x y"', "a.c='z'", "a.d=1%"
+    variables = {"RUN": "x", "SETTINGS": " ".join(settings)}
+    job = submit.build(
+        "pbs", submit.Size(1, 1, 0), variables=variables, time="8:00:00", warn=90
+    )
+    assert job.variables["SETTINGS"] == "a.b=%22x y%22 a.c=%27z%27 a.d=1%25"
+    assert "PERCENT" in job.command[job.command.index("-v") + 1].split(",")
+    lines = submit.SCRIPTS["pbs"].read_text().splitlines()
+    (at,) = [n for n, line in enumerate(lines) if line.startswith("plain=")]
+    script = "\n".join([*lines[at : at + 2], 'printf %s "$plain"'])
+    environment = {**os.environ, **job.variables}
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == " ".join(settings)
 
 
 def test_the_scripts_are_part_of_the_package():
@@ -161,13 +185,38 @@ def test_a_scheduler_that_is_not_here(folder):
     assert "neither sbatch nor qsub is on PATH" in done.stderr
     refusing = folder / "refusing" / "qsub"
     refusing.parent.mkdir()
-    refusing.write_text("#!/bin/sh\necho 'qsub: Unknown queue' >&2\nexit 170\n")
+    said = "qsub: Unknown queue\\nusage: qsub [-a date]\\n[-A account]"
+    refusing.write_text(f"#!/bin/sh\nprintf '{said}' >&2\nexit 170\n")
     refusing.chmod(0o755)
     path = f"{refusing.parent}:/usr/bin:/bin"
     options = ("--scheduler", "pbs", "--time", "1:00:00")
     done = run(folder, "train.toml", *options, path=path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "mpilm: qsub: Unknown queue\n"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "answer", "why"),
+    [
+        ("slurm", "Resources", "Resources"),
+        ("slurm", "None", ""),
+        (
+            "pbs",
+            "Job Id: 7.host\n    job_state = Q\n"
+            "    comment = Can Never Run: Insufficient amount of resource: ncpus\n",
+            "Can Never Run: Insufficient amount of resource: ncpus",
+        ),
+        ("pbs", "Job Id: 7.host\n    job_state = Q\n", ""),
+    ],
+)
+def test_the_scheduler_says_why_a_job_waits(
+    tmp_path, monkeypatch, scheduler, answer, why
+):
+    stand_in = tmp_path / {"slurm": "squeue", "pbs": "qstat"}[scheduler]
+    stand_in.write_text(f'#!/bin/sh\ncat <<"END"\n{answer}\nEND\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert Submitted(scheduler, "7").waits_for() == why
 
 
 @pytest.fixture
