@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,10 @@ from mpilm.errors import ConfigError, say
 
 if TYPE_CHECKING:
     from mpilm.config import Config
-    from mpilm.simulate.plan import Row
+    from mpilm.simulate.curves import StoredCurve
+    from mpilm.simulate.plan import Candidate, Row
+
+STEPS = 50  # chosen, not tuned
 
 
 def plan(
@@ -31,7 +35,8 @@ def plan(
     periods: str = "",
     batches: str = "",
     finalists: int = 6,
-    steps: int = 50,
+    steps: int | None = None,
+    curves: tuple[Path, ...] = (),
     vocab: int = 0,
     classes: int = 0,
     inputs: int = 40,
@@ -58,7 +63,10 @@ def plan(
         batches: to choose from, such as 20,40=0.15: with the seconds of a gradient, or
             without: in proportion; if not given, the configured one
         finalists: how many are trained
-        steps: minibatches of a rank that never waits in the time that all get
+        steps: minibatches of a rank that never waits in the time that all get; if not
+            given, 50, or as many as all curves reach
+        curves: folders of runs or co-simulations of this model on so many ranks: their
+            perplexity against samples takes the place of training
         vocab: words of the language model: `--throughput` needs no corpus then
         classes: of the acoustic model, likewise
         inputs: of the acoustic model without a corpus: features x spliced frames
@@ -66,26 +74,37 @@ def plan(
     """
     from mpilm.config import read_config
     from mpilm.simulate import plan as plans
+    from mpilm.simulate.curves import equal_time_s, expect
     from mpilm.simulate.machines import find_machine
     from mpilm.simulate.simulation import about, ideal_samples_per_s, model_layout
     from mpilm.storage.files import require_apart, write_json
 
     for name, number in (("ranks", ranks), ("finalists", finalists), ("steps", steps)):
-        if number < 1:
+        if number is not None and number < 1:
             raise ConfigError(f"--{name} {number}: must be 1 or more")
+    if curves and (throughput or strategies or periods or batches):
+        raise ConfigError(
+            "--curves: strategies, periods and batches are those of the runs, and"
+            " nothing is left out: no --strategies, --periods, --batches, --throughput"
+        )
     if (vocab or classes) and not throughput:
         raise ConfigError("--vocab, --classes: only with --throughput")
     found = find_machine(machine) if machine else None
     settings = read_config(config, (*(found.settings if found else ()), *set_))
     ideal_samples_per_s(settings, ranks)
     settings.faults.check(ranks)
-    names = checked_strategies(strategies) or plans.default_strategies(settings, ranks)
-    chosen = plans.candidates(
-        settings,
-        names,
-        counts_in("--periods", periods) if periods else plans.PERIODS,
-        batch_steps(batches) if batches else {settings.train.batch: 0.0},
-    )
+    stored: list[StoredCurve] = []
+    if curves:
+        stored = stored_curves(curves, settings, ranks)
+        chosen: list[Candidate] = [curve.candidate for curve in stored]
+    else:
+        names = checked_strategies(strategies)
+        chosen = plans.candidates(
+            settings,
+            names or plans.default_strategies(settings, ranks),
+            counts_in("--periods", periods) if periods else plans.PERIODS,
+            batch_steps(batches) if batches else {settings.train.batch: 0.0},
+        )
     written = [path for path in (out, json) if path is not None]
     require_apart(written, settings.inputs(config))
     layout = model_layout(settings, vocab=vocab, classes=classes, inputs=inputs)
@@ -95,8 +114,16 @@ def plan(
     if not any(row.spoken for row in rows):
         raise ConfigError(f"{config}: no candidate can run: {rows[0].why}")
     step_s = settings.machine.step_s + settings.machine.update_s
-    budget_s = steps * step_s
-    if not throughput:
+    budget_s = (steps or STEPS) * step_s
+    if stored:
+        if steps is None:
+            budget_s = equal_time_s(rows, stored)
+        for row, curve in zip(rows, stored, strict=True):
+            expect(row, curve, budget_s)
+        if not any(row.trained for row in rows):
+            why = next(row.why for row in rows if row.spoken)
+            raise ConfigError(f"--curves: no run reaches {budget_s:.4g} s: it {why}")
+    elif not throughput:
         train_some(settings, plans.finalists(rows, finalists), ranks, budget_s)
         if not any(row.trained for row in rows):
             why = next(row.why for row in rows if row.spoken and row.why)
@@ -110,7 +137,7 @@ def plan(
     for line in (
         *plans.table([*plans.worth_showing(best), *failed]),
         "",
-        *plans.reasons(best, budget_s),
+        *plans.reasons(best, budget_s, stored=bool(stored)),
     ):
         print(line)
     recommended = best[0].candidate.applied(settings)
@@ -120,9 +147,29 @@ def plan(
     if json is not None:
         found_all: dict[str, Any] = {"simulated": True, "ranks": ranks}
         found_all["budget_s"] = budget_s
+        found_all["curves"] = [str(path) for path in curves]
         found_all["rows"] = [row.to_dict() for row in (*best, *failed)]
         write_json(json, found_all, indent=1)
     return 0
+
+
+def stored_curves(
+    paths: Sequence[Path], config: Config, ranks: int
+) -> list[StoredCurve]:
+    """Return the curves of stored runs; say which runs are left out, and why.
+
+    Raises:
+        ConfigError: none of them is of this model, data and number of ranks.
+    """
+    from mpilm.simulate.curves import read_curves
+
+    found, problems = read_curves(paths, config, ranks)
+    if not found:
+        more = f" ({len(problems)} runs left out)" if len(problems) > 1 else ""
+        raise ConfigError(f"--curves: {problems[0]}{more}")
+    for problem in problems:
+        say(f"left out: {problem}")
+    return found
 
 
 def train_some(config: Config, rows: list[Row], ranks: int, budget_s: float) -> None:

@@ -259,8 +259,14 @@ def _step_mb(outcome: Outcome) -> float:
     return outcome.bytes_sent / outcome.ranks / outcome.steps / 1e6
 
 
-def reasons(rows: Sequence[Row], budget_s: float) -> Iterator[str]:
-    """Yield why the first of ranked rows is recommended, and why the next is not."""
+def reasons(
+    rows: Sequence[Row], budget_s: float, *, stored: bool = False
+) -> Iterator[str]:
+    """Yield why the first of ranked rows is recommended, and why the next is not.
+
+    Args:
+        stored: nothing was trained; what it comes to is that of stored runs.
+    """
     best, others = rows[0], rows[1:]
     o = best.spoken
     assert o is not None and o.drift is not None
@@ -284,9 +290,9 @@ def reasons(rows: Sequence[Row], budget_s: float) -> Iterator[str]:
     )
     if best.trained is not None:
         yield (
-            f"Trained for {budget_s:.4g} virtual seconds it reads"
-            f" {best.trained.samples:,} samples and reaches a perplexity of"
-            f" {best.loss:.2f} on the valid split."
+            f"{'In' if stored else 'Trained for'} {budget_s:.4g} virtual seconds it"
+            f" reads {best.trained.samples:,} samples and reaches a perplexity of"
+            f" {best.loss:.2f} on the valid split{', as it did before' * stored}."
         )
     else:
         yield (
@@ -295,7 +301,7 @@ def reasons(rows: Sequence[Row], budget_s: float) -> Iterator[str]:
         )
     rival = next((r for r in others if r.candidate.strategy != _name(best)), None)
     for row in filter(None, (rival, *_notable(others, rival))):
-        yield _lost(row, best)
+        yield _lost(row, best, "" if stored else "failed: ")
 
 
 def _name(row: Row) -> str:
@@ -307,14 +313,14 @@ def _notable(others: Sequence[Row], rival: Row | None) -> list[Row]:
     return [r for r in others if _name(r) == "allreduce" and r is not rival][:1]
 
 
-def _lost(row: Row, best: Row) -> str:
-    """Return why a row is not recommended."""
+def _lost(row: Row, best: Row, failed: str) -> str:
+    """Return why a row is not recommended; `failed`: said before why it has no loss."""
     o, first = row.spoken, best.spoken
     assert o is not None and first is not None
     assert o.drift is not None and first.drift is not None
     text = f"{row.candidate}, batch {row.candidate.batch}"
     if row.why:
-        return f"{text}, failed: {row.why}"
+        return f"{text}, {failed}{row.why}"
     parts = []
     ratio = o.samples_per_s / first.samples_per_s
     if ratio < 0.95:

@@ -150,6 +150,48 @@ def test_the_lowest_loss_at_equal_time_is_written(folder, capsys):
     assert "training 1/3" not in printed  # on stderr
 
 
+@pytest.mark.long
+def test_stored_curves_take_the_place_of_training(folder, capsys):
+    """On the machine that the curves are of they give what was reached there."""
+    machine = ["--machine", "ethernet_1g", "--set", "machine.step_s=0.01"]
+    config, out = str(folder / "train.toml"), folder / "curves"
+    words = ["simulate", config, *machine, "--ranks", "2", "--out", str(out)]
+    words += ["--strategies", "allreduce,bmuf", "--set", "train.valid_every=800"]
+    assert main([*words, "--set", "train.samples=4800"]) == 0
+    found, planned = folder / "curves.json", folder / "curved.toml"
+    options = [*machine, "--json", found, "--out", planned, "--curves", out]
+    capsys.readouterr()
+    assert run(folder, "--ranks", 2, *options) == 0
+    printed = capsys.readouterr()
+    document = json.loads(found.read_text())
+    rows = {row["candidate"]["strategy"]: row["trained"] for row in document["rows"]}
+    ends = {
+        name: json.loads((out / name / "ranks-0002" / "summary.json").read_text())
+        for name in ("allreduce", "bmuf")
+    }
+    # the faster one has just ended then, and the other is on its way
+    times = {name: end["train_seconds"] for name, end in ends.items()}
+    first = min(times, key=times.get)
+    assert document["budget_s"] == pytest.approx(times[first], rel=0.05)
+    end = ends[first]["valid_perplexity"]
+    assert rows[first]["perplexity"] == pytest.approx(end, rel=1e-6)
+    best = min(rows, key=lambda name: rows[name]["perplexity"])
+    assert read_config(planned).strategy.name == best
+    assert "as it did before" in printed.out
+    assert "training" not in printed.err
+    assert run(folder, "--ranks", 2, *options, "--steps", 9999) == 2
+    assert "its curve ends at 4,800" in capsys.readouterr().err
+    for words, said in (
+        (["--ranks", 3], "ran on 2 ranks, not on 3 (2 runs left out)"),
+        (["--ranks", 2, "--set", "model.hidden=9"], "model.hidden is 8 there, 9 here"),
+        (["--ranks", 2, "--periods", "2"], "no --strategies, --periods"),
+    ):
+        assert run(folder, *words, *options) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1
+
+
 def test_speed_alone_needs_no_corpus(folder, capsys):
     config = folder / "none.toml"
     config.write_text('[data]\ncorpus = "nowhere.h5"\n[model]\nembed=8\nhidden=8\n')
