@@ -77,6 +77,7 @@ CAPS_S = {"10mbit": 200.0, "100mbit": 45.0, "1gbit": 30.0}
 FIRST_RATE = 0.01
 TUNED = {"ranks": 4, "steps": 100, "step_s": 0.02}
 LIKE = {  # whose rate a series has: it computes the same
+    "allreduce, 0.05 MB": "allreduce",
     "allreduce, ring": "allreduce",
     "ddp": "allreduce",
     "ddp, 0.25 MB": "allreduce",

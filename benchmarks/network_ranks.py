@@ -57,6 +57,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "noloco": ("noloco", {}),
     "hierarchical": ("hierarchical", {"inner": "bmuf", "settings": {"period": PERIOD}}),
     "allreduce": ("allreduce", {}),
+    "allreduce, 0.05 MB": ("allreduce", {"bucket_bytes": 50_000}),
     "allreduce, ring": ("allreduce", {}),
     "delay_by_one": ("delay_by_one", {}),
     "async_sgd": ("async_sgd", {}),
