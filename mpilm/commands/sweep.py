@@ -25,7 +25,7 @@ import tyro
 from mpilm.commands import ranks
 from mpilm.commands.collect import PAGE, jobs_of, submit_collector
 from mpilm.commands.points import SIMULATED, SUBMITTED, Point, Spec
-from mpilm.commands.queued import make
+from mpilm.commands.queued import Submitted, make
 from mpilm.commands.swept import (
     NAME,
     State,
@@ -129,6 +129,13 @@ def status(
         for line in ranks.rank_table(run, rows):
             print(line)
         return 0
+    job = Submitted.read(folder)
+    if job and not (folder / NAME).exists():
+        is_queued = job.is_queued()
+        why = job.waits_for() if is_queued else f"{folder} holds no run"
+        stands = "is in the queue" if is_queued else "has ended"
+        print(f"job {job.job} {stands}{': ' if why else ''}{why}")
+        return 0 if is_queued else SOME_FAILED
     found = Sweep.read(folder)
     found.look()
     if found.spec.run not in SUBMITTED and not _is_at_work(folder):

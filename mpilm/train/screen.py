@@ -117,12 +117,13 @@ class Screen:
         """Return what stands behind the bar; less on a narrow terminal."""
         parts = [f"{samples:,}{'' if self.is_narrow else ' samples'}"]
         parts.append(f"{rate:,.0f}/{'virtual s' if self.virtual else 's'}")
-        if not (self.perplexity and self.is_narrow):
+        error = self.valid if not self.perplexity else ""
+        if not (self.is_narrow and (self.perplexity or error)):
             parts.append(f"loss {short(loss, 3)}")
         if self.perplexity:
             parts.append(f"perplexity {short(math.exp(loss), 1)}")
-        elif self.valid and not self.is_narrow:
-            parts.append(self.valid)
+        elif error:
+            parts.append(error.removeprefix("valid ") if self.is_narrow else error)
         return "  ".join([*parts, f"{clock(left_s)} left"])
 
     def watch(self, name: str, batches: Iterable[T]) -> Iterator[T]:

@@ -107,8 +107,9 @@ def summarise(
         **over_ranks(reports, rest),
     }
     if each:
-        own_models = [getattr(own, measure) for own in each["valid"]]
-        summary["per_rank"][f"valid_{measure}"] = own_models
+        alone = [split_results("valid", own, task) for own in each["valid"]]
+        for name in alone[0]:
+            summary["per_rank"][name] = [own.get(name, math.nan) for own in alone]
     return summary
 
 
@@ -252,9 +253,13 @@ def closing_lines(summary: dict[str, Any], *, virtual: bool = False) -> list[str
         if cut := summary.get("worst_rank_samples"):
             # not beside the final model, which was measured on all of them
             measure = "loss" if "valid_loss" in summary else "perplexity"
-            best = min(summary["per_rank"][f"valid_{measure}"])
+            each = summary["per_rank"]
+            best = int(np.argmin(each[f"valid_{measure}"]))
+            if "valid_frame_error" in each:
+                measure = "frame_error"
             worst += f", on {cut:,} samples of each split, where the best rank has"
-            worst += f" valid {measure} {best:{SHOWN[measure]}}"
+            value = each[f"valid_{measure}"][best]
+            worst += f" valid {measure.replace('_', ' ')} {value:{SHOWN[measure]}}"
         quality = f"final model: {quality}; {worst}"
     if summary["perplexity_floor"]:
         quality += f"; floor {summary['perplexity_floor']:.2f}"

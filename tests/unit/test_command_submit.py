@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mpilm.cli import main
 from mpilm.commands import submit
 from mpilm.commands.queued import Submitted
 from mpilm.data.synthetic import prepare_synthetic
@@ -196,7 +197,7 @@ def test_a_scheduler_that_is_not_here(folder):
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "answer", "why"),
+    "case",
     [
         ("slurm", "Resources", "Resources"),
         ("slurm", "None", ""),
@@ -209,14 +210,21 @@ def test_a_scheduler_that_is_not_here(folder):
         ("pbs", "Job Id: 7.host\n    job_state = Q\n", ""),
     ],
 )
-def test_the_scheduler_says_why_a_job_waits(
-    tmp_path, monkeypatch, scheduler, answer, why
-):
+def test_the_scheduler_says_why_a_job_waits(tmp_path, monkeypatch, capsys, case):
+    scheduler, answer, why = case
     stand_in = tmp_path / {"slurm": "squeue", "pbs": "qstat"}[scheduler]
     stand_in.write_text(f'#!/bin/sh\ncat <<"END"\n{answer}\nEND\n')
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert Submitted(scheduler, "7").waits_for() == why
+    job = Submitted(scheduler, "7")
+    assert job.waits_for() == why
+    job.write(tmp_path)  # of a run that has not begun
+    assert main(["status", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.strip()
+    assert shown == f"job 7 is in the queue{': ' if why else ''}{why}"
+    stand_in.write_text("#!/bin/sh\nexit 1\n")
+    assert main(["status", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.startswith("job 7 has ended: ")
 
 
 @pytest.fixture

@@ -85,6 +85,16 @@ def test_frames_have_an_error_and_no_perplexity():
     )
 
 
+def test_a_narrow_terminal_has_room_for_the_frame_error(on_terminal):
+    on_terminal(80)
+    screen = Screen(2_000_000, perplexity=False)
+    assert "loss 4.000" in screen.status(1_234_567, 20_576.1, 4.0, 3725.0)
+    screen.valid = "valid frame error 37.79%"
+    status = screen.status(1_234_567, 20_576.1, 4.0, 3725.0)
+    assert status == "1,234,567  20,576/s  frame error 37.79%  1:02:05 left"
+    assert 80 - len("100%  ") - len(status) >= 20
+
+
 def test_the_seconds_of_a_simulation_are_called_virtual(capsys):
     with Screen(100, virtual=True) as screen:
         screen.update(100, 1.0, 4.0)
@@ -117,4 +127,31 @@ def test_the_closing_line_has_one_rate_and_both_times():
         "final model: valid perplexity 9.00; worst single rank (3): valid perplexity"
         " 9.50, on 5,000 samples of each split, where the best rank has valid"
         " perplexity 9.25"
+    )
+
+
+def test_the_best_rank_of_frames_has_a_frame_error():
+    summary = {
+        "samples": 200,
+        "seconds": 1.0,
+        "train_seconds": 1.0,
+        "samples_per_s": 200.0,
+        "ranks": 2,
+        "comm_seconds": 0.0,
+        "overlap": 1.0,
+        "perplexity_floor": None,
+        "valid_frame_error": 0.25,
+        "worst_rank": 1,
+        "worst_rank_samples": 50,
+        "worst_rank_valid_frame_error": 0.5,
+        "per_rank": {
+            "valid_perplexity": [2.0, 3.0],
+            "valid_frame_error": [0.375, 0.5],
+        },
+    }
+    final, worst = closing_lines(summary)[1].split("; ")
+    assert final == "final model: valid frame error 25.00%"
+    assert worst == (
+        "worst single rank (1): valid frame error 50.00%, on 50 samples of each split,"
+        " where the best rank has valid frame error 37.50%"
     )
