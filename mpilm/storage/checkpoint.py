@@ -26,7 +26,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,23 +149,21 @@ class Checkpoints:
 
         Communicates: collective, three small allgathers, blocking.
         """
-        rank, size = self.world.rank, self.world.size
+        writing = self.begun(step)
+        with writing.or_nothing():
+            writing.make()
+            yield writing
+            with self.all_or_none():
+                writing.put_in_place()
+
+    def begun(self, step: int) -> Writing:
+        """Return a checkpoint to be written; nothing of it is there yet.
+
+        Communicates: collective, a small allgather, blocking.
+        """
         step = self.world.comm.allgather(step)[0]
-        final = self.folder / f"step-{step:09d}"
-        partial = Checkpoint(_partial(final), step, size)
-        try:
-            with self._all_or_none():
-                if rank == 0:
-                    self._clean()
-                    partial.path.mkdir(parents=True)
-            yield Writing(partial, Checkpoint(final, step, size), self)
-            with self._all_or_none():
-                if rank == 0:
-                    self._put_in_place(partial.path, final)
-        except BaseException:
-            if rank == 0:
-                shutil.rmtree(partial.path, ignore_errors=True)
-            raise
+        final = Checkpoint(self.folder / f"step-{step:09d}", step, self.world.size)
+        return Writing(replace(final, path=_partial(final.path)), final, self)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that can be read; None if there is none at all.
@@ -180,13 +178,13 @@ class Checkpoints:
         """
         rank, comm = self.world.rank, self.world.comm
         paths: list[Path] = []
-        with self._all_or_none():
+        with self.all_or_none():
             if rank == 0:
                 paths = complete_checkpoints(self.folder)
         first: CheckpointError | None = None
         for path in comm.allgather(paths)[0]:
             try:
-                with self._all_or_none():
+                with self.all_or_none():
                     checkpoint = Checkpoint.at(path)
                     if rank == 0:
                         check_state(checkpoint.shared)
@@ -212,7 +210,7 @@ class Checkpoints:
 
         Communicates: collective, one small allgather, blocking.
         """
-        with self._all_or_none():
+        with self.all_or_none():
             shared = read_state(checkpoint.shared)
             checkpoint.require(self.world.rank)
             own = read_state(checkpoint.own(self.world.rank))
@@ -229,7 +227,7 @@ class Checkpoints:
         """
         rank, size = self.world.rank, self.world.size
         states, nearest = Gathered(), State()
-        with self._all_or_none():
+        with self.all_or_none():
             shared = read_state(checkpoint.shared)
             for number in checkpoint.shares(rank, size):
                 states.add(number, state := read_state(checkpoint.own(number)))
@@ -240,7 +238,7 @@ class Checkpoints:
         return shared, merged
 
     @contextmanager
-    def _all_or_none(self) -> Iterator[None]:
+    def all_or_none(self) -> Iterator[None]:
         """Run a block on every rank; if it fails on one, raise its error on all.
 
         Communicates: collective, one small allgather, blocking.
@@ -250,7 +248,7 @@ class Checkpoints:
             yield
         except Exception as error:
             failure = error
-        text = None if failure is None else _line_of(failure)
+        text = None if failure is None else line_of(failure)
         failures = self.world.comm.allgather(text)
         for rank, text in enumerate(failures):
             if text is not None:
@@ -299,6 +297,13 @@ class Writing:
     ) -> None:
         self.partial, self.checkpoint, self._of = partial, checkpoint, of
 
+    def make(self) -> None:
+        """Make its folder. Collective, a small allgather, blocking."""
+        with self._of.all_or_none():
+            if self._of.world.rank == 0:
+                self._of._clean()
+                self.partial.path.mkdir(parents=True)
+
     def shared(self, state: Mapping[str, Any]) -> None:
         """Write what all ranks have alike; nothing of it may change meanwhile.
 
@@ -307,15 +312,39 @@ class Writing:
 
         Communicates: collective, a small allgather, blocking.
         """
-        with self._of._all_or_none():
-            if self._of.world.rank == 0:
-                write_state(self.partial.shared, state, **self._header)
+        with self._of.all_or_none():
+            self.write_shared(state)
 
     def own(self, state: Mapping[str, Any]) -> None:
         """Write what only this rank has. As `shared`."""
+        with self._of.all_or_none():
+            self.write_own(state)
+
+    # on this rank; no communication
+    def write_shared(self, state: Mapping[str, Any]) -> None:
+        """Write what all ranks have alike, if this is rank 0."""
+        if self._of.world.rank == 0:
+            write_state(self.partial.shared, state, **self._header)
+
+    def write_own(self, state: Mapping[str, Any]) -> None:
+        """Write what only this rank has."""
         rank = self._of.world.rank
-        with self._of._all_or_none():
-            write_state(self.partial.own(rank), state, **self._header, rank=rank)
+        write_state(self.partial.own(rank), state, **self._header, rank=rank)
+
+    def put_in_place(self) -> None:
+        """Give it its name, if this is rank 0, then remove those not kept."""
+        if self._of.world.rank == 0:
+            self._of._put_in_place(self.partial.path, self.checkpoint.path)
+
+    @contextmanager
+    def or_nothing(self) -> Iterator[None]:
+        """Leave nothing of it on the disk if the block raises."""
+        try:
+            yield
+        except BaseException:
+            if self._of.world.rank == 0:
+                shutil.rmtree(self.partial.path, ignore_errors=True)
+            raise
 
     @property
     def _header(self) -> dict[str, int]:
@@ -370,7 +399,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _line_of(error: Exception) -> str:
+def line_of(error: Exception) -> str:
     """Return one line that says what failed and which file it was."""
     if isinstance(error, MpilmError):
         return str(error)

@@ -28,6 +28,7 @@ State = dict[str, Any]
 
 FORMAT = "mpilm checkpoint file"
 VERSION = 1
+PART_BYTES = 4 << 20  # some milliseconds of a disk; chosen, not tuned
 
 
 def write_state(path: Path, state: Mapping[str, Any], **header: int) -> None:
@@ -48,9 +49,24 @@ def write_state(path: Path, state: Mapping[str, Any], **header: int) -> None:
         group = file.create_group("state")
         for name, value in state.items():
             kind, array = _encode(name, value)
-            dataset = group.create_dataset(name, data=array)
+            dataset = _write(group, name, array)
             dataset.attrs["type"] = np.bytes_(kind)
             dataset.attrs["crc32"] = _checksum(name, kind, array)
+
+
+def _write(group: h5py.Group, name: str, array: np.ndarray) -> h5py.Dataset:
+    """Return a new dataset with the array in it.
+
+    A long one is written in parts: h5py lets one thread at a time in, and the others
+    may want their next minibatch.
+    """
+    if array.nbytes <= PART_BYTES:
+        return group.create_dataset(name, data=array)
+    dataset = group.create_dataset(name, array.shape, array.dtype, fill_time="never")
+    num_rows = max(1, PART_BYTES * len(array) // array.nbytes)
+    for start in range(0, len(array), num_rows):
+        dataset[start : start + num_rows] = array[start : start + num_rows]
+    return dataset
 
 
 def read_state(path: Path) -> State:
