@@ -16,7 +16,7 @@ activity run. Starting a non-blocking call never does.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -237,6 +237,8 @@ class World(ABC):
     eval_s = 0.0  # seconds that evaluating a sample takes in virtual time
     can_shrink = False  # whether it can go on without ranks that have died
     last_words: Callable[[], str] = str  # after the line on a wait that ends a run
+    can_grow = False  # whether it can go on with more ranks
+    joins = False  # whether this rank came when the others were at work
 
     @property
     def rank(self) -> int:
@@ -331,6 +333,40 @@ class World(ABC):
         Communicates: collective among the ranks that are left.
         """
         raise WorldError("this world cannot go on without the ranks that have died")
+
+    @property
+    def recruits(self) -> tuple[int, int]:
+        """How many ranks this one has asked for, and how many of them are ready."""
+        return 0, 0
+
+    def recruit(self, command: Sequence[str]) -> None:
+        """Ask for one more rank; it starts while the others go on.
+
+        Args:
+            command: the program, which makes a world of its own that `joins`; in the
+                virtual world the rank runs what all others run.
+
+        Raises:
+            WorldError: this world cannot.
+        """
+        raise WorldError("this world cannot take in more ranks")
+
+    def grow(self) -> int:
+        """Take in the first rank that is ready, of those that rank 0 asked for.
+
+        `comm` is a new one, in which it comes last. What was made of the old one is no
+        more, as after `shrink`.
+
+        Returns:
+            the number of ranks before.
+
+        Raises:
+            WorldError: this world cannot.
+
+        Communicates: collective among the ranks before, and with the new one, which
+            makes its world meanwhile.
+        """
+        raise WorldError("this world cannot take in more ranks")
 
     @abstractmethod
     def close(self) -> None:

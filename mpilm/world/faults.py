@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from mpilm.errors import ConfigError
 from mpilm.world.machine import Link
-from mpilm.world.profiles import NO_FAULT, FailAt, SlowLink, read_profile
+from mpilm.world.profiles import NO_FAULT, FailAt, JoinAt, SlowLink, read_profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,11 @@ class Faults:
     def fails(self, rank: int, step: int) -> bool:
         """Return whether the rank dies before this step."""
         return (rank, step) in self._deaths
+
+    def joins(self, step: int) -> int:
+        """Return how many ranks more are asked for once rank 0 has come so far."""
+        found = (p for p in self.profile if isinstance(p, JoinAt))
+        return sum(profile.step <= step for profile in found)
 
     def link(self, one: int, other: int) -> Link:
         """Return what messages between two ranks take longer, and their bandwidth.

@@ -187,6 +187,15 @@ class FailAt(Profile):
         return {self.rank}
 
 
+@dataclass(frozen=True, kw_only=True)
+class JoinAt(Profile):
+    """A rank more is asked for once rank 0 has taken so many steps."""
+
+    kind: Literal["join_at"] = "join_at"
+    step: Natural
+    """how many steps"""
+
+
 PROFILES: dict[str, type[Profile]] = {
     "constant": Constant,
     "spikes": Spikes,
@@ -194,6 +203,7 @@ PROFILES: dict[str, type[Profile]] = {
     "slow_start": SlowStart,
     "slow_link": SlowLink,
     "fail_at": FailAt,
+    "join_at": JoinAt,
 }
 
 

@@ -117,7 +117,9 @@ def test_the_examples_of_the_docs_are_understood(tmp_path):
     found = read_config(path).faults
     assert found.slow == {"3": 10.0}
     kinds = [profile.kind for profile in found.profile]
-    assert kinds == ["spikes", "periodic", "slow_start", "slow_link", "fail_at"]
+    assert kinds == [
+        *("spikes", "periodic", "slow_start", "slow_link", "fail_at", "join_at"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,15 @@ def start_mpi() -> Any:
     return MPI
 
 
+def leave_out_finalize() -> None:
+    """End without MPI_Finalize: ranks that joined have a COMM_WORLD of their own."""
+    global _ends_in_order  # noqa: PLW0603  of the process, as MPI is
+    _ends_in_order = False
+
+
+_ends_in_order = True
+
+
 def _finalize() -> None:
     """End MPI, unless a rank has died: then it may wait for that one for minutes.
 
@@ -59,5 +68,5 @@ def _finalize() -> None:
         failed = MPI.COMM_WORLD.Get_failed()
         num_failed = failed.size
         failed.Free()
-        if num_failed == 0:
+        if num_failed == 0 and _ends_in_order:
             MPI.Finalize()

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -37,7 +37,7 @@ from mpilm.world.mpi.abort import abort_on_error
 from mpilm.world.mpi.clock import clock, pause_s
 from mpilm.world.mpi.progress import Progress, Stopped
 from mpilm.world.mpi.stall import Waiting
-from mpilm.world.mpi.start import has_ulfm, start_mpi
+from mpilm.world.mpi.start import has_ulfm, leave_out_finalize, start_mpi
 from mpilm.world.parts import completion_shares
 
 if TYPE_CHECKING:  # to import it starts MPI
@@ -99,17 +99,35 @@ class MpiWorld(World):
         self._is_closing = self._closed = False
         self._before: list[Any] = []  # of worlds with more ranks: MPI may use them yet
         self.can_shrink = has_ulfm()
+        self.can_grow = self.can_shrink and self.background
+        from mpilm.world.mpi.recruits import Recruits
+
+        self._recruits = Recruits()
         self._begin(comm, faults)
         atexit.register(self._leave)
         self._start_s = clock()
 
-    def _begin(self, comm: MPI.Comm, faults: Faults | None) -> None:
+    @classmethod
+    def joined(cls) -> MpiWorld:
+        """Return the world of ranks at work, who have asked for this process.
+
+        Communicates: collective with `grow` of the others; blocks until then.
+        """
+        start_mpi()
+        from mpilm.world.mpi.recruits import await_ranks
+
+        world = cls(await_ranks())
+        world.joins = True
+        leave_out_finalize()
+        return world
+
+    def _begin(self, comm: MPI.Intracomm, faults: Faults | None) -> None:
         """Make what belongs to these ranks. Collective."""
         mpi = start_mpi()
         from mpilm.world.mpi.comm import MpiComm
         from mpilm.world.mpi.resources import Resources
 
-        self.control: MPI.Comm = comm.Dup()
+        self.control: MPI.Intracomm = comm.Dup()
         self.resources = Resources(
             self.control,
             faults,
@@ -291,7 +309,7 @@ class MpiWorld(World):
             self.progress.stop(JOIN_S)
             self.progress.settle(SETTLE_S)
             self._before.append((self.resources, self.comm))
-            comm = self.control.Shrink()
+            comm: Any = self.control.Shrink()
             try:
                 self._begin(comm, faults)
                 are_closing = self.comm.allgather(self._is_closing)
@@ -301,6 +319,34 @@ class MpiWorld(World):
                 continue
             survivors = world_ranks_of(comm, control)
             return [] if any(are_closing) else survivors
+
+    @property
+    def recruits(self) -> tuple[int, int]:
+        ready = self._recruits.num_ready
+        return self._recruits.num_under_way + ready, ready
+
+    def recruit(self, command: Sequence[str]) -> None:
+        if not self.can_grow:
+            super().recruit(command)
+        if self._recruits.failure:
+            raise WorldError(f"no rank could be added: {self._recruits.failure}")
+        self._recruits.start(command)
+
+    def grow(self) -> int:
+        if not self.can_grow:
+            return super().grow()
+        before, faults = self.size, self.resources.faults
+        try:
+            comm = self._recruits.accept(self.control)
+        except Exception as error:
+            raise self.progress.meaning(error) from error
+        leave_out_finalize()
+        self.resources.membership.revoke()  # what is under way in it ends
+        self.progress.stop(JOIN_S)
+        self.progress.settle(SETTLE_S)
+        self._before.append((self.resources, self.comm))
+        self._begin(comm, faults)
+        return before
 
     def require_ended(self) -> None:
         """Raise if an activity would never end.

@@ -14,7 +14,7 @@ things cost and where this world differs from a real one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ T = TypeVar("T")
 # from a death until the others are told: some milliseconds between real ranks, with a
 # core each (docs/mpi-world.md). Chosen, not tuned.
 DETECT_S = 0.01
+START_S = 1.0  # until a rank that was asked for is ready; chosen, not tuned
 
 
 def run_virtual(
@@ -58,7 +59,8 @@ def run_virtual(
         faults: what is wrong with which ranks.
         seed: of the machine's jitter.
         can_shrink: whether the others can go on when a rank dies (`World.shrink`);
-            what it returned is None.
+            what it returned is None. And whether more can join (`World.grow`): what
+            they returned comes last.
         rare: rare branches that are taken on purpose, see rare.py.
 
     Raises:
@@ -96,7 +98,9 @@ class Simulation:
         self.faults = faults or Faults()
         self.faults.check(size)
         self.can_shrink = can_shrink
+        self.seed = seed
         self.shrinking: list[VirtualWorld] = []  # have come to `shrink`
+        self.growing: list[VirtualWorld] = []  # have come to `grow`
         self.engine = Engine(rare)
         states = [RankState(r, self.machine.node(r), seed) for r in range(size)]
         self.engine.ranks = states
@@ -140,12 +144,32 @@ class Simulation:
             if world.waits_in_shrink is not None:
                 world.waits_in_shrink.wake()
 
+    def grow_if_all_came(self) -> None:
+        """Add a rank to those that are left, if all wait for it."""
+        if len(self.growing) < len(self.living):
+            return
+        self.growing, before, number = [], self.living, len(self.worlds)
+        state = RankState(number, self.machine.node(number), self.seed)
+        self.engine.ranks = [*self.engine.ranks, state]
+        states = [*(world.state for world in before), state]
+        *comms, last = Communicator(self.network, states, "world").comms
+        for world, comm in zip(before, comms, strict=True):
+            world.comm = comm
+            world.state.leave_behind()
+            if world.waits_in_grow is not None:
+                world.waits_in_grow.wake()
+        joined = VirtualWorld(self, last)
+        joined.joins = True
+        self.worlds.append(joined)
+        self.learners.append(joined.begin(self.main))
+
     def run(self, main: Callable[[VirtualWorld], T]) -> list[T]:
         """Run `main` on every rank, once; return the results. See `run_virtual`."""
         self.engine.begin()
-        learners = [world.begin(main) for world in self.worlds]
+        self.main: Callable[[VirtualWorld], Any] = main
+        self.learners = [world.begin(main) for world in self.worlds]
         self.engine.run()
-        return [learner.result for learner in learners]
+        return [learner.result for learner in self.learners]
 
     @property
     def now_s(self) -> float:
@@ -174,9 +198,11 @@ class VirtualWorld(World):
         self.simulation, self.comm = simulation, comm
         self.engine = simulation.engine
         self.state = comm.state
-        self.can_shrink = simulation.can_shrink
+        self.can_shrink = self.can_grow = simulation.can_shrink
         self.eval_s = simulation.machine.eval_s
         self.waits_in_shrink: VirtualActivity | None = None
+        self.waits_in_grow: VirtualActivity | None = None
+        self._ready_s: list[float] = []  # when those asked for are ready
         self._is_closing = self._closed = False
 
     def begin(self, main: Callable[[VirtualWorld], T]) -> VirtualActivity:
@@ -287,6 +313,35 @@ class VirtualWorld(World):
         left = [numbers.index(state.rank) for state in self.comm.group.states]
         are_closing = self.comm.allgather(self._is_closing)
         return [] if any(are_closing) else left
+
+    @property
+    def recruits(self) -> tuple[int, int]:
+        now_s = self.engine.now_s
+        return len(self._ready_s), sum(at_s <= now_s for at_s in self._ready_s)
+
+    def recruit(self, command: Sequence[str]) -> None:
+        if not self.can_grow:
+            super().recruit(command)
+        self._ready_s.append(self.engine.now_s + START_S)
+
+    def grow(self) -> int:
+        if not self.can_grow:
+            return super().grow()
+        activity, simulation, before = self._me(), self.simulation, self.comm.group
+        activity.may_block()
+        if self.rank == 0:
+            self._ready_s.pop(0)
+        simulation.growing.append(self)
+        simulation.grow_if_all_came()
+        if self.comm.group is before:
+            self.waits_in_grow = activity
+            try:
+                activity.block("the others, to take in a rank")
+            finally:
+                self.waits_in_grow = None
+                if self in simulation.growing:  # one of them has died
+                    simulation.growing.remove(self)
+        return len(before.states)
 
 
 class VirtualLock(AbstractContextManager[Any]):

@@ -1,0 +1,110 @@
+"""Ranks that join: started by mpirun while the others work, taken in when ready.
+
+    rank 0    thread: Spawn . wait for READY | port ->  | Accept | Merge | new world
+    rank 1    ... works ...                             | Accept | Merge | new world
+    new one            import, connect  READY | <- port | Connect| Merge | new world
+
+Rank 0 spawns it alone, so nobody waits while a program starts. Then all accept it on a
+port, which takes a fraction of a second. Seen with Open MPI 5.0.11 under `mpirun
+--with-ft ulfm`, after deaths of any rank, rank 0 and those that joined among them. What
+does not work there stands in docs/log.md.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from mpi4py import MPI
+
+READY = b"ready"
+LOOK_S = 0.05  # between two looks for a message; chosen, not tuned
+
+
+class Recruits:
+    """The ranks that this one has asked for.
+
+    num_under_way  that are not ready yet
+    failure        why the last one could not be started; "": it could
+    """
+
+    def __init__(self) -> None:
+        self.num_under_way = 0
+        self.failure = ""
+        self._ready: list[MPI.Intracomm] = []  # this rank and the new one, each
+
+    @property
+    def num_ready(self) -> int:
+        """How many wait to be taken in."""
+        return len(self._ready)
+
+    def start(self, command: Sequence[str]) -> None:
+        """Have a program started, on a thread."""
+        self.num_under_way += 1
+        name = "mpilm recruit"
+        threading.Thread(
+            target=self._start, args=(command,), name=name, daemon=True
+        ).start()
+
+    def _start(self, command: Sequence[str]) -> None:
+        try:
+            spawned = MPI.COMM_SELF.Spawn(command[0], list(command[1:]), maxprocs=1)
+            spawned.Set_errhandler(MPI.ERRORS_RETURN)
+            pair = spawned.Merge(high=False)
+            pair.Set_errhandler(MPI.ERRORS_RETURN)
+            receive(pair, 1)
+            self._ready.append(pair)
+        except MPI.Exception as error:
+            self.failure = str(error)
+        finally:
+            self.num_under_way -= 1
+
+    def accept(self, control: MPI.Intracomm) -> MPI.Intracomm:
+        """Return the communicator with the first one that is ready. Collective."""
+        port = ""
+        if control.rank == 0:
+            port = MPI.Open_port()
+            self._ready.pop(0).send(port, 1)
+        joined = control.Accept(port)
+        if port:
+            MPI.Close_port(port)
+        return united(joined, high=False)
+
+
+def await_ranks() -> MPI.Intracomm:
+    """Return the communicator of the ranks that have asked for this process, and it.
+
+    Blocks until they take it in.
+    """
+    parent = MPI.Comm.Get_parent()
+    parent.Set_errhandler(MPI.ERRORS_RETURN)
+    pair = parent.Merge(high=True)
+    pair.Set_errhandler(MPI.ERRORS_RETURN)
+    pair.send(READY, 0)
+    port = receive(pair, 0)
+    return united(MPI.COMM_SELF.Connect(port), high=True)
+
+
+def united(joined: MPI.Intercomm, *, high: bool) -> MPI.Intracomm:
+    """Return one communicator of both sides, once all are there. Collective."""
+    joined.Set_errhandler(MPI.ERRORS_RETURN)
+    comm = joined.Merge(high=high)
+    comm.Set_errhandler(MPI.ERRORS_RETURN)
+    comm.Barrier()
+    return comm
+
+
+def receive(pair: MPI.Intracomm, source: int) -> Any:
+    """Return the next message, without taking a core meanwhile."""
+    while not pair.iprobe(source):
+        time.sleep(LOOK_S)
+        with suppress(AttributeError):  # a library without ULFM
+            failed = pair.Get_failed()
+            is_gone = failed.size > 0
+            failed.Free()
+            if is_gone:
+                raise MPI.Exception(MPI.ERR_PROC_FAILED)
+    return pair.recv(source=source)
