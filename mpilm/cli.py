@@ -56,6 +56,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ),
     ("train",): ("mpilm.commands.train:train", "train a model (under mpirun or alone)"),
     ("resume",): ("mpilm.commands.train:resume", "go on with a run that was stopped"),
+    ("join",): ("mpilm.commands.join:ask", "let a run that trains have more ranks"),
     ("pretrain",): (
         "mpilm.commands.pretrain:pretrain",
         "first weights of a DNN by restricted Boltzmann machines",

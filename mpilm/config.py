@@ -105,6 +105,8 @@ class CheckpointConfig:
     """samples between two checkpoints; 0: at the end only"""
     keep: Positive = 2
     """checkpoints kept"""
+    beside: bool = True
+    """write them while training goes on, from a copy in memory, or let it wait"""
     agree_every: Positive = 5
     """steps between two agreements on stopping early (signals)"""
 
@@ -116,8 +118,9 @@ class WorldConfig:
     gpu_messages: Literal["staged", "direct", "auto"] = "staged"
     """buffers on a GPU: through pinned host memory, or by an MPI that takes them; auto:
     direct where a trial in a child process works"""
-    on_death: Literal["end", "go_on"] = "end"
-    """when a rank dies: all end; or the others go on (under mpirun --with-ft ulfm)"""
+    on_death: Literal["end", "go_on", "replace"] = "end"
+    """when a rank dies: all end; or the others go on (under mpirun --with-ft ulfm), and
+    replace: until another one has been started in its place"""
     silence_s: Seconds = 600.0
     """seconds without an answer from a rank that end the run, while others wait; 0:
     never"""

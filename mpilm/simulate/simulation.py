@@ -248,7 +248,7 @@ def co_simulate(config: Config, out: Path, ranks: int) -> Outcome:
     class Simulated(Trainer):
         """A trainer whose models end with it."""
 
-        def save(self) -> None:
+        def save(self, *, beside: bool = False) -> None:
             """Write no checkpoint: K of them would be of no use."""
 
     def main(world: VirtualWorld) -> tuple[int, float, float]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mpilm.config import Config
+from mpilm.config import OWN, Config
 from mpilm.optim.schedules import Schedule
 from mpilm.storage.runlog import RunLog
+from mpilm.storage.saved import State
 from mpilm.strategies import find_strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
 from mpilm.train.deaths import go_on, same_optimizer
 from mpilm.train.failure import Failure
 from mpilm.train.folder import RunFolder
+from mpilm.train.joins import Recruiting, gather
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import introduction
 from mpilm.train.resume_point import ResumePoint, Stateful
@@ -34,7 +36,9 @@ class Assembly:
     config, world  what it is made of
     folder         of the run
     has_ended      whether it was over before: then nothing else is there
-    death          what a person is told of the last death; "": there was none
+    news           what a person is told of the last death or join; "": there was none
+    recruiting     has ranks started that are missing
+    held           what this rank has, while others join; None: nobody does
     samples        that all ranks have processed, as known here
     parts          what has a state, by its name in a checkpoint
 
@@ -47,11 +51,22 @@ class Assembly:
     def __init__(self, config: Config, world: World, folder: RunFolder) -> None:
         self.config, self.world, self.folder = config, world, folder
         world.last_words = folder.last_words
-        self.death = ""
+        self.news = ""
+        self.held: tuple[State, Any] | None = None
+        self.recruiting = Recruiting(
+            world,
+            folder.path,
+            replaces=config.world.on_death == "replace",
+            can_start=config.model.name != OWN,
+        )
 
     def set_up(self, *, resume: bool) -> None:
         """Make the parts, or take them up where they were. Collective."""
         config, world = self.config, self.world
+        if world.joins:
+            self.has_ended = False
+            self.take_in(world.size - 1)
+            return
         kind = find_strategy(config.strategy.name)
         self.strategy = kind(world, config.strategy.settings)
         lockstep = self.strategy.lockstep
@@ -121,8 +136,8 @@ class Assembly:
             perplexity=self.task.sample == "token",
             virtual=world.is_virtual,
         )
-        if self.death:
-            self.screen.line(self.death)
+        if self.news:
+            self.screen.line(self.news)
             return
         lines = introduction(config, self.task, self.strategy, self.learner)
         for line in (*lines, *(place.lines() if place else ())):
@@ -136,20 +151,67 @@ class Assembly:
 
         Communicates: collective among the ranks that are left.
         """
-        config, world = self.config, self.world
+        world = self.world
+        if self.saving.beside:
+            self.saving.beside.abandon()
         place = go_on(self)
         if place is None:
             return False
         assert place.merged is not None
+        self.recruiting.after_death(place.merged.size)
         if self.strategy.same_optimizer:
             merged = same_optimizer(world.comm, place.merged)
             place = replace(place, own=merged.state, merged=merged)
+        self.rebuild(place)
+        self.totals.step = place.step
+        return True
+
+    def take_in(self, size: int) -> None:
+        """Go on with a rank that has joined; or be the one.
+
+        Args:
+            size: number of ranks before.
+
+        Communicates: collective among the ranks before and the new one.
+        """
+        world, began_s = self.world, self.world.now_s()
+        about: dict[str, int] = {}
+        if self.held:
+            about = {
+                "samples": self.samples,
+                "step": self.totals.step,
+                "wanted": self.recruiting.wanted,
+            }
+        place, told = gather(world.comm, size, self.held, about)
+        self.held = None
+        self.recruiting.wanted = told["wanted"]
+        self.news = (
+            f"rank {size} joined; {world.size} go on from the mean of their models at"
+            f" {place.samples:,} samples, {world.now_s() - began_s:.2f} s later"
+        )
+        self.rebuild(place)
+        self.totals.step = place.step
+
+    def rebuild(self, place: ResumePoint) -> None:
+        """Make the parts anew, for other ranks than before; go on at a place.
+
+        Raises:
+            MpilmError: so many ranks cannot train so.
+
+        Communicates: collective.
+        """
+        config, world = self.config, self.world
         kind = find_strategy(config.strategy.name)
         self.strategy = kind(world, config.strategy.settings)
         self.timeline = Timeline(world, config.train.trace_steps)
         with world.all_or_none():
             lockstep = self.strategy.lockstep
+            is_new = not hasattr(self, "learner")
+            if is_new:
+                self.task = self.open_task()
             self.batches = self.task.batches(config, world, lockstep=lockstep)
+            if is_new:
+                self.learner = self.make_learner(is_new=False)
             self.learner.batches = self.batches
             self.learner.compute = self.timeline.compute
             self.schedule = self.make_schedule()
@@ -157,8 +219,6 @@ class Assembly:
             self.folder.inherit(world.rank)
         self.saving = Saving(config, self.task, self.folder, world)
         self.assemble(place)
-        self.totals.step = place.step
-        return True
 
     # what is made of a configuration
     def open_task(self) -> Task:

@@ -63,7 +63,7 @@ def go_on(trainer: Any) -> ResumePoint | None:
         except RanksDiedError:
             continue
     dead = sorted({*range(size)} - {*ranks})
-    trainer.death = (
+    trainer.news = (
         f"{RanksDiedError(dead)}; {len(ranks)} go on from the mean of their models at"
         f" {total:,} samples, {world.now_s() - began_s:.2f} s later"
     )

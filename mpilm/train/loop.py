@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mpilm.config import Config
 from mpilm.errors import (
@@ -22,8 +23,9 @@ from mpilm.strategies import Strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.assembly import Assembly
 from mpilm.train.consensus import measure_consensus
-from mpilm.train.evaluate import Quality, evaluate, swapped
+from mpilm.train.evaluate import Quality, evaluate, holds_final, swapped
 from mpilm.train.folder import RunFolder
+from mpilm.train.joins import held_here
 from mpilm.train.profile import StepProfile
 from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
@@ -88,7 +90,11 @@ class Trainer(Assembly):
             stop = stop or StopRequest()
             while True:
                 try:
-                    return self.run_once(stop)
+                    has_finished = self.run_once(stop)
+                    if not self.held:
+                        return has_finished
+                    self.take_in(self.world.grow())
+                    continue
                 except RanksDiedError:
                     if not (self.goes_on and self.strategy.survives):
                         raise
@@ -98,11 +104,13 @@ class Trainer(Assembly):
     @property
     def goes_on(self) -> bool:
         """Whether the others go on when a rank dies."""
-        return self.config.world.on_death == "go_on" and self.world.can_shrink
+        return self.config.world.on_death != "end" and self.world.can_shrink
 
     def run_once(self, stop: StopRequest) -> bool:
-        """Run and conclude. As `train`."""
+        """Run and conclude. As `train`; or until a rank joins, see `held`."""
         has_finished = self.run(stop)
+        if self.held:
+            return False
         if self.profile:
             self.screen.line(f"timeline of the ranks: {self.profile.merge()}")
         if has_finished:
@@ -121,7 +129,10 @@ class Trainer(Assembly):
                 lockstep=strategy.lockstep,
                 agree=strategy.pace.agree,
             )
-            self.recorder.begin(agreement.traffic, self.batches.traffic)
+            excluded = [agreement.traffic, self.batches.traffic]
+            if self.saving.beside:
+                excluded.append(self.saving.beside.traffic)
+            self.recorder.begin(*excluded)
             samples = strategy.pace.agree(self.samples)
             if samples < config.train.samples and self.validations.pass_(samples):
                 self.validate()  # the run was cut off in this validation
@@ -137,22 +148,28 @@ class Trainer(Assembly):
                 self.failure.count_rounds(strategy.leaving)
                 if totals.step % config.train.log_every == 0:
                     self.record(samples, float(loss))
+                self.look_after_saving()
                 is_due = self.validations.due(samples) or self.savings.due(samples)
                 if is_due and strategy.lockstep:
                     self.sync(samples)
                 if self.failure.error:
                     stop.requested = "failure"
+                joins = self.recruiting.look(totals.step, self.declared_joins)
                 outcome = agreement.poll(
-                    totals.step, sync=is_due and not strategy.lockstep
+                    totals.step, sync=joins or (is_due and not strategy.lockstep)
                 )
                 if outcome == SYNC:
                     self.drain()
+                    if self.held:
+                        return False
                     samples = strategy.pace.agree(self.samples)
                 if outcome == STOP:
                     break
             strategy.retire(learner)
             agreement.finish(self.drain_retired)
             strategy.finish(learner)
+            with self.recorder.paused():
+                self.saving.settle()
             self.raise_failure(DivergenceError)
             with self.recorder.paused():
                 samples = self.batches.synchronise(learner.samples)
@@ -209,22 +226,40 @@ class Trainer(Assembly):
             return  # `run` does both at the end
         is_due = self.validations.due(samples)
         if self.savings.pass_(samples) or (is_due and self.schedule.may_finish):
-            self.save()
+            self.save(beside=not is_due)
         if self.validations.pass_(samples):
+            with self.recorder.paused():
+                self.saving.settle()
             self.validate()
 
-    def drain(self) -> None:
-        """Bring ranks that are out of lockstep to a sync point. Collective."""
+    def drain(self, *, retired: bool = False) -> None:
+        """Bring ranks to a sync point, out of lockstep or as one joins. Collective.
+
+        Args:
+            retired: whether this rank takes no more steps.
+        """
         with self.paused("sync"):
             self.strategy.retire(self.learner)
             self.strategy.finish(self.learner)
             samples = self.batches.synchronise(self.learner.samples)
-        self.sync(samples)
+            _, ready = self.world.recruits
+            found = self.world.comm.allgather((ready, retired))
+            if found[0][0] and not any(retired for _, retired in found):
+                self.saving.settle()
+                self.held = held_here(self)
+                return
+        if not self.strategy.lockstep:
+            self.sync(samples)
 
     def drain_retired(self) -> None:
         """`drain` on a rank that takes no more steps: afterwards it answers again."""
-        self.drain()
+        self.drain(retired=True)
         self.strategy.retire(self.learner)
+
+    @property
+    def declared_joins(self) -> int:
+        """How many ranks should have been added by now, as [faults] declares."""
+        return self.config.faults.joins(self.totals.step)
 
     def record(self, samples: int, loss: float) -> None:
         """Write a row of the log and show progress; note a failure for later."""
@@ -308,43 +343,78 @@ class Trainer(Assembly):
             watch = partial(self.screen.watch, f"evaluating {split}")
             return evaluate(learner, self.task, split, train, self.world, watch=watch)
 
-    def lent_model(self, name: str) -> State:
+    def lent_model(self, name: str, model: Any = None) -> State:
         """Return theta as it is, (P,) under `name`, and what lies outside it: not to
         be changed as long as it is looked at.
+
+        Args:
+            model: what there is in the place of theta, if there is.
 
         Raises:
             DivergenceError: it is not finite.
         """
-        if not is_finite(self.learner.theta):
+        model = self.learner.theta if model is None else model
+        if not is_finite(model):
             raise self.failure.diverged("the model is not finite")
         with lending():
-            theta, rest = to_array(self.learner.theta), self.learner.rest.state()
+            theta, rest = to_array(model), self.learner.rest.state()
         return {name: theta, **nested("model", rest)}
 
-    def save(self) -> None:
+    def save(self, *, beside: bool = False) -> None:
         """Write a checkpoint, unless nothing has changed since the last. Collective.
+
+        Args:
+            beside: whether training may go on while it is written.
 
         Raises:
             CheckpointError: it cannot be written; or the log, but the checkpoint is.
             DivergenceError: the model is not finite any more.
         """
         if self.is_saved and self.strategy.lockstep:
+            with self.recorder.paused():
+                self.saving.settle()
             return
         with self.paused("checkpoint"):
             try:
                 self.log.flush()  # what is saved is logged
             except CheckpointError as error:
                 self.failure.note(error)
-            learner, average, folder = self.learner, State(), self.folder.path
             of_run = self.parts, self.totals, self.samples
-            with self.saving.writing(*of_run) as write_models:
+            with self.saving.writing(*of_run, beside=beside) as write_models:
+                average = State()
                 if self.ema:
-                    with swapped(learner, self.ema, folder):
-                        found = self.lent_model("theta_ema")
-                        average = {name: value.copy() for name, value in found.items()}
-                with swapped(learner, self.strategy, folder):
-                    write_models(self.lent_model("theta") | average)
+                    with self.final_model("theta_ema", self.ema, beside) as found:
+                        average = {n: value.copy() for n, value in found.items()}
+                with self.final_model("theta", self.strategy, beside) as found:
+                    write_models(found | average)
         self.is_saved = True
+
+    @contextmanager
+    def final_model(
+        self, name: str, source: Strategy | Ema, beside: bool
+    ) -> Iterator[State]:
+        """Yield the final model of `source`, as `lent_model` does. Collective.
+
+        It stands in theta's place, or, if it is written beside training and nothing
+        lies outside theta, in a vector that is kept for it: theta need not make way.
+        """
+        learner, writer = self.learner, self.saving.beside if beside else None
+        on_host = not getattr(learner.theta, "is_cuda", False)
+        if writer and on_host and not len(learner.rest) and not holds_final(source):
+            spare = writer.spare(name, learner.theta)
+            source.final_model_(learner, spare)
+            yield self.lent_model(name, spare)
+            return
+        with swapped(learner, source, self.folder.path):
+            yield self.lent_model(name)
+
+    def look_after_saving(self) -> None:
+        """Go on with a checkpoint that is written beside training."""
+        if self.saving.beside:
+            try:
+                self.saving.beside.poll()
+            except CheckpointError as error:
+                self.failure.note(error)
 
     @contextmanager
     def paused(self, name: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mpilm.config import Config, resolve, tomllib
 from mpilm.errors import CheckpointError, ConfigError
+from mpilm.storage.beside import Beside
 from mpilm.storage.checkpoint import Checkpoints
 from mpilm.storage.merged import Merged
 from mpilm.storage.saved import nested
@@ -35,6 +36,8 @@ class Saving:
 
     shared   theta (and theta_ema), fingerprint, config, samples
     own      of each rank, PART/...: the trainer's parts, totals
+
+    beside   writes them while training goes on; None: training waits
     """
 
     def __init__(
@@ -45,19 +48,38 @@ class Saving:
         self.checkpoints = Checkpoints(
             folder.checkpoints, world, keep=config.checkpoint.keep
         )
+        self.beside = Beside(self.checkpoints) if config.checkpoint.beside else None
+
+    def settle(self) -> None:
+        """Wait until what is written beside training is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+
+        Communicates: collective, see `Beside.settle`.
+        """
+        if self.beside:
+            self.beside.settle()
 
     @contextmanager
     def writing(
-        self, parts: Mapping[str, Stateful], totals: Totals, samples: int
+        self,
+        parts: Mapping[str, Stateful],
+        totals: Totals,
+        samples: int,
+        *,
+        beside: bool = False,
     ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """Write a checkpoint: in the block the models, after it the parts' states.
 
-        No vector is copied. So the models can be where theta is in the block, and theta
-        is itself again after it.
+        So the models can be where theta is in the block, and theta is itself again
+        after it. No vector is copied, but where it is written beside training.
 
         Args:
             parts: what has a state, by name.
             samples: of all ranks.
+            beside: whether to return when all is copied, and to write it beside
+                training.
 
         Yields:
             what is called once with the models: theta, and theta_ema if there is one,
@@ -70,7 +92,9 @@ class Saving:
         """
         with self.world.all_or_none():
             self.folder.require_own()
-        with self.checkpoints.writing(totals.step) as writing:
+        self.settle()
+        way = self.beside if beside and self.beside else self.checkpoints
+        with way.writing(totals.step) as writing:
 
             def write_models(models: Mapping[str, Any]) -> None:
                 shared = {

@@ -65,7 +65,7 @@ class Plan:
 class Unsaved(Trainer):
     """A trainer that writes no checkpoint: the disk is not what is tried here."""
 
-    def save(self) -> None:
+    def save(self, *, beside: bool = False) -> None:
         """Do nothing, but mark it."""
         self.is_saved = True
 

@@ -1,0 +1,53 @@
+"""Ranks are killed under Open MPI with ULFM, and others are started in their place."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from mpilm.storage.checkpoint import load_shared
+
+from .conftest import Running, mpirun, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize(("name", "dead"), [("model_averaging", 0), ("adpsgd", 1)])
+def test_a_rank_that_is_killed_is_replaced(
+    inputs: Path, tmp_path: Path, name: str, dead: int
+) -> None:
+    """One rank dies, the others go on, another joins: all train, until told to stop."""
+    folder = tmp_path / "run"
+
+    def kill(running: Running) -> None:
+        checkpoints = folder / "checkpoints"
+        wait_for(lambda: [*checkpoints.glob("step-?????????")], "checkpoint")
+        ranks = running.ranks
+        os.kill(ranks[dead], signal.SIGKILL)
+        died_s = time.time()
+        wait_for(lambda: {*running.ranks} - {*ranks}, "rank in its place", 300.0)
+        log = folder / "log" / "rank-0002.h5"  # the others are 0 and 1 meanwhile
+        wait_for(lambda: log.stat().st_mtime > died_s + 1.0, "rank that joined", 300.0)
+        running.signal(signal.SIGUSR1)
+
+    run = mpirun(
+        *(3, "train", inputs / "tiny.toml", "--out", folder),
+        *("--set", f"strategy.name={name}", "--set", 'world.on_death="replace"'),
+        *("--set", "train.samples=60_000_000"),
+        options=("--with-ft", "ulfm"),
+        during=kill,
+        limit_s=500,
+    )
+    assert run.code == 75, run
+    assert " died; 2 go on from the mean" in run.out
+    joined = re.findall(r"rank 2 joined; 3 go on from .* at ([\d,]+) samples", run.out)
+    assert len(joined) == 1, run
+    newest = max((folder / "checkpoints").glob("step-?????????"))
+    assert len([*newest.glob("rank-*.h5")]) == 3
+    at = int(joined[0].replace(",", ""))
+    assert load_shared(folder / "checkpoints")["samples"] >= at > 0

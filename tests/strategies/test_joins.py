@@ -1,0 +1,74 @@
+"""Ranks join in training: in the virtual world, every strategy that survives deaths."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.strategies.deaths import SURVIVING
+
+SETTINGS = {
+    "model_averaging": {"period": 3},
+    "bmuf": {"period": 4, "delay": 2},
+    "gossip_bmuf": {"period": 3, "delay": 1},
+    "async_sgd": {"momentum": 0.5},
+    "des_loc": {"period": 3},
+}
+
+
+@pytest.fixture
+def train(run):
+    """Return a function: train with these profiles of faults."""
+
+    def train(name, *profile, size=3, on_death="go_on", **sections):
+        settings = {
+            "strategy": SETTINGS.get(name, {}),
+            "faults": {"profile": list(profile)},
+            "machine": {"step_s": 0.1},
+            "world": {"on_death": on_death},
+            "train": {"test": False, "worst_rank": False, "samples": 6000},
+        }
+        for section, values in sections.items():
+            settings[section] = {**settings.get(section, {}), **values}
+        return run(size, name, out="x", can_shrink=True, **settings)
+
+    return train
+
+
+def check(trainers, size, summary):
+    """Assert that the ranks end as one run of `size`, every sample counted."""
+    alive = [trainer for trainer in trainers if trainer is not None]
+    assert [trainer.world.size for trainer in alive] == [size] * size
+    total = summary["samples"]
+    own = sum(trainer.learner.samples for trainer in alive)
+    assert own + alive[0].batches.counts.rest == total
+    assert 6000 <= total < 6000 + 3 * 40 * size
+    return alive
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SURVIVING)
+def test_a_rank_joins(train, tmp_path, capsys, name):
+    trainers = train(name, {"kind": "join_at", "step": 12}, size=3)
+    summary = json.loads((tmp_path / "x/summary.json").read_text())
+    alive = check(trainers, 4, summary)
+    assert (
+        alive[3].totals.step == alive[0].totals.step or not alive[0].strategy.lockstep
+    )
+    assert summary["ranks"] == 4
+    assert summary["valid_perplexity"] < 40
+    assert "rank 3 joined; 4 go on from the mean" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["model_averaging", "adpsgd"])
+@pytest.mark.parametrize("dead", [0, 2])
+def test_a_rank_that_died_is_replaced(train, tmp_path, name, dead):
+    death = {"kind": "fail_at", "rank": dead, "step": 12}
+    trainers = train(name, death, on_death="replace")
+    assert [rank for rank, found in enumerate(trainers) if found is None] == [dead]
+    summary = json.loads((tmp_path / "x/summary.json").read_text())
+    check(trainers, 3, summary)
+    assert summary["ranks"] == 3
+    assert summary["valid_perplexity"] < 40
