@@ -90,6 +90,9 @@ class Cluster:
             if not name.startswith(foreign)
         }
         self.environment["SLURM_CONF"] = f"{self.folder}/slurm.conf"
+        # nor may ranks take the switch of an emulated cluster, which comes and goes:
+        # seen once, an Allreduce over its address never ended
+        self.environment["OMPI_MCA_btl_tcp_if_exclude"] = "127.0.0.1/8,10.77.0.0/16"
         self.daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Cluster:
