@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from mpilm import __version__
-from mpilm.errors import BAD_INPUT, INTERRUPTED, MpilmError, say
+from mpilm.errors import BAD_INPUT, MpilmError, TerminatedError, interruption, say
 from mpilm.launch import launched_rank, terminal_width
 
 SPEAK_S = 2.0  # mpirun ends rank 0 when another rank leaves before it has spoken
@@ -113,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     warnings.showwarning = show_warning  # type: ignore[assignment]
     try:
+        catch_terminate()
         if command is None:
             return show_commands(words)
         return run_command(command, words[len(command) :])
@@ -120,12 +123,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launched_rank() == 0 or not error.everywhere:
             say(str(error))
         return BAD_INPUT
-    except KeyboardInterrupt:
-        say("interrupted")
-        return INTERRUPTED
+    except KeyboardInterrupt as signalled:
+        code, text = interruption(signalled)
+        say(text)
+        return code
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+
+
+def catch_terminate() -> None:
+    """Let SIGTERM and SIGHUP end a command in order: no file is left half-written.
+
+    `train` has handlers of its own while it trains; who ignores a signal (nohup), or
+    has a handler already, keeps that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _terminate)
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: we are tidying up
+    raise TerminatedError
 
 
 def show_commands(words: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ STALLED = 3  # a wait lasted longer than allowed
 DIED = 4  # a rank, as [faults] declares
 STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal stopped the run; `resume` goes on
 INTERRUPTED = 130  # by SIGINT
+TERMINATED = 143  # by SIGTERM or SIGHUP
 
 
 class MpilmError(Exception):
@@ -24,6 +25,10 @@ class MpilmError(Exception):
     def __init__(self, text: str, *, everywhere: bool = False) -> None:
         super().__init__(text)
         self.everywhere = everywhere
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM or SIGHUP ends a command as Ctrl-C does: its files are tidied up."""
 
 
 class ConfigError(MpilmError):
@@ -61,6 +66,17 @@ class RanksDiedError(WorldError):
 
 class DivergenceError(MpilmError):
     """The loss or the model is not finite any more."""
+
+
+def interruption(error: KeyboardInterrupt) -> tuple[int, str]:
+    """Return the exit code and the line for what a signal has ended.
+
+    >>> interruption(KeyboardInterrupt()), interruption(TerminatedError())
+    ((130, 'interrupted'), (143, 'terminated'))
+    """
+    if isinstance(error, TerminatedError):
+        return TERMINATED, "terminated"
+    return INTERRUPTED, "interrupted"
 
 
 def say(text: str) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from mpilm.errors import BAD_INPUT, ERROR, INTERRUPTED, MpilmError, say
+from mpilm.errors import BAD_INPUT, ERROR, MpilmError, interruption, say
 
 
 class Abortable(Protocol):
@@ -107,7 +107,7 @@ def exit_line(error: BaseException) -> tuple[int, str]:
             return error.code or 0, ""
         return ERROR, str(error.code)
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted"
+        return interruption(error)
     if isinstance(error, MpilmError):
         return BAD_INPUT, one_line(str(error))
     return ERROR, one_line(f"{type(error).__name__}: {error}")
