@@ -21,7 +21,7 @@ def read_ranks(folder: Path) -> tuple[Run, list[RankRow]]:
 
 
 def rank_table(run: Run, rows: list[RankRow]) -> Iterator[str]:
-    """Yield a line for each rank, and one for each that is slow.
+    """Yield a line for each rank, and one for each that is slow, or slower than before.
 
     Shares are of the rank's training time; `speed` is that of the fastest rank's.
     """
@@ -43,6 +43,11 @@ def rank_table(run: Run, rows: list[RankRow]) -> Iterator[str]:
             yield (
                 f"rank {row.rank} computes {1 / row.relative:.1f} x as long for a"
                 f" sample as the fastest{most}"
+            )
+        if row.slower > 1.0:
+            yield (
+                f"rank {row.rank} computes {row.slower:.1f} x as long for a sample now"
+                " as it did before"
             )
 
 

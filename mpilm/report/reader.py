@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mpilm.config import OWN
 from mpilm.storage.runlog import RankLog
 from mpilm.train.changes import Change
+from mpilm.world.waits import typical_limit
 
 Vector = NDArray[np.float64]
 
@@ -53,6 +54,7 @@ class RankRow:
 
     data, forward, backward  of the gradient, see learner/spent.py; NaN: not logged
     waiting                  for communication, or for other ranks
+    slower                   the last window's time by the usual one; 1: in line with it
     host                     where it ran; "": not known
     """
 
@@ -67,6 +69,7 @@ class RankRow:
     individual: float
     recent: float
     host: str = ""
+    slower: float = 1.0
 
     @property
     def most(self) -> str:
@@ -286,6 +289,7 @@ class Run:
                     individual=float(windows.min() / windows[-1]),
                     recent=float(last / windows[-1]),
                     host=self.logs[rank].host,
+                    slower=slower_than_before(windows),
                 )
             )
         return rows
@@ -326,6 +330,19 @@ class Run:
         samples = self.column(rank, "samples")[cuts]
         costs: Vector = np.diff(busy) / np.maximum(np.diff(samples), 1.0)
         return np.maximum(costs, 1e-12)
+
+
+def slower_than_before(windows: Vector) -> float:
+    """Return the last window by the median of those before; 1: it is no outlier.
+
+    What is out of line goes by the rank's own spread (world/waits.py): one whose time
+    always varies by half is not slow for it.
+    """
+    *before, last = windows.tolist()
+    if len(before) < 3 or last <= typical_limit(before):
+        return 1.0
+    slower = float(last / np.median(before))
+    return slower if slower > 1.0 / SLOW else 1.0
 
 
 def _or_inf(value: float) -> float:

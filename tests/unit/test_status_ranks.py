@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
-from mpilm.commands.ranks import slow_nodes
+from mpilm.commands.ranks import rank_table, read_ranks, slow_nodes
 from mpilm.commands.sweep import status
 from mpilm.config import resolve
 from mpilm.data.synthetic import prepare_synthetic
@@ -47,6 +48,42 @@ def test_a_slow_rank_is_named_with_what_it_is_slow_in(folder, capsys):
     assert lines[4:] == [
         "rank 1 computes 3.0 x as long for a sample as the fastest, most of it backward"
     ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("profile", "named"),
+    [
+        # of 90 steps the last ten take twice as long: out of line with those before
+        ({"kind": "periodic", "every_steps": 90, "for_steps": 10, "factor": 2.0}, True),
+        # a fifth of the steps, wherever: the last window has 1.9 x the usual time, too,
+        # but that is how this rank is
+        ({"kind": "spikes", "probability": 0.2, "factor": 8.0}, False),
+    ],
+)
+def test_a_rank_that_becomes_slow_is_named_by_its_own_past(tmp_path, profile, named):
+    prepare_synthetic(tmp_path / "c.h5", vocab=30, tokens=2_000)
+    config = resolve(
+        {
+            "data": {"corpus": str(tmp_path / "c.h5")},
+            "model": {"embed": 4, "hidden": 4},
+            "strategy": {"name": "model_averaging"},
+            "train": {"samples": 1800, "batch": 2, "unroll": 5, "log_every": 3},
+        }
+    )
+
+    def main(world):
+        Trainer(config, world, tmp_path / "run").train()
+
+    faults = Faults(profile=({"ranks": [1], **profile},), seed=5)
+    run_virtual(main, 2, machine=Machine(step_s=0.1), faults=faults)
+    run, rows = read_ranks(tmp_path / "run")
+    lines = list(rank_table(run, rows))
+    windows = run._windows(1)
+    assert windows[-1] / np.median(windows[:-1]) == pytest.approx(1.9, abs=0.15)
+    found = [line for line in lines if "as it did before" in line]
+    want = "rank 1 computes 2.0 x as long for a sample now as it did before"
+    assert found == ([want] if named else []), lines
 
 
 def test_parts_of_a_step_are_in_the_summary(folder):
