@@ -7,13 +7,15 @@
 # make claims         what the papers claim, measured; make claims-smoke: seconds of each
 # make gpu-wheels     what benchmarks/gpu.py needs on a bare machine with a GPU
 # make soak           random schedules and deaths in the virtual world, SOAK of each kind;
-#                     damaged files; kill -9 at random moments
+#                     damaged files; kill -9 at random moments; mutants. Each goes on
+#                     where it was, for MINUTES at most
 # make clean          remove what these make
 #
 # Everything is installed into .venv (Open MPI), .venv-mpich and .venv-impi.
 
 PYTHON ?= python3
 SOAK ?= 100000
+MINUTES ?= 60
 GPU_PYTHON ?= 3.12
 BIN := .venv/bin
 
@@ -84,11 +86,14 @@ gpu-wheels: .venv/demo.stamp
 
 soak: .venv/test.stamp
 	$(BIN)/python -m tests.fuzz.readers all 0 1000
-	$(BIN)/python -m tests.soak.kills --out build/kills.json
+	MPILM_MINUTES=1 $(BIN)/python -m pytest -q -m 'long or not long' tests/unit/test_signalled.py
+	$(BIN)/python -m tests.soak.kills --minutes $(MINUTES) --out build/kills.json
 	$(PYTHON) -m venv .venv-soak && .venv-soak/bin/pip install -q cosmic-ray
-	.venv-soak/bin/python tests/soak/mutants.py --out build/mutants.json
-	$(BIN)/python -m tests.strategies.deaths all 0 $$(($(SOAK) / 50))
-	$(BIN)/python -m tests.strategies.schedules all 0 $(SOAK)
+	.venv-soak/bin/python tests/soak/mutants.py --minutes $(MINUTES) --out build/mutants.json
+	$(BIN)/python -m tests.soak.seeds deaths --seeds $$(($(SOAK) / 50)) --minutes $(MINUTES) \
+	    --out build/deaths.json
+	$(BIN)/python -m tests.soak.seeds schedules --seeds $(SOAK) --minutes $(MINUTES) \
+	    --out build/schedules.json
 	for seed in $$(seq $$(($(SOAK) / 400))); do \
 	    $(BIN)/python -m pytest -q -m 'long or not long' tests/virtual/test_schedules.py \
 	        --hypothesis-seed=$$seed || exit 1; \

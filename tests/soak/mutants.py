@@ -26,10 +26,13 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("mpilm/strategies", "mpilm/world", "mpilm/world/virtual")
@@ -199,28 +202,46 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1000, help="schedules of each")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--python", default=str(ROOT / ".venv/bin/python"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     found = json.loads(args.out.read_text())["mutants"] if args.out.exists() else []
     done = {row["mutant"] for row in found}
     end_s = time.monotonic() + 60.0 * args.minutes
-    with tempfile.TemporaryDirectory(prefix="mutants.") as folder:
-        tree = Path(folder)
-        for part in COPIED:
-            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-            copy(ROOT / part, tree / part)
-        for mutant in drawn(args.count, args.seed):
-            if mutant.name in done:
-                continue
-            if time.monotonic() > end_s:
-                break
-            who = survives(mutant, tree, args.python, args.seeds)
-            line = (ROOT / mutant.module).read_text().splitlines()[mutant.line - 1]
-            row = {"mutant": mutant.name, "source": line.strip(), "killed by": who}
+    ahead: SimpleQueue[Mutant] = SimpleQueue()
+    for mutant in drawn(args.count, args.seed):
+        if mutant.name not in done:
+            ahead.put(mutant)
+    lock = threading.Lock()
+
+    def note(mutant: Mutant, who: str) -> None:
+        """Write down who has noticed a mutant."""
+        line = (ROOT / mutant.module).read_text().splitlines()[mutant.line - 1]
+        row = {"mutant": mutant.name, "source": line.strip(), "killed by": who}
+        with lock:
             found.append(row)
             document = {"benchmark": "mutants", "seed": args.seed, "mutants": found}
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(document, indent=1) + "\n")
             print(f"{who or 'ALIVE':<10} {mutant.name}", flush=True)
+
+    def work() -> None:
+        """Try mutants in a tree of one's own until the time is up."""
+        with tempfile.TemporaryDirectory(prefix="mutants.") as folder:
+            tree = Path(folder)
+            for part in COPIED:
+                copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+                copy(ROOT / part, tree / part)
+            while time.monotonic() < end_s:
+                try:
+                    mutant = ahead.get_nowait()
+                except Empty:
+                    return
+                note(mutant, survives(mutant, tree, args.python, args.seeds))
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for worker in [pool.submit(work) for _ in range(args.jobs)]:
+            worker.result()
     print(page(found))
 
 
