@@ -127,11 +127,14 @@ def page(runs: list[Run], title: str, problems: Sequence[str] = ()) -> str:
 
 
 def grouped(runs: list[Run]) -> list[Run]:
-    """Return the runs, those of a strategy together, by number of ranks."""
-    first: dict[tuple[bool, str], int] = {}
+    """Return the runs, those of a strategy together, by number of ranks.
+
+    What was simulated stands below what was measured.
+    """
+    first: dict[str, int] = {}
     for run in runs:
-        first.setdefault((run.simulated, run.strategy), len(first))
-    return sorted(runs, key=lambda r: (first[r.simulated, r.strategy], r.ranks))
+        first.setdefault(run.strategy, len(first))
+    return sorted(runs, key=lambda r: (first[r.strategy], r.simulated, r.ranks))
 
 
 def lead(runs: list[Run]) -> str:

@@ -266,7 +266,7 @@ def staleness(runs: list[Run]) -> list[str]:
         shares = counts[: last + 1] / counts.sum()
         names = {len(counts) - 1: f"{len(counts) - 1}+"}
         x = Axis(
-            "foreign mixes between reading a model and updating it",
+            "foreign mixes between reading and updating",
             show=lambda value, names=names: names.get(int(value), f"{value:g}"),  # type: ignore[misc]
         )
         columns = [[(float(share), styles[index].colour)] for share in shares]

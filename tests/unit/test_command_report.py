@@ -16,6 +16,7 @@ import pytest
 
 from mpilm.cli import main
 from mpilm.config import resolve
+from mpilm.report.charts import LEFT, LETTER, NARROW, RIGHT
 from mpilm.report.export import crc
 from mpilm.report.folders import read, read_all, short_names
 from mpilm.report.groups import looks, pairs_of, series_of
@@ -313,6 +314,26 @@ def test_the_numbers_of_a_machine_that_ships_are_its_name(tmp_path):
 
     assert sorted(legend()) == ["allreduce, cloud_25g", "allreduce, ethernet_1g"]
     assert legend(latency_s=1.0)[0].startswith("allreduce, machine.bandwidth_Bps ")
+
+
+def test_a_prediction_stands_below_what_was_measured(tmp_path):
+    for kind in ("measured", "predicted"):
+        for name in ("allreduce", "dpsgd"):
+            folder = write_run(tmp_path / f"{kind}-{name}", 2, name=name)
+            speed(folder, 100.0, simulated=kind == "predicted")
+    runs, _ = read_all([tmp_path])
+    text = page(runs, "both")
+    groups = re.findall(r'<tr class="group"><th>([^<]*)</th>', text)
+    assert groups == ["allreduce", "allreduce, simulated", "dpsgd", "dpsgd, simulated"]
+
+
+def test_the_name_of_an_axis_has_room_on_a_phone(tmp_path):
+    run = read(write_run(tmp_path / "x"), "x")
+    names = re.findall(r'class="name"[^>]*>([^<]*)</text>', page([run], "x"))
+    most = max(names, key=len)
+    assert most.startswith("foreign mixes")
+    middle = (LEFT + NARROW[0] - RIGHT) / 2
+    assert middle + len(most) * LETTER / 2 < NARROW[0]
 
 
 def test_a_key_names_the_runs_that_are_drawn_and_no_others(tmp_path):
