@@ -145,6 +145,16 @@ def status(
     beside = Sweep.read(predicted) if predicted is not None else None
     if beside and beside.spec.run not in SIMULATED:
         raise ConfigError(f"--predicted {predicted}: was not simulated")
+    if beside and not beside.states.keys() & found.states.keys():
+        raise ConfigError(
+            f"--predicted {predicted}: no point is called as one of {folder}; both"
+            " sweeps need the same [vary] and ranks"
+        )
+    if beside and beside.digest != found.digest:
+        say(
+            f"note: {predicted} is of {beside.spec.config}, {folder} of"
+            f" {found.spec.config}, or one of them was edited in between"
+        )
     for line in point_table(found, beside):
         print(line)
     if csv is not None:

@@ -204,9 +204,14 @@ def about_loss(runs: list[Run]) -> str:
         text += " Dotted: no model can get below."
     if any(run.simulated for run in runs):
         text += " Virtual seconds are those of the declared machine."
-    if len({run.config.get("data", {}).get("corpus") for run in runs}) > 1:
+    if len(set(map(corpus_of, runs))) > 1:
         text += " The runs are of different corpora: their losses are not comparable."
     return f'<p class="note">{html.escape(text)}</p>'
+
+
+def corpus_of(run: Run) -> str:
+    """Return the corpus of a run."""
+    return str(run.config.get("data", {}).get("corpus"))
 
 
 def about_table(runs: list[Run]) -> str:
@@ -236,8 +241,11 @@ def summary_table(runs: list[Run]) -> str:
         known = [value for value in values if math.isfinite(value)]
         if not known:
             continue
-        # seconds of different kinds are not compared
-        fair = key != "samples_per_s" or len({run.simulated for run in runs}) == 1
+        # nor are seconds of different kinds compared, or models of different data
+        of = [
+            run.simulated if key == "samples_per_s" else corpus_of(run) for run in runs
+        ]
+        fair = len(set(of)) == 1
         winner = {"min": min, "max": max}[best](known) if best and fair else math.nan
         used.append((name, values, show, winner if len(known) > 1 else math.nan))
     styles = looks(runs)

@@ -316,6 +316,20 @@ def test_the_numbers_of_a_machine_that_ships_are_its_name(tmp_path):
     assert legend(latency_s=1.0)[0].startswith("allreduce, machine.bandwidth_Bps ")
 
 
+def test_models_of_different_data_have_no_best(tmp_path):
+    for name in ("a", "b"):
+        more = {"data": {"corpus": f"{name}.h5"}}
+        speed(write_run(tmp_path / name, 2, more=more), 100.0, valid_perplexity=9.0)
+    runs, _ = read_all([tmp_path])
+    text = page(runs, "both")
+    assert "their losses are not comparable" in text
+    table = text[text.index("<table") : text.index("</table>")]
+    bold = re.findall(r'class="best">([^<]*)', table)
+    assert "9.00" not in bold
+    runs[1].config["data"]["corpus"] = "a.h5"
+    assert 'class="best">9.00' in page(runs, "both")
+
+
 def test_a_prediction_stands_below_what_was_measured(tmp_path):
     for kind in ("measured", "predicted"):
         for name in ("allreduce", "dpsgd"):

@@ -16,7 +16,7 @@ import pytest
 from mpilm.cli import main
 from mpilm.commands.collect import collector
 from mpilm.commands.points import Spec
-from mpilm.commands.swept import Sweep
+from mpilm.commands.swept import State, Sweep
 from mpilm.data.synthetic import prepare_synthetic
 
 SIMULATED = """
@@ -203,6 +203,33 @@ def test_status_of_what_is_no_sweep_is_one_line(folder, capsys, content):
     said = capsys.readouterr().err
     assert said.startswith(f"mpilm: {folder / 'sweep.json'}: ")
     assert said.count("\n") == 1
+
+
+def test_a_prediction_of_other_points_is_refused_of_another_file_named(folder, capsys):
+    def begun(name, text, digest="a"):
+        spec = Spec.read(write(folder, text))
+        points = spec.points()
+        states = {point.name: State("done") for point in points}
+        (folder / name).mkdir()
+        Sweep(folder / name, spec, points, states, digest).write()
+        return str(folder / name)
+
+    both = 'config = "train.toml"\nrun = "RUN"\nranks = [2]\n'
+    real = begun("real", both.replace("RUN", "local"))
+    same = begun("same", both.replace("RUN", "protocol"))
+    edited = begun("edited", both.replace("RUN", "protocol"), "b")
+    other = both.replace("RUN", "protocol").replace("[2]", "[4]")
+    other = begun("other", other)
+    for predicted, code, said in (
+        (same, 0, ""),
+        (edited, 0, "note: "),
+        (other, 2, f"--predicted {other}: no point is called as one of {real}"),
+        (real, 2, "was not simulated"),
+    ):
+        assert main(["status", real, "--predicted", predicted]) == code
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == bool(said)
 
 
 def test_an_mpirun_point_is_one_command(folder, capsys):
