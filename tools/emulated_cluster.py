@@ -46,6 +46,7 @@ LETTERS = cycle("abcdefghijklmnopqrstuvwxyz")  # of the clusters of one process
 # must not pass for nothing. Shorter at 1 Gbit/s and TCP does not reach the rate
 # (measured: 0.4 of it with 32 KB); at least ten packets.
 BURST_S, BURST_BYTES = 2e-3, 16_000
+MOST_NODES = 200  # a network of 10.77.x has 254 addresses
 RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg])bit")
 # The switch drops what waits longer in front of a node's link. A host drops nothing at
 # its own end: its queue is 1,000 packets of up to 64 KB, and TCP keeps it short. With
@@ -101,10 +102,25 @@ def burst(rate: str) -> str:
         RuntimeError: it is no rate.
     """
     match = RATE.fullmatch(rate)
-    if match is None:
+    if match is None or not float(match[1]):
         raise RuntimeError(f"{rate}: no rate; 100mbit, 1.5gbit and the like are")
     bits = float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
     return f"{max(BURST_BYTES, int(bits / 8 * BURST_S))}b"
+
+
+def slow_link(text: str) -> tuple[int, str]:
+    """Return a node and the rate of its link.
+
+    >>> slow_link("3=10mbit")
+    (3, '10mbit')
+
+    Raises:
+        RuntimeError: it is no such pair.
+    """
+    node, _, rate = text.partition("=")
+    if not node.isdecimal() or not rate:
+        raise RuntimeError(f"--slow {text}: write NODE=RATE, as in 3=10mbit")
+    return int(node), rate
 
 
 class EmulatedCluster:
@@ -130,6 +146,14 @@ class EmulatedCluster:
     ) -> None:
         self.nodes, self.rate, self.slots = nodes, rate, slots
         self.rates = dict(rates or {})
+        if not 1 <= nodes <= MOST_NODES:
+            raise RuntimeError(f"{nodes} nodes: 1 to {MOST_NODES} can be made")
+        if slots < 1:
+            raise RuntimeError(f"{slots} ranks on a node: 1 or more")
+        for node in self.rates.keys() - set(self._numbers()):
+            raise RuntimeError(f"node {node}: there are 1 to {nodes}")
+        for each in filter(None, (rate, *self.rates.values())):
+            burst(each)
         self.prefix = f"mpi{os.getpid()}{next(LETTERS)}"
         self.subnet = ""
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -339,8 +363,8 @@ def main() -> int:
     )
     parser.add_argument("arguments", nargs="+", help="of mpirun, after --")
     given = parser.parse_args()
-    rates = {int(n): rate for n, _, rate in (s.partition("=") for s in given.slow)}
     try:
+        rates = dict(map(slow_link, given.slow))
         with EmulatedCluster(
             given.nodes, rate=given.rate, rates=rates, slots=given.slots
         ) as cluster:
@@ -352,6 +376,9 @@ def main() -> int:
             return cluster.start(given.arguments).wait()
     except RuntimeError as error:
         print(f"emulated_cluster: {error}", file=sys.stderr)
+        return 2
+    except FileNotFoundError as error:
+        print(f"emulated_cluster: no {error.filename} here", file=sys.stderr)
         return 2
 
 

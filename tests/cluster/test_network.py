@@ -251,6 +251,34 @@ def test_what_was_made_is_removed_also_after_an_error() -> None:
     assert prefix not in spaces
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nodes=0"], "0 nodes: 1 to 200 can be made"),
+        (["--nodes=2", "--slots=0"], "0 ranks on a node: 1 or more"),
+        (["--nodes=2", "--rate=0mbit"], "0mbit: no rate"),
+        (["--nodes=2", "--rate=100"], "100: no rate"),
+        (["--nodes=2", "--slow", "3=10mbit"], "node 3: there are 1 to 2"),
+        (["--nodes=2", "--slow", "x"], "--slow x: write NODE=RATE"),
+        (["--nodes=1", "--sweep"], "no nosuchprogram here"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], said: str) -> None:
+    tool = Path(__file__).parents[2] / "tools" / "emulated_cluster.py"
+    if "--sweep" in words and (reason := why_not()):
+        pytest.skip(reason)
+    done = subprocess.run(
+        [sys.executable, str(tool), *words, "--", "nosuchprogram"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"emulated_cluster: {said}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_sweep_runs_over_the_nodes(tmp_path: Path, capfd) -> None:
     """Two ranks over the network; predicted beside measured samples/s."""
     if reason := why_not():
