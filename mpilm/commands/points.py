@@ -145,8 +145,6 @@ class Point:
             words = ["submit", spec.config, "--scheduler", run, *spec.options]
             words += ["--ranks", str(self.ranks)]  # which adds -rN to the folder
             base = folder.with_name(self.name.removesuffix(f"-r{self.ranks}"))
-            log = "--output={}/job-%j.log" if run == "slurm" else "-o{}/"
-            words += [f"--option={log.format(folder)}"]
             return [*words, *settings, "--out", str(base)]
         words = [*spec.options, "-n", str(self.ranks)]
         program = [sys.executable, "-m", "mpilm", "train", spec.config, "--resume"]

@@ -317,6 +317,7 @@ def build(
         if size.gpus_per_node:
             command += [f"--gpus-per-node={size.gpus_per_node}"]
         command += [f"--time={time}", f"--signal=B:USR1@{warn}", "--export=ALL"]
+        command += [f"--output={variables['RUN']}/job-%j.log"]
         command += [f"--partition={queue}"] if queue else []
         command += [f"--account={account}"] if account else []
         command += [f"--dependency=afterany:{after}"] if after else []
@@ -327,6 +328,7 @@ def build(
         if size.gpus_per_node:
             select += f":ngpus={size.gpus_per_node}"
         command += ["-l", select, "-l", "place=scatter", "-l", f"walltime={time}"]
+        command += ["-o", f"{variables['RUN']}/"]
         command += ["-q", queue] if queue else []
         command += ["-A", account] if account else []
         command += ["-W", f"depend=afterany:{after}"] if after else []

@@ -320,7 +320,7 @@ def _lost(row: Row, best: Row, failed: str) -> str:
     assert o.drift is not None and first.drift is not None
     text = f"{row.candidate}, batch {row.candidate.batch}"
     if row.why:
-        return f"{text}, {failed}{row.why}"
+        return f"{text}, {failed}{row.why}."
     parts = []
     ratio = o.samples_per_s / first.samples_per_s
     if ratio < 0.95:

@@ -63,13 +63,13 @@ def test_a_job_is_cut_by_its_walltime_resubmitted_and_finishes(
 ) -> None:
     words = ["submit", "train.toml", "--scheduler=pbs", f"--out={project.run}"]
     words += ["--ranks-per-node=2", "--time=0:02:00", "--warn=60"]
-    words += ["--env=environment.sh", f"--option=-o{project.folder}/"]
+    words += ["--env=environment.sh"]
     done = mpilm(project, *words)
     assert done.returncode == 0, done.stderr
     first = done.stdout.strip()
 
     def logs() -> str:
-        found = [*project.folder.glob("*.OU"), *project.folder.glob("*.o*")]
+        found = project.run.glob("*.OU")
         return "\n".join(log.read_text(errors="replace") for log in sorted(found))
 
     wait_until(lambda: "stopped early at" in logs(), "the walltime", 400)
@@ -80,6 +80,8 @@ def test_a_job_is_cut_by_its_walltime_resubmitted_and_finishes(
     assert found["ranks"] == 2
     last = json.loads((project.run / "job.json").read_text())["job"]
     assert last != first, "it resubmitted itself"
+    assert len(list(project.run.glob("*.OU"))) > 1, "each job's output lies there"
+    assert not [*project.folder.glob("*.o[0-9]*")]
 
 
 @pytest.mark.timeout(1200)

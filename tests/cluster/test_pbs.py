@@ -38,6 +38,7 @@ Job Id: $2
     Resource_List.place = scatter
     Resource_List.select = {select}
     Resource_List.walltime = {walltime}
+    Output_Path = host:/data/runs/x/
     Account_Name = speech
 END"""
 QSUB = """printf '%s\\n' "$@" >{folder}/qsub.options
@@ -189,6 +190,7 @@ def test_time_limit_next_job_resume(submit: Submit, project: Project) -> None:
         *("-l", "select=2:ncpus=1:mpiprocs=1"),
         *("-l", "place=scatter"),
         *("-l", "walltime=00:01:00"),
+        *("-o", "/data/runs/x/"),
         *("-A", "speech"),
         str(project.folder / "16.SC"),
     ]

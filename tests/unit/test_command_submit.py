@@ -62,10 +62,12 @@ def test_dry_run_of_a_sweep_prints_every_command(folder):
     assert done.stdout.splitlines() == [
         head.format(2, 2) + "--nodes=1 --ntasks-per-node=2 --cpus-per-task=1"
         " --gpus-per-node=2 --time=8:00:00 --signal=B:USR1@120 --export=ALL"
+        " --output=runs/x-r2/job-%j.log"
         " --partition=gpu"
         f" --dependency=afterany:7 {tail}",
         head.format(8, 8) + "--nodes=2 --ntasks-per-node=4 --cpus-per-task=1"
         " --gpus-per-node=4 --time=8:00:00 --signal=B:USR1@120 --export=ALL"
+        " --output=runs/x-r8/job-%j.log"
         " --partition=gpu"
         f" --dependency=afterany:JOB_OF_2_RANKS {tail}",
     ]
@@ -87,7 +89,7 @@ def test_pbs_gets_chunks_and_names_of_variables(folder):
     assert job.command == [
         *("qsub", "-N", "r2x"),
         *("-l", "select=2:ncpus=12:mpiprocs=4:ngpus=4", "-l", "place=scatter"),
-        *("-l", "walltime=8:00:00", "-A", "speech"),
+        *("-l", "walltime=8:00:00", "-o", "runs/2x/", "-A", "speech"),
         *(
             "-v",
             "CONFIG,RUN,SETTINGS,MPILM_ENV,WALLTIME,WARN",

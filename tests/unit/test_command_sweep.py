@@ -145,7 +145,7 @@ def test_submitted_points_are_words_for_submit(folder, capsys):
     assert len(printed) == 2
     config = folder / "train.toml"
     words = f"submit {config} --scheduler slurm --time 1:00:00 --ranks-per-node 4"
-    words += " --ranks 8 --option=--output=out/bmuf-r8/job-%j.log"
+    words += " --ranks 8"
     assert f"{words} --set 'strategy.name=\"bmuf\"' --out out/bmuf" in printed[1]
 
 
