@@ -88,6 +88,7 @@ soak: .venv/test.stamp
 	$(BIN)/python -m tests.fuzz.readers all 0 1000
 	MPILM_MINUTES=1 $(BIN)/python -m pytest -q -m 'long or not long' tests/unit/test_signalled.py
 	$(BIN)/python -m tests.soak.kills --minutes $(MINUTES) --out build/kills.json
+	$(BIN)/python -m tests.soak.goodput --out build/goodput.json
 	$(PYTHON) -m venv .venv-soak && .venv-soak/bin/pip install -q cosmic-ray
 	.venv-soak/bin/python tests/soak/mutants.py --minutes $(MINUTES) --out build/mutants.json
 	$(BIN)/python -m tests.soak.seeds deaths --seeds $$(($(SOAK) / 50)) --minutes $(MINUTES) \

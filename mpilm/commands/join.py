@@ -53,7 +53,7 @@ def train_along(folder: Path) -> int:
     config = RunFolder(folder).read_config()
     stop = StopRequest()
     with stop, MpiWorld.joined() as world, abort_on_error(world, folder):
-        # declared faults are those of the ranks that were there
-        world.configure(faults=None, silence_s=config.world.silence_s)
+        faults, silence_s = config.faults.of_new_rank(), config.world.silence_s
+        world.configure(faults=faults, silence_s=silence_s)
         finished = Trainer(config, world, folder).train(stop)
     return 0 if finished else STOPPED_EARLY

@@ -75,6 +75,11 @@ class Faults:
         """Return whether the rank dies before this step."""
         return (rank, step) in self._deaths
 
+    def of_new_rank(self) -> Faults:
+        """Return them for a rank that joins: the deaths are those of the others."""
+        left = tuple(p for p in self.profile if not isinstance(p, FailAt | JoinAt))
+        return replace(self, profile=left)
+
     def joins(self, step: int) -> int:
         """Return how many ranks more are asked for once rank 0 has come so far."""
         found = (p for p in self.profile if isinstance(p, JoinAt))
