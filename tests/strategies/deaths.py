@@ -33,7 +33,7 @@ from mpilm.train.loop import Trainer
 from mpilm.vectors import to_array
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
-from mpilm.world.profiles import FailAt
+from mpilm.world.profiles import FailAt, JoinAt
 from mpilm.world.virtual import run_virtual
 from mpilm.world.virtual.rare import drawn_rare
 from tests.strategies.schedules import SETTINGS
@@ -41,6 +41,7 @@ from tests.strategies.schedules import SETTINGS
 SURVIVING = [name for name, kind in STRATEGIES.items() if kind.survives]
 BATCH, UNROLL = 2, 5
 TWICE = 20  # every so many seeds are run twice
+LONGER = 25  # steps more where ranks join: that takes some
 AGAIN = "a rank died while the others went on after a death"  # ends a run
 
 
@@ -48,7 +49,9 @@ AGAIN = "a rank died while the others went on after a death"  # ends a run
 class Plan:
     """All that a seed decides.
 
-    deaths  rank -> the step before which it dies
+    deaths    rank -> the step before which it dies
+    joins     ranks more that are asked for
+    on_death  the others go on, or a new rank is asked for
     """
 
     name: str
@@ -59,6 +62,8 @@ class Plan:
     machine: Machine
     faults: Faults
     deaths: dict[int, int]
+    joins: int
+    on_death: str
     seed: int
 
 
@@ -85,7 +90,12 @@ def plan(name: str, seed: int) -> Plan:
     machine, faults = draw_machine(draw), draw_faults(draw, size)
     dead = draw.sample(range(size), draw.choice([1, 1, 1, min(2, size - 1)]))
     deaths = {rank: draw.randint(1, steps) for rank in dead}
-    failing = tuple(FailAt(rank=rank, step=step) for rank, step in deaths.items())
+    failing = [FailAt(rank=rank, step=step) for rank, step in deaths.items()]
+    other = random.Random(f"joins {name} {seed}")
+    joining = [JoinAt(step=other.randint(1, steps))] if other.random() < 0.3 else []
+    on_death = "replace" if other.random() < 0.2 else "go_on"
+    if joining or on_death == "replace":
+        steps += LONGER
     return Plan(
         name,
         size,
@@ -93,8 +103,10 @@ def plan(name: str, seed: int) -> Plan:
         SETTINGS[name](draw, size),
         draw.choice(["shards", "shards", "pool"]),
         machine,
-        Faults(slow=faults.slow, profile=(*faults.profile, *failing)),
+        Faults(slow=faults.slow, profile=(*faults.profile, *failing, *joining)),
         deaths,
+        len(joining),
+        on_death,
         seed,
     )
 
@@ -115,7 +127,8 @@ def train(chosen: Plan, folder: Path) -> list[Any]:
                 "worst_rank": False,
             },
             "strategy": {"name": chosen.name, **chosen.settings},
-            "world": {"on_death": "go_on"},
+            "world": {"on_death": chosen.on_death},
+            "checkpoint": {"agree_every": 5 if chosen.steps < LONGER else 1},
         }
     )
 
@@ -149,21 +162,25 @@ def run(name: str, seed: int) -> str:
             except MpilmError as error:
                 assert "cannot be made of" in str(error), error
                 return "too few were left for a group"
-    alive = check(chosen, results[0])
+    check(chosen, results[0])
     if len(results) > 1:
         for one, other in zip(*results, strict=True):
             assert (one is None) == (other is None), "another one died"
             if one is not None:
                 assert one[:3] == other[:3], "other counts"
                 assert np.array_equal(one[3], other[3]), "other bits"
-    return "nobody died" if alive == chosen.size else "the others went on"
+    what = "the others went on" if None in results[0] else "nobody died"
+    joined = len(results[0]) - chosen.size
+    return f"{what}, {joined} joined" if joined else what
 
 
-def check(chosen: Plan, found: list[Any]) -> int:
-    """Raise unless the ranks that are left kept the promises; return how many."""
+def check(chosen: Plan, found: list[Any]) -> None:
+    """Raise unless the ranks that are left, or joined, kept the promises."""
     alive = {rank for rank, result in enumerate(found) if result is not None}
     assert {*range(chosen.size)} - alive <= chosen.deaths.keys(), "others died too"
     assert alive, "nobody is left"
+    most = chosen.joins + (len(chosen.deaths) if chosen.on_death == "replace" else 0)
+    assert len(found) <= chosen.size + most, "more joined than were asked for"
     asked = chosen.steps * chosen.size * BATCH * UNROLL
     first = found[min(alive)]
     for rank in alive:
@@ -174,7 +191,6 @@ def check(chosen: Plan, found: list[Any]) -> int:
         assert total >= asked, f"{total} samples of {asked}"
         assert np.isfinite(final).all(), "not finite"
         assert np.array_equal(final, first[3]), "ranks end apart"
-    return len(alive)
 
 
 def sweep(name: str, seeds: range) -> Counter[str]:
