@@ -133,7 +133,10 @@ class Beside:
             spare = [to_array(vector) for vector in self._spare.values()]
         found = dict(state)
         for entry, value in state.items():
-            if not isinstance(value, np.ndarray) or not value.shape:
+            if not isinstance(value, np.ndarray):
+                continue
+            if not value.shape:  # AdamW counts its steps in one, in place
+                found[entry] = value.copy()
                 continue
             if any(np.may_share_memory(value, kept) for kept in spare):
                 continue

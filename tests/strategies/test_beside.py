@@ -10,8 +10,10 @@ import pytest
 
 import mpilm.storage.checkpoint as checkpoint_module
 from mpilm.errors import MpilmError
-from mpilm.storage.checkpoint import complete_checkpoints, load_shared
+from mpilm.storage.beside import Beside
+from mpilm.storage.checkpoint import Checkpoints, complete_checkpoints, load_shared
 from mpilm.storage.state_file import read_state
+from mpilm.world.virtual import run_virtual
 
 STEP = 2 * 4 * 10  # samples of both ranks
 OTHER = ("totals/", "config")  # seconds; and the setting itself
@@ -66,3 +68,24 @@ def test_one_that_cannot_be_written_is_one_line_and_the_last_one_stands(
     assert str(error.value) == line
     assert [found.name for found in path.iterdir()] == ["step-000000005"]
     assert load_shared(path)["samples"] == 5 * STEP
+
+
+def test_what_is_copied_does_not_change_with_the_learner():
+    """Also an array without dimensions: AdamW counts its steps in one, in place.
+
+    In the virtual world nobody trains while it is written: `make soak` found it.
+    """
+
+    def main(world):
+        beside = Beside(Checkpoints("nowhere", world))
+        state = {"step": np.array(3.0), "theta": np.ones(4), "samples": 7}
+        copied = beside.copied("own", state)
+        state["step"] += 1.0
+        state["theta"] += 1.0
+        return copied
+
+    (copied,) = run_virtual(main, 1)
+    assert copied["step"] == 3.0
+    assert copied["step"].shape == ()
+    assert copied["theta"].tolist() == [1.0] * 4
+    assert copied["samples"] == 7
