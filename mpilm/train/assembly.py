@@ -151,7 +151,7 @@ class Assembly:
 
         Communicates: collective among the ranks that are left.
         """
-        world = self.world
+        world, self.held = self.world, None  # a rank that was to join waits
         if self.saving.beside:
             self.saving.beside.abandon()
         place = go_on(self)

@@ -106,6 +106,11 @@ class Trainer(Assembly):
         """Whether the others go on when a rank dies."""
         return self.config.world.on_death != "end" and self.world.can_shrink
 
+    @property
+    def takes_in(self) -> bool:
+        """Whether ranks may join: out of lockstep under MPI a try ended the run."""
+        return self.strategy.lockstep or self.world.is_virtual
+
     def run_once(self, stop: StopRequest) -> bool:
         """Run and conclude. As `train`; or until a rank joins, see `held`."""
         has_finished = self.run(stop)
@@ -154,7 +159,9 @@ class Trainer(Assembly):
                     self.sync(samples)
                 if self.failure.error:
                     stop.requested = "failure"
-                joins = self.recruiting.look(totals.step, self.declared_joins)
+                joins = self.takes_in and self.recruiting.look(
+                    totals.step, self.declared_joins
+                )
                 outcome = agreement.poll(
                     totals.step, sync=joins or (is_due and not strategy.lockstep)
                 )
