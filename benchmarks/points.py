@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpilm.config import resolve
 from mpilm.data.text import prepare_text
 from mpilm.errors import MpilmError
@@ -107,10 +109,15 @@ def train_virtually(
     ranks: int,
     machine: Machine | None = None,
     faults: Faults | None = None,
+    *,
+    windows: int = 0,
 ) -> Point:
     """Train with real gradients in virtual time; return what it came to.
 
     A run that diverges has infinite measures, and `error` says how.
+
+    Args:
+        windows: into how many the training losses of all ranks are put.
 
     Returns:
         valid, test  perplexity, or cross-entropy of a model of frames; of the test
@@ -119,7 +126,8 @@ def train_virtually(
         sent         models sent by a rank
         seconds      of training, virtual
         loss         the last training loss, nats
-        curve        [virtual seconds, valid] of each evaluation, if there are several
+        curve        [virtual seconds, valid] of each evaluation, if there are several;
+                     else [virtual seconds, perplexity] of each window
     """
     config = resolve(document)
     config = replace(
@@ -151,6 +159,8 @@ def train_virtually(
         if config.train.valid_every:
             end = [point["seconds"], point["valid"]]
             point["curve"] = [*curve_of(folder, measure), end]
+        elif windows:
+            point["curve"] = training_curve(folder, windows)
         return point
 
 
@@ -164,6 +174,20 @@ def curve_of(folder: Path, measure: str) -> list[list[float]]:
             curve.append([float(second), float(value)])
             before = value
     return curve
+
+
+def training_curve(folder: Path, windows: int) -> list[list[float]]:
+    """Return [virtual seconds, perplexity] of the logged losses of all ranks.
+
+    In the order of time they are cut into `windows` of equally many; each stands at its
+    last. In the first pass over the data no rank has seen what its loss is of.
+    """
+    losses: list[tuple[float, float]] = []
+    for rank in read_run(folder).values():
+        seconds, values = rank.rows["seconds"], rank.rows["loss"]
+        losses += zip(map(float, seconds), map(float, values), strict=True)
+    parts = np.array_split(np.array(sorted(losses)), windows)
+    return [[float(p[-1, 0]), math.exp(min(p[:, 1].mean(), 700.0))] for p in parts]
 
 
 def wikitext_sample(out: Path, *, vocab: int, valid: int, test: int) -> Path:

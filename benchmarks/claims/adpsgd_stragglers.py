@@ -8,8 +8,12 @@ Source      Cui et al., arXiv 2110.11199 (abstract)
 Set-up      LSTM on words, plain SGD, minibatch 4 x 10, 32,000 words in all from a
             common pool, 8 ranks with steps of 0.1 s +- 10%, the last rank slow; rate
             tuned for each strategy by the one rule without a slow rank; virtual seconds
-            until the valid perplexity (8 evaluations) is 1.1 times the worst that a
-            strategy ends at without a slow rank; 3 seeds
+            until the training perplexity (of words that no rank has seen before, in 8
+            windows of equally many minibatches) is 1.1 times the worst that a strategy
+            ends at without a slow rank; 3 seeds. First it was the valid perplexity of 8
+            evaluations; for these the slow rank has to finish its step, so with 100 x
+            the first came when all was over (10.2 s, perplexity 61; 60.8 at 10.1 s
+            without a slow rank): it had measured when one looks
 Decision    reproduced if at every factor both rings take at most 8/7 x 1.1 of their
             time without a slow rank (an eighth of the speed may be lost), and
             all-reduce and delay_by_one at least 0.8 times the factor; not reproduced if
@@ -19,9 +23,10 @@ Decision    reproduced if at every factor both rings take at most 8/7 x 1.1 of t
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
-from claim import Finding, Study, judged, main, mean, shown
+from claim import Finding, Study, judged, main, shown
 from tasks import all_seeds, few, seconds_to, tuned, words
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -33,7 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
 FACTORS = (1.0, 2.0, 10.0, 100.0)
 RANKS = 8
 POOL = {"data": {"source": "pool", "chunk_windows": 5}}
-KEY: dict[str, Any] = {"samples": 32_000, "evaluations": 8, "more": POOL}
+KEY: dict[str, Any] = {"samples": 32_000, "windows": 8, "more": POOL}
 
 
 def measure(study: Study) -> Finding:
@@ -47,7 +52,8 @@ def measure(study: Study) -> Finding:
             factor: all_seeds(study, words, lr=lr, slow=factor, **key)
             for factor in FACTORS
         }
-    target = 1.1 * max(mean(points[1.0], "valid") for points in found.values())
+    ends = [[p["curve"][-1][1] for p in points[1.0]] for points in found.values()]
+    target = 1.1 * max(map(fmean, ends))
     holds, fails = {}, {}
     parts = [f"time to perplexity {target:.1f} over that without a slow rank"]
     for name, points in found.items():
@@ -59,7 +65,7 @@ def measure(study: Study) -> Finding:
                 seconds_to(target, slow["curve"]) / seconds_to(target, even["curve"])
                 for slow, even in pairs
             ]
-            ratio = sum(ratios) / len(ratios)
+            ratio = fmean(ratios)
             numbers.append(f"{factor:g} x: {shown(ratios, 2)}")
             if waits:
                 holds[f"{name}, {factor:g} x: suffers"] = ratio >= 0.8 * factor
