@@ -179,15 +179,17 @@ def curve_of(folder: Path, measure: str) -> list[list[float]]:
 def training_curve(folder: Path, windows: int) -> list[list[float]]:
     """Return [virtual seconds, perplexity] of the logged losses of all ranks.
 
-    In the order of time they are cut into `windows` of equally many; each stands at its
-    last. In the first pass over the data no rank has seen what its loss is of.
+    In the order of time they are cut into `windows` of equally many; each stands at the
+    mean of their times. In the first pass over the data no rank has seen what its loss
+    is of.
     """
     losses: list[tuple[float, float]] = []
     for rank in read_run(folder).values():
         seconds, values = rank.rows["seconds"], rank.rows["loss"]
         losses += zip(map(float, seconds), map(float, values), strict=True)
     parts = np.array_split(np.array(sorted(losses)), windows)
-    return [[float(p[-1, 0]), math.exp(min(p[:, 1].mean(), 700.0))] for p in parts]
+    means = (part.mean(0) for part in parts)
+    return [[float(second), math.exp(min(loss, 700.0))] for second, loss in means]
 
 
 def wikitext_sample(out: Path, *, vocab: int, valid: int, test: int) -> Path:

@@ -21,10 +21,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench_digits import tones
-from claim import Study, mean
+from claim import Study
 from points import DATA, WIKITEXT, Point, best_rate, train_virtually, wikitext_sample
 
 from mpilm.data.docs import prepare_docs
@@ -220,7 +221,18 @@ def merged(
     return result
 
 
-def tuned(study: Study, first: float, task: Callable[..., Point], **key: Any) -> float:
+def at_the_end(point: Point) -> float:
+    """Return the measure of the valid split at the end."""
+    return float(point["valid"])
+
+
+def tuned(
+    study: Study,
+    first: float,
+    task: Callable[..., Point],
+    judged_by: Callable[[Point], float] = at_the_end,
+    **key: Any,
+) -> float:
     """Return the rate that the one rule comes to; for a smoke test the first."""
     if study.smoke:
         return first
@@ -228,14 +240,25 @@ def tuned(study: Study, first: float, task: Callable[..., Point], **key: Any) ->
 
     def quality(lr: float) -> float:
         nonlocal best
-        one = float(task(study, lr=lr, seed=study.seeds[0], **key)["valid"])
+        one = judged_by(task(study, lr=lr, seed=study.seeds[0], **key))
         if one > 1.05 * best:
             return one
-        value = mean(all_seeds(study, task, lr=lr, **key), "valid")
+        value = fmean(map(judged_by, all_seeds(study, task, lr=lr, **key)))
         best = min(best, value)
         return value
 
     return best_rate(first, quality)
+
+
+def on_the_way(point: Point) -> float:
+    """Return the geometric mean of the perplexities of a curve: how a run went.
+
+    >>> on_the_way({"curve": [[1.0, 100.0], [2.0, 1.0]]})
+    10.0
+    """
+    if "curve" not in point:
+        return math.inf  # it diverged
+    return math.exp(fmean(math.log(value) for _, value in point["curve"]))
 
 
 def all_seeds(
@@ -246,10 +269,15 @@ def all_seeds(
 
 
 def tuned_seeds(
-    study: Study, first: float, task: Callable[..., Point], **key: Any
+    study: Study,
+    first: float,
+    task: Callable[..., Point],
+    judged_by: Callable[[Point], float] = at_the_end,
+    **key: Any,
 ) -> list[Point]:
     """Return the points of every seed at the rate that the one rule comes to."""
-    return all_seeds(study, task, lr=tuned(study, first, task, **key), **key)
+    lr = tuned(study, first, task, judged_by, **key)
+    return all_seeds(study, task, lr=lr, **key)
 
 
 def few(study: Study, ranks: int) -> int:
