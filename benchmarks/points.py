@@ -89,16 +89,30 @@ def write_json(path: Path, document: Any) -> None:
     scratch.replace(path)
 
 
-def best_rate(first: float, quality: Callable[[float], float]) -> float:
+def best_rate(
+    first: float, quality: Callable[[float], float], *, beyond: int = 0
+) -> float:
     """Return the rate from which neither half nor double is better.
+
+    Args:
+        beyond: how many rates that are no better are passed over on the way to one
+            that is.
 
     >>> best_rate(0.01, lambda lr: abs(lr - 0.035))
     0.04
+    >>> loss = {1.0: 4.0, 2.0: 5.0, 4.0: 3.0}
+    >>> [best_rate(1.0, lambda lr: loss.get(lr, 9.0), beyond=n) for n in (0, 1)]
+    [1.0, 4.0]
     """
     best = first
     for factor in (2.0, 0.5):
-        while quality(best * factor) < quality(best):
-            best *= factor
+        rate, misses = first, 0
+        while misses <= beyond:
+            rate *= factor
+            if quality(rate) < quality(best):
+                best, misses = rate, 0
+            else:
+                misses += 1
         if best != first:
             break
     return best
