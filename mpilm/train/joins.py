@@ -37,7 +37,8 @@ STATE_TAG = 11
 class Recruiting:
     """Rank 0 has ranks started: for those that died, that are declared, or asked for.
 
-    wanted  ranks that there should be, but for declared ones
+    wanted   ranks that there should be, but for declared ones
+    failure  why none is added any more; "": nothing speaks against it
 
     Args:
         folder: of the run; `request_ranks` leaves a request there.
@@ -61,27 +62,32 @@ class Recruiting:
         self.failure = ""
         self._next_look_s = 0.0
 
-    def look(self, step: int, joins: int) -> bool:
+    def look(self, step: int, joins: int, unable: str = "") -> bool:
         """Ask for the ranks that are missing; return whether one is ready. On rank 0.
 
         Args:
             step: how far this rank is.
             joins: how many are declared until there.
+            unable: why this run takes in none.
         """
         world = self.world
-        if world.rank or not (world.can_grow and self.can_start) or self.failure:
+        if world.rank or self.failure:
             return False
         if world.now_s() >= self._next_look_s:
             self._next_look_s = world.now_s() + LOOK_S
             self.wanted += take_request(self.folder)
         asked, ready = world.recruits
-        for _ in range(self.wanted + joins - world.size - asked):
-            command = ("-m", "mpilm", "join", str(self.folder), "--spawned")
-            try:
+        missing = self.wanted + joins - world.size - asked
+        if missing > 0 and (unable or not self.can_start):
+            own = "a new process does not know this model of your own"
+            self.failure = f"no rank is added: {unable or own}"
+            return False
+        command = ("-m", "mpilm", "join", str(self.folder), "--spawned")
+        try:
+            for _ in range(missing):
                 world.recruit((sys.executable, *command))
-            except WorldError as error:
-                self.failure = str(error)
-                break
+        except WorldError as error:
+            self.failure = str(error)
         return ready > 0
 
     def after_death(self, size: int) -> None:

@@ -106,10 +106,20 @@ class Trainer(Assembly):
         """Whether the others go on when a rank dies."""
         return self.config.world.on_death != "end" and self.world.can_shrink
 
-    @property
-    def takes_in(self) -> bool:
-        """Whether ranks may join: out of lockstep under MPI a try ended the run."""
-        return self.strategy.lockstep or self.world.is_virtual
+    def look_for_ranks(self) -> bool:
+        """Return whether a rank is ready to join; say why none can be added."""
+        recruiting, unable = self.recruiting, ""
+        if not (
+            self.strategy.lockstep or self.world.is_virtual
+        ):  # tried: the run ended
+            name = self.config.strategy.name
+            unable = f"under MPI {name} takes in none while it trains"
+        had_failed = bool(recruiting.failure)
+        joins = self.config.faults.joins(self.totals.step)
+        is_ready = recruiting.look(self.totals.step, joins, unable)
+        if recruiting.failure and not had_failed:
+            self.screen.line(recruiting.failure)
+        return is_ready
 
     def run_once(self, stop: StopRequest) -> bool:
         """Run and conclude. As `train`; or until a rank joins, see `held`."""
@@ -159,9 +169,7 @@ class Trainer(Assembly):
                     self.sync(samples)
                 if self.failure.error:
                     stop.requested = "failure"
-                joins = self.takes_in and self.recruiting.look(
-                    totals.step, self.declared_joins
-                )
+                joins = self.look_for_ranks()
                 outcome = agreement.poll(
                     totals.step, sync=joins or (is_due and not strategy.lockstep)
                 )
@@ -262,11 +270,6 @@ class Trainer(Assembly):
         """`drain` on a rank that takes no more steps: afterwards it answers again."""
         self.drain(retired=True)
         self.strategy.retire(self.learner)
-
-    @property
-    def declared_joins(self) -> int:
-        """How many ranks should have been added by now, as [faults] declares."""
-        return self.config.faults.joins(self.totals.step)
 
     def record(self, samples: int, loss: float) -> None:
         """Write a row of the log and show progress; note a failure for later."""

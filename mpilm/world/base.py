@@ -349,7 +349,9 @@ class World(ABC):
         Raises:
             WorldError: this world cannot.
         """
-        raise WorldError("this world cannot take in more ranks")
+        raise WorldError(
+            "no rank is added: that takes Open MPI under mpirun --with-ft ulfm"
+        )
 
     def grow(self) -> int:
         """Take in the first rank that is ready, of those that rank 0 asked for.
@@ -366,7 +368,9 @@ class World(ABC):
         Communicates: collective among the ranks before, and with the new one, which
             makes its world meanwhile.
         """
-        raise WorldError("this world cannot take in more ranks")
+        raise WorldError(
+            "no rank is added: that takes Open MPI under mpirun --with-ft ulfm"
+        )
 
     @abstractmethod
     def close(self) -> None:

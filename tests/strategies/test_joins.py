@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from mpilm.train.joins import Recruiting, request_ranks
+from mpilm.world.virtual import run_virtual
 from tests.strategies.deaths import SURVIVING
 
 SETTINGS = {
@@ -72,3 +74,24 @@ def test_a_rank_that_died_is_replaced(train, tmp_path, name, dead):
     check(trainers, 3, summary)
     assert summary["ranks"] == 3
     assert summary["valid_perplexity"] < 40
+
+
+def test_where_no_rank_can_be_added_a_line_says_so(run, tmp_path, capsys):
+    profile = [{"kind": "join_at", "step": 2}]
+    train = {"test": False, "worst_rank": False, "samples": 1000}
+    run(2, "local", out="x", faults={"profile": profile}, train=train)
+    lines = capsys.readouterr().out
+    assert lines.count("no rank is added: that takes Open MPI") == 1
+    assert json.loads((tmp_path / "x/summary.json").read_text())["ranks"] == 2
+
+
+def test_a_request_for_ranks_that_cannot_be_taken_in_is_answered(tmp_path):
+    request_ranks(tmp_path, 1)
+
+    def answer(world):
+        recruiting = Recruiting(world, tmp_path, replaces=False, can_start=True)
+        assert not recruiting.look(0, 0, "adpsgd takes in none")
+        return recruiting.failure
+
+    assert run_virtual(answer, 2) == ["no rank is added: adpsgd takes in none", ""]
+    assert not list(tmp_path.iterdir())
