@@ -38,7 +38,7 @@ class Rare:
     likely  of each point that happens at all, its probability at each occasion
 
     >>> sorted(Rare(7).likely.items())
-    [('clog', 0.75), ('late_send', 0.75), ('late_start', 0.75)]
+    [('late_start', 0.05), ('other_order', 0.75), ('spread_end', 0.75)]
     """
 
     def __init__(self, seed: int) -> None:
