@@ -39,6 +39,13 @@ from mpilm.world.virtual.rare import drawn_rare
 from tests.strategies.schedules import SETTINGS
 
 SURVIVING = [name for name, kind in STRATEGIES.items() if kind.survives]
+SHORT = {  # settings for runs of a few dozen steps
+    "model_averaging": {"period": 3},
+    "bmuf": {"period": 4, "delay": 2},
+    "gossip_bmuf": {"period": 3, "delay": 1},
+    "async_sgd": {"momentum": 0.5},
+    "des_loc": {"period": 3},
+}
 BATCH, UNROLL = 2, 5
 TWICE = 20  # every so many seeds are run twice
 LONGER = 25  # steps more where ranks join: that takes some

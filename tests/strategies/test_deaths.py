@@ -7,15 +7,7 @@ import json
 import pytest
 
 from tests.strategies import deaths
-from tests.strategies.deaths import SURVIVING
-
-SETTINGS = {
-    "model_averaging": {"period": 3},
-    "bmuf": {"period": 4, "delay": 2},
-    "gossip_bmuf": {"period": 3, "delay": 1},
-    "async_sgd": {"momentum": 0.5},
-    "des_loc": {"period": 3},
-}
+from tests.strategies.deaths import SHORT, SURVIVING
 
 
 @pytest.fixture
@@ -25,7 +17,7 @@ def train(run):
     def train(name, deaths, *, size=4, out=None, **sections):
         profile = [{"kind": "fail_at", "rank": r, "step": s} for r, s in deaths]
         settings = {
-            "strategy": SETTINGS.get(name, {}),
+            "strategy": SHORT.get(name, {}),
             "faults": {"profile": profile},
             "machine": {"step_s": 0.1},
             "world": {"on_death": "go_on"},

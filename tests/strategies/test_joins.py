@@ -8,15 +8,7 @@ import pytest
 
 from mpilm.train.joins import Recruiting, request_ranks
 from mpilm.world.virtual import run_virtual
-from tests.strategies.deaths import SURVIVING
-
-SETTINGS = {
-    "model_averaging": {"period": 3},
-    "bmuf": {"period": 4, "delay": 2},
-    "gossip_bmuf": {"period": 3, "delay": 1},
-    "async_sgd": {"momentum": 0.5},
-    "des_loc": {"period": 3},
-}
+from tests.strategies.deaths import SHORT, SURVIVING
 
 
 @pytest.fixture
@@ -25,7 +17,7 @@ def train(run):
 
     def train(name, *profile, size=3, on_death="go_on", **sections):
         settings = {
-            "strategy": SETTINGS.get(name, {}),
+            "strategy": SHORT.get(name, {}),
             "faults": {"profile": list(profile)},
             "machine": {"step_s": 0.1},
             "world": {"on_death": on_death},
