@@ -134,8 +134,8 @@ def train_virtually(
         windows: into how many the training losses of all ranks are put.
 
     Returns:
-        valid, test  perplexity, or cross-entropy of a model of frames; of the test
-                     split of frames also `wrong`, the share of wrong guesses
+        valid, test  perplexity; of a model of frames cross-entropy in nats, and of its
+                     test split also `wrong`, the share of wrong guesses
         ema          test of the moving average, if there is one
         sent         models sent by a rank
         seconds      of training, virtual
@@ -170,6 +170,8 @@ def train_virtually(
             point["ema"] = summary[f"ema_test_{measure}"]
         if "test_frame_error" in summary:
             point["wrong"] = summary["test_frame_error"]
+            judged = [name for name in ("valid", "test", "ema") if name in point]
+            point |= {name: math.log(point[name]) for name in judged}
         if config.train.valid_every:
             end = [point["seconds"], point["valid"]]
             point["curve"] = [*curve_of(folder, measure), end]
