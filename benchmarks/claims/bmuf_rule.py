@@ -23,6 +23,15 @@ from typing import Any
 from claim import Finding, Study, judged, main, mean
 from tasks import all_seeds, few, tuned, words
 
+WHY = {
+    "not reproduced": (
+        "BMUF wants half of one rank's rate, at 4 ranks and at 16, and averaging "
+        "wants one rank's, or half of K times it, not K times. One rank's tuned "
+        "rate lies at the edge of stability of plain SGD with clipping, so nothing "
+        "above it can be better; and 16 ranks have 62 blocks, in which a block "
+        "momentum of 15/16 has hardly come to its speed."
+    )
+}
 KEY: dict[str, Any] = {"samples": 100_000, "batch": 2}
 WITHIN, BEYOND = 1.05, 1.10
 

@@ -24,6 +24,15 @@ from typing import Any
 from claim import Finding, Study, judged, main, shown
 from tasks import few, frames, tuned_seeds
 
+WHY = {
+    "not reproduced": (
+        "Half of the period made no difference, four times smaller minibatches were "
+        "much better, and Newbob's end is the exponential rate's. 100,000 frames "
+        "are 98 steps of 16 ranks: more updates are all that counts, and nnet3's "
+        "limit of a step, not the rate, sets their length. Their ablations are "
+        "about the end of training, which this does not come to."
+    )
+}
 EXPONENTIAL = {"name": "exponential", "final_ratio": 0.01}
 FIRST_ROW = {"strategy": {"name": "model_averaging", "period": 5}, "batch": 64}
 ROWS: dict[str, dict[str, Any]] = {

@@ -35,12 +35,6 @@ WHY = {
         " network was short of bytes, or had latency among many ranks, cannot be told:"
         " its abstract names none."
     ),
-    "inconclusive": (
-        "Both suffer, gossip less, and it is the quicker one over either network. Here"
-        " blocks are short: over 10 Mbit/s a model is under way for several times the"
-        " ten steps of a block, so pairs are bound by the network too. Whether that is"
-        " the paper's network cannot be told: its abstract names none."
-    ),
 }
 RATES = {"10mbit": 10, "100mbit": 100, "1gbit": 1000}
 STRATEGIES = ("bmuf", "gossip_bmuf")
