@@ -69,11 +69,11 @@ class Measured(Trainer):
         super().set_up(resume=resume)
         self.note("steps")
         step = self.strategy.step
-        self.largest = self.held = 0
+        self.largest = self.between = 0
 
         def noted(learner: Any) -> Any:
             loss = step(learner)
-            self.held = max(self.held, resident("VmRSS") - self.libraries)
+            self.between = max(self.between, resident("VmRSS") - self.libraries)
             return loss
 
         self.strategy.step = noted  # type: ignore[method-assign]
@@ -101,9 +101,9 @@ class Measured(Trainer):
         with self.within("consensus"):
             super().validate()
 
-    def save(self) -> None:
+    def save(self, *, beside: bool = False) -> None:
         with self.within("checkpoint"):
-            super().save()
+            super().save(beside=beside)
 
     def conclude(self) -> None:
         self.note("end")
@@ -138,7 +138,7 @@ def train(args: argparse.Namespace) -> None:
         kept_bytes = sum(getattr(value, "nbytes", 0) for value in kept.values())
         found = {
             "peaks": trainer.peaks,
-            "held": trainer.held,
+            "held": trainer.between,
             "theta": theta,
             "kept": kept_bytes,
             "activations": activations(trainer.learner.gradient),
