@@ -86,13 +86,17 @@ class Study(Points):
         ends: when nothing more is begun, by time.monotonic(); in the past: what the
             file has is all there is.
         smoke: tiny sizes, one seed, no file.
+        again: with a file of its own, under build/: what is in results/ is not read.
 
     seeds  of the runs
     """
 
-    def __init__(self, id: str, *, ends: float, smoke: bool = False) -> None:
+    def __init__(
+        self, id: str, *, ends: float, smoke: bool = False, again: bool = False
+    ) -> None:
         self.id, self.smoke = id, smoke
-        self.out = None if smoke else RESULTS / f"{id}.json"
+        folder = CACHE if again else RESULTS
+        self.out = None if smoke else folder / f"{id}.json"
         self.seeds = SEEDS[:1] if smoke else SEEDS
         self.settings: dict[str, Any] = {}
         points: list[Point] = []
@@ -180,9 +184,9 @@ def find(id: str) -> Claim:
     return Claim(id, header, module.measure, getattr(module, "WHY", {}))
 
 
-def carry_out(claim: Claim, *, ends: float, smoke: bool) -> str:
+def carry_out(claim: Claim, *, ends: float, smoke: bool, again: bool = False) -> str:
     """Measure what is missing; return the verdict."""
-    study = Study(claim.id, ends=ends, smoke=smoke)
+    study = Study(claim.id, ends=ends, smoke=smoke, again=again)
     began_s = time.process_time()
     print(f"== {claim.id}", flush=True)
     try:
@@ -206,6 +210,9 @@ def main(ids: Sequence[str] = ()) -> None:
     if ids:
         arguments.add_argument("ids", nargs="*", metavar="ID", help=", ".join(ids))
     arguments.add_argument("--smoke", action="store_true", help="only see that it runs")
+    arguments.add_argument(
+        "--again", action="store_true", help="measure it all, into build/claims/"
+    )
     arguments.add_argument("--minutes", type=float, default=180, help="then stop")
     args = arguments.parse_args()
     chosen = (args.ids or list(ids)) if ids else [own]
@@ -214,7 +221,7 @@ def main(ids: Sequence[str] = ()) -> None:
         raise SystemExit(f"no claim {', '.join(unknown)}; there are {', '.join(IDS)}")
     ends = time.monotonic() + 60 * args.minutes
     for id in chosen:
-        carry_out(find(id), ends=ends, smoke=args.smoke)
+        carry_out(find(id), ends=ends, smoke=args.smoke, again=args.again)
 
 
 def mean(points: Sequence[Point], name: str = "test") -> float:
