@@ -19,7 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from claim import CACHE, Finding, Point, Study, judged, main, mean, shown
+from claim import Finding, Point, Study, judged, main, mean, shown
 from tasks import frames, frames_corpus, tuned
 
 SHAPE = {"model": {"layers": 4}}
@@ -33,10 +33,11 @@ def rbms(study: Study, seed: int) -> Path:
     from mpilm.train.pretrain import Pretrainer, write_layers
     from mpilm.world.virtual import Simulation
 
-    path = CACHE / f"{'smoke-' if study.smoke else ''}rbm-{seed}.h5"
+    corpus = frames_corpus(study)
+    path = corpus.with_name(f"{corpus.stem}-rbm-{seed}.h5")
     if not path.exists():
         document: dict[str, Any] = {
-            "data": {"corpus": str(frames_corpus(study))},
+            "data": {"corpus": str(corpus)},
             "model": {"name": "dnn", "hidden": 128, "layers": 4, "context": 4},
             "strategy": {"name": "local"},
             "pretrain": {"momentum_samples": 100_000},
