@@ -19,24 +19,29 @@ from mpilm.world.machine import Machine
 from mpilm.world.virtual.world import run_virtual
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Return a run of 3 ranks, of which rank 1 takes three times as long for a step."""
-    place = tmp_path_factory.mktemp("status")
+def train(place, size, faults, **settings):
+    """Train a small model on some ranks, some of them slow, into `place`/run."""
     prepare_synthetic(place / "c.h5", vocab=30, tokens=2_000)
     config = resolve(
         {
             "data": {"corpus": str(place / "c.h5")},
             "model": {"embed": 4, "hidden": 4},
             "strategy": {"name": "model_averaging"},
-            "train": {"samples": 900, "batch": 2, "unroll": 5, "log_every": 2},
+            "train": {"batch": 2, "unroll": 5, **settings},
         }
     )
 
     def main(world):
         Trainer(config, world, place / "run").train()
 
-    run_virtual(main, 3, machine=Machine(step_s=0.1), faults=Faults(slow={1: 3.0}))
+    run_virtual(main, size, machine=Machine(step_s=0.1), faults=faults)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a run of 3 ranks, of which rank 1 takes three times as long for a step."""
+    place = tmp_path_factory.mktemp("status")
+    train(place, 3, Faults(slow={1: 3.0}), samples=900, log_every=2)
     return place / "run"
 
 
@@ -62,21 +67,8 @@ def test_a_slow_rank_is_named_with_what_it_is_slow_in(folder, capsys):
     ],
 )
 def test_a_rank_that_becomes_slow_is_named_by_its_own_past(tmp_path, profile, named):
-    prepare_synthetic(tmp_path / "c.h5", vocab=30, tokens=2_000)
-    config = resolve(
-        {
-            "data": {"corpus": str(tmp_path / "c.h5")},
-            "model": {"embed": 4, "hidden": 4},
-            "strategy": {"name": "model_averaging"},
-            "train": {"samples": 1800, "batch": 2, "unroll": 5, "log_every": 3},
-        }
-    )
-
-    def main(world):
-        Trainer(config, world, tmp_path / "run").train()
-
     faults = Faults(profile=({"ranks": [1], **profile},), seed=5)
-    run_virtual(main, 2, machine=Machine(step_s=0.1), faults=faults)
+    train(tmp_path, 2, faults, samples=1800, log_every=3)
     run, rows = read_ranks(tmp_path / "run")
     lines = list(rank_table(run, rows))
     windows = run._windows(1)
