@@ -36,9 +36,10 @@ WAYS = ("none", "beside", "waiting")
 class Watched(Trainer):
     """A trainer that notes when steps end, and how long it was held up by saves.
 
-    ends_s   of the steps
-    held_s   seconds of each save but that of the end
-    beside   numbers of the steps that ended while one was being written
+    ends_s     of the steps
+    held_s     seconds of each save but that of the end
+    slowed     numbers of the steps that ended while one was being written
+    on_disk_s  seconds from the begin of a save to the step that found it written
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

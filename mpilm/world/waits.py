@@ -3,8 +3,8 @@
     limit = least + median + K * MAD
 
 of the last waits, where MAD is the median of |wait - median|: a rank that always waits
-90 s for a slow one is used to it, and one that waits 10 ms is not, soon after. Both
-worlds go by it.
+90 s for a slow one is used to it, and one that waits 10 ms is not, soon after. The
+stall inspector of the MPI world goes by it, and `mpilm status` with the steps of a log.
 """
 
 from __future__ import annotations
