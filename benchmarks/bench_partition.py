@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 from harness import parser, report
 
 from mpilm.data.synthetic import prepare_synthetic
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.emulated_cluster import EmulatedCluster, run, why_not
 
 NODES, STEP_S, WARM = 4, 0.1, 40

@@ -270,7 +270,9 @@ def figure(folder: Path | None, name: str, columns: int = 1) -> Iterator[Any]:
 
 
 def legend(axes: Any, columns: int = 3) -> None:
-    """Put the legend below the axes, where it hides nothing."""
+    """Put the legend below the axes, where it hides nothing, if there is a line."""
+    if not axes.get_legend_handles_labels()[1]:
+        return
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
     axes.legend(fontsize=7, ncols=columns, frameon=False, **place)
 
