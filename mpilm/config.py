@@ -109,6 +109,9 @@ class CheckpointConfig:
     """write them while training goes on, from a copy in memory, or let it wait"""
     agree_every: Positive = 5
     """steps between two agreements on stopping early (signals)"""
+    peer_every: Natural = 0
+    """steps between two copies of a rank's state in the memory of the next rank, for
+    `world.on_death`; 0: none"""
 
 
 @dataclass(frozen=True, kw_only=True)

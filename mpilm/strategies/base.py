@@ -331,6 +331,24 @@ class Strategy(ABC):
         """Names of the attributes that are merged after a death."""
         return self.lasting
 
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """Those of `inherited`, vectors, that differ from rank to rank."""
+        return ()
+
+    @property
+    def exchanged(self) -> Any:
+        """How many exchanges with each rank are over: they have changed theta, (K,).
+
+        Of two ranks both have the same number when neither is in an exchange.
+        """
+        return self.metrics().get("partners", np.zeros(self.comm.size, np.int64))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no exchange will change theta yet; the same on all ranks."""
+        return True
+
     def survive(self, learner: Learner) -> None:
         """Bring theta to what is known here, after others have died. No communication.
 

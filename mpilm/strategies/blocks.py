@@ -54,6 +54,7 @@ class BlockStrategy(Strategy):
     wbar        (1), (P,)
     under_way   component -> what `start_mean` returned, for each of its slices
     applies_at  (C,) int64, step of (8) of each component; -1: none ahead
+    num_means   means of a component that have come
     """
 
     synchronises = True
@@ -67,7 +68,7 @@ class BlockStrategy(Strategy):
         self.parts, self.filtered = parts, filtered
         self.delay = config.delay if world.size > 1 else 0
         self.apart = self.delay > 0 or self.must_part
-        self.steps = self.moved = 0
+        self.steps = self.moved = self.num_means = 0
         self.components: list[tuple[slice, ...]] = []
         self.momentum: BlockMomentum | None = None
         self.snapshot: Any = None
@@ -176,6 +177,7 @@ class BlockStrategy(Strategy):
             self.end_mean(mean, where)  # (1)
             if self.momentum is not None:
                 self.momentum.filter_(where, self.wbar[where], plain=plain)
+        self.num_means += 1
 
     def show(self, where: slice) -> None:
         """Show the observer, if there is one, W of a part."""
@@ -213,6 +215,14 @@ class BlockStrategy(Strategy):
         """Return the state; it waits for what is under way, on all ranks alike."""
         self.receive_all()
         return super().state()
+
+    @property
+    def exchanged(self) -> Any:
+        return self.averages(self.num_means)["partners"]
+
+    @property
+    def is_settled(self) -> bool:
+        return bool((self.applies_at < 0).all())
 
     def survive(self, learner: Learner) -> None:
         """Forget the means under way: what was learned stays in theta."""

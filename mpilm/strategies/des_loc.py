@@ -49,6 +49,7 @@ class DesLoc(Strategy):
 
     steps  minibatches so far
     moved  bytes of all averages so far, each way
+    num_means  averages of models so far
     """
 
     name = "des_loc"
@@ -60,7 +61,7 @@ class DesLoc(Strategy):
 
     def __init__(self, world: World, config: DesLocConfig) -> None:
         super().__init__(world, config)
-        self.steps = self.moved = 0
+        self.steps = self.moved = self.num_means = 0
 
     def step(self, learner: Learner) -> Any:
         loss = learner.gradient()
@@ -68,6 +69,7 @@ class DesLoc(Strategy):
         self.steps += 1
         if self.steps % self.config.period == 0:
             self.average_(learner.theta)  # (2)
+            self.num_means += 1
             self.synchronised(slice(0, learner.layout.size), learner.theta)
         if self.comm.size > 1:
             for name, moment in learner.moments().items():
@@ -92,6 +94,10 @@ class DesLoc(Strategy):
 
     def metrics(self) -> dict[str, Any]:
         return self.averages(self.steps // self.config.period)
+
+    @property
+    def exchanged(self) -> Any:
+        return self.averages(self.num_means)["partners"]
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
         return self.moved, self.moved

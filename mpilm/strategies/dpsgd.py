@@ -106,9 +106,9 @@ class Dpsgd(Strategy):
         mean = self.start_mean(learner.theta)
         if self.config.overlap:
             loss = learner.gradient()
-            mean.finish_()  # (1)
+            self.finish_mean(mean)  # (1)
         else:
-            mean.finish_()  # (1)
+            self.finish_mean(mean)  # (1)
             loss = learner.gradient()
         learner.update()  # (2)
         self.rows.touch(learner)
@@ -136,8 +136,18 @@ class Dpsgd(Strategy):
             mean.receive(self.received)
         self.round += 1
         self.num_sent += len(mean.sends)
-        self.partners[mean.sources] += 1
         return mean
+
+    def finish_mean(self, mean: Mean | RowMean) -> None:
+        """Let theta be the mean (1): the models of its sources have come."""
+        mean.finish_()
+        self.partners[mean.sources] += 1
+
+    @property
+    def exchanged(self) -> Any:
+        if self.config.topology != "exponential":
+            return super().exchanged
+        return self.averages(self.round)["partners"]  # sources are not destinations
 
     def metrics(self) -> dict[str, Any]:
         return {

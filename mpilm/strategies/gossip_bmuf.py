@@ -210,9 +210,6 @@ class GossipBmuf(BlockStrategy):
             judged = NUM_TAGS * len(VECTORS) + number % NUM_TAGS
             losses = Losses(self.comm, self.leaving.loss, others, judged)
             self.moved += LOSS_BYTES * len(others)
-        self.partners[others] += 1
-        num_parts = sum(map(len, self.components))
-        self.weights[others] += 1.0 / len(members) / num_parts
         self.moved += sum(mean.num_bytes for mean in means)
         return Started(number, means, losses)
 
@@ -241,6 +238,10 @@ class GossipBmuf(BlockStrategy):
                 mean.finish_without_(left_out, out)
             else:
                 mean.finish_(out)
+        others = started.means[0].sources
+        num_parts = sum(map(len, self.components))
+        self.partners[others] += 1
+        self.weights[others] += 1.0 / (1 + len(others)) / num_parts
 
     def group(self, component: int) -> list[int]:
         """Return the ranks that average a component in the block that ends now."""
@@ -262,6 +263,14 @@ class GossipBmuf(BlockStrategy):
         """
         self.filtered_model_(learner, out)
         self.mean_(out)
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        return ("momentum.delta", "momentum.start_point") if self.filtered else ()
+
+    @property
+    def exchanged(self) -> Any:
+        return self.partners.copy()
 
     def moved_bytes(self, layout: Layout) -> tuple[int, int]:
         moved = self.moved + self.rows.moved

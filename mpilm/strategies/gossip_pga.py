@@ -75,7 +75,7 @@ class GossipPga(Dpsgd):
             self.num_averages += 1
             self.synchronised(slice(0, learner.layout.size), learner.theta)
         else:
-            self.start_mean(learner.theta).finish_()  # (3)
+            self.finish_mean(self.start_mean(learner.theta))  # (3)
         return loss
 
     def metrics(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mpilm.train.folder import RunFolder
 from mpilm.train.joins import Recruiting, gather
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import introduction
+from mpilm.train.peer_copies import peer_copies
 from mpilm.train.resume_point import ResumePoint, Stateful
 from mpilm.train.run import learner_of, make_schedule, without_init
 from mpilm.train.saving import Saving
@@ -39,6 +40,7 @@ class Assembly:
     news           what a person is told of the last death or join; "": there was none
     recruiting     has ranks started that are missing
     held           what this rank has, while others join; None: nobody does
+    left_moments   of the optimisers of ranks that died, for ranks that join
     samples        that all ranks have processed, as known here
     parts          what has a state, by its name in a checkpoint
 
@@ -53,6 +55,7 @@ class Assembly:
         world.last_words = folder.last_words
         self.news = ""
         self.held: tuple[State, Any] | None = None
+        self.left_moments: list[State] = []
         self.recruiting = Recruiting(
             world,
             folder.path,
@@ -111,6 +114,7 @@ class Assembly:
                 self.totals = place.restore_(self.parts)
             if world.rank == 0:
                 self.folder.describe(config, self.task, place)
+        self.saving.copies = peer_copies(config, world, self.strategy)
         self.failure = Failure(
             self.totals,
             self.folder.checkpoints,
@@ -159,6 +163,8 @@ class Assembly:
             return False
         assert place.merged is not None
         self.recruiting.after_death(place.merged.size)
+        if not self.recruiting.replaces:
+            self.left_moments = []
         if self.strategy.same_optimizer:
             merged = same_optimizer(world.comm, place.merged)
             place = replace(place, own=merged.state, merged=merged)
@@ -182,7 +188,7 @@ class Assembly:
                 "step": self.totals.step,
                 "wanted": self.recruiting.wanted,
             }
-        place, told = gather(world.comm, size, self.held, about)
+        place, told = gather(world.comm, size, self.held, about, self.left_moments)
         self.held = None
         self.recruiting.wanted = told["wanted"]
         self.news = (

@@ -7,16 +7,20 @@
 It is a resume at another number of ranks (merged.py) without a file: the states are
 those that the ranks hold. A step that was cut off counts where the model was updated,
 and nowhere else. Leases of the pool that no rank is known to have had are given again.
+Where ranks have copies of each other (peer_copies.py), what one holds of a dead rank is
+merged as that rank's state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from mpilm.errors import RanksDiedError, WorldError
 from mpilm.storage.merged import Gathered, Merged
 from mpilm.storage.saved import State, nested, saved_state
+from mpilm.train.peer_copies import copies_of_dead
 from mpilm.train.resume_point import ResumePoint
 from mpilm.world.base import Comm
 
@@ -37,6 +41,7 @@ def go_on(trainer: Any) -> ResumePoint | None:
     Communicates: collective among the ranks that are left.
     """
     world = trainer.world
+    exchanged = trainer.strategy.exchanged
     state, samples = left_here(trainer)
     size, known = world.size, trainer.batches.counts.known(samples)
     ranks = list(range(size))
@@ -51,21 +56,26 @@ def go_on(trainer: Any) -> ResumePoint | None:
             found = comm.allgather((size, samples, known))
             if len({size for size, *_ in found}) > 1:
                 raise WorldError("a rank died while the others went on after a death")
+            copies = copies_of_dead(trainer.saving.copies, comm, ranks, exchanged)
             done = [samples for _, samples, _ in found]
             total = sum(done) + trainer.batches.counts.rest
             if trainer.strategy.lockstep:
                 total += (size - len(ranks)) * min(done)
+                total += sum(samples - min(done) for samples in copies.samples.values())
             else:
                 total = max(total, *(known for *_, known in found))
             alike = IN_LOCKSTEP if trainer.strategy.lockstep else ALIKE
-            merged = merge(comm, ranks, size, state, total, alike=alike)
+            merged = merge(
+                comm, ranks, size, state, total, alike=alike, copies=copies.here
+            )
             break
         except RanksDiedError:
             continue
+    trainer.left_moments += copies.moments
     dead = sorted({*range(size)} - {*ranks})
     trainer.news = (
-        f"{RanksDiedError(dead)}; {len(ranks)} go on from the mean of their models at"
-        f" {total:,} samples, {world.now_s() - began_s:.2f} s later"
+        f"{RanksDiedError(dead)}; {len(ranks)} go on from the mean of their models"
+        f"{copies.news} at {total:,} samples, {world.now_s() - began_s:.2f} s later"
     )
     step = max(comm.allgather(trainer.totals.step))
     return ResumePoint(merged.state, step, total, [], False, merged)
@@ -93,14 +103,18 @@ def merge(
     samples: int,
     *,
     alike: tuple[str, ...],
+    copies: Mapping[int, State],
 ) -> Merged:
     """Return the states of the ranks that are left, merged. Collective.
 
     Args:
         alike: prefixes of the entries that all take from the first rank left.
+        copies: of dead ranks, that this one holds.
     """
     gathered = Gathered()
     gathered.add(ranks[comm.rank], dict(state))
+    for rank, copy in copies.items():
+        gathered.add(rank, copy)
     shared = {"theta": state["learner/theta"], "samples": samples}
     merged = gathered.merged(comm, size, state, shared)
     first = {n: v for n, v in merged.nearest.items() if n.startswith(alike)}

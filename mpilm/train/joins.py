@@ -7,13 +7,12 @@
 It is a resume at another number of ranks (merged.py) without a file, as after a death
 (deaths.py), but nothing is lost: all come to a sync point first. What a new rank would
 have read of a checkpoint, the optimiser's state for one, a peer sends it: rank r that
-of rank r mod K.
+of rank r mod K, or of a rank that has died, where one has a copy (peer_copies.py).
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +24,7 @@ import numpy as np
 from mpilm.errors import CheckpointError, ConfigError, WorldError
 from mpilm.storage.files import reason, replace_file, text_of
 from mpilm.storage.merged import MEAN_OF, Gathered, is_model
+from mpilm.storage.packed import length_of, packed, unpacked
 from mpilm.storage.saved import State, nested
 from mpilm.train.resume_point import ResumePoint
 from mpilm.vectors import copy_of, to_array
@@ -140,7 +140,11 @@ def held_here(trainer: Any) -> tuple[State, Any]:
 
 
 def gather(
-    comm: Comm, size: int, held: tuple[State, Any] | None, about: Mapping[str, int]
+    comm: Comm,
+    size: int,
+    held: tuple[State, Any] | None,
+    about: Mapping[str, int],
+    moments: list[State],
 ) -> tuple[ResumePoint, dict[str, int]]:
     """Return where old and new ranks go on; and what rank 0 tells of the run.
 
@@ -148,18 +152,26 @@ def gather(
         size: ranks before: those are the first.
         held: what `held_here` returned; None on a new rank.
         about: samples of all ranks, step of rank 0, and more; on the ranks before.
+        moments: of ranks that died, that this one holds; those that are given are taken
+            out.
 
     Communicates: collective; a peer sends a new rank its state but for vectors of the
         model's length that are averaged, an Allreduce of each of these, a Bcast of the
         final model.
     """
-    told = dict(comm.allgather(dict(about))[0])
+    found = comm.allgather((dict(about), len(moments)))
+    told, heirs = (
+        found[0][0],
+        [r for r, (_, num) in enumerate(found) for _ in range(num)],
+    )
     state, final = held or (State(), np.zeros(0, np.float32))
     nearest = state
     for new in range(size, comm.size):
-        peer = new % size
+        is_heir = bool(heirs)
+        peer = heirs.pop(0) if is_heir else new % size
         if comm.rank == peer:
-            send_state(comm, not_averaged(state) | {"length": len(final)}, new)
+            sent = not_averaged(state) | (moments.pop(0) if is_heir else {})
+            send_state(comm, sent | {"length": len(final)}, new)
         elif comm.rank == new:
             nearest = receive_state(comm, peer)
             final = np.zeros(int(nearest.pop("length")), np.float32)
@@ -184,27 +196,17 @@ def not_averaged(state: Mapping[str, Any]) -> State:
 
 
 def send_state(comm: Comm, state: Mapping[str, Any], dest: int) -> None:
-    """Send a state to a rank: what is no vector first, then the vectors. Blocking."""
-    vectors = {n: v for n, v in state.items() if isinstance(v, np.ndarray) and v.size}
-    about = {name: (v.shape, v.dtype.str) for name, v in vectors.items()}
-    rest = {name: value for name, value in state.items() if name not in vectors}
-    header = np.frombuffer(pickle.dumps((about, rest)), np.uint8).copy()
-    comm.Send(np.array([len(header)], np.int64), dest, STATE_TAG)
-    comm.Send(header, dest, STATE_TAG)
-    for vector in vectors.values():
-        flat = np.ascontiguousarray(vector).reshape(-1).view(np.uint8)
-        comm.Send(flat, dest, STATE_TAG)
+    """Send a state to a rank. Blocking."""
+    message = packed(state)
+    message = message[: length_of(message)]
+    comm.Send(np.array([len(message)], np.int64), dest, STATE_TAG)
+    comm.Send(message, dest, STATE_TAG)
 
 
 def receive_state(comm: Comm, source: int) -> State:
     """Return what `send_state` sent. Blocking."""
     length = np.zeros(1, np.int64)
     comm.Recv(length, source, STATE_TAG)
-    header = np.zeros(int(length[0]), np.uint8)
-    comm.Recv(header, source, STATE_TAG)
-    about, state = pickle.loads(header.tobytes())  # from a rank of this run
-    for name, (shape, dtype) in about.items():
-        vector = np.empty(shape, dtype)
-        comm.Recv(vector.reshape(-1).view(np.uint8), source, STATE_TAG)
-        state[name] = vector
-    return dict(state)
+    message = np.zeros(int(length[0]), np.uint8)
+    comm.Recv(message, source, STATE_TAG)
+    return unpacked(message)

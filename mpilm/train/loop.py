@@ -144,9 +144,7 @@ class Trainer(Assembly):
                 lockstep=strategy.lockstep,
                 agree=strategy.pace.agree,
             )
-            excluded = [agreement.traffic, self.batches.traffic]
-            if self.saving.beside:
-                excluded.append(self.saving.beside.traffic)
+            excluded = (agreement.traffic, self.batches.traffic, *self.saving.traffic)
             self.recorder.begin(*excluded)
             samples = strategy.pace.agree(self.samples)
             if samples < config.train.samples and self.validations.pass_(samples):
@@ -419,12 +417,11 @@ class Trainer(Assembly):
             yield self.lent_model(name)
 
     def look_after_saving(self) -> None:
-        """Go on with a checkpoint that is written beside training."""
-        if self.saving.beside:
-            try:
-                self.saving.beside.poll()
-            except CheckpointError as error:
-                self.failure.note(error)
+        """Go on with a checkpoint that is written, or sent, beside training."""
+        try:
+            self.saving.look_after(self)
+        except CheckpointError as error:
+            self.failure.note(error)
 
     @contextmanager
     def paused(self, name: str) -> Iterator[None]:

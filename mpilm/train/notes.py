@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpilm.config import OWN
 from mpilm.strategies import Strategy
+from mpilm.train.peer_copies import copies_of_use
 from mpilm.train.screen import count
 
 if TYPE_CHECKING:
@@ -95,6 +96,13 @@ def notes_on(config: Config, strategy: Strategy, size: int) -> Iterator[str]:
                 'world.on_death = "go_on": this MPI ends when a rank dies; Open MPI 5'
                 " goes on under mpirun --with-ft ulfm"
             )
+    if config.checkpoint.peer_every and not copies_of_use(strategy):
+        yield (
+            f"checkpoint.peer_every is not used: under {strategy.name} a rank's copy is"
+            " of no use to the others (docs/checkpoints.md)"
+        )
+    elif config.checkpoint.peer_every and config.world.on_death == "end":
+        yield 'checkpoint.peer_every is not used: world.on_death = "end" ends all'
     is_own = config.model.name == OWN
     if not strategy.lockstep and is_own:
         yield (

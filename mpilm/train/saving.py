@@ -17,10 +17,11 @@ from mpilm.storage.saved import nested
 from mpilm.train.changes import Change, differences
 from mpilm.train.folder import RunFolder
 from mpilm.train.metrics import Totals
+from mpilm.train.peer_copies import PeerCopies
 from mpilm.train.resume_point import ResumePoint, Stateful
 from mpilm.train.task import Task
 from mpilm.vectors import lending
-from mpilm.world.base import World
+from mpilm.world.base import Traffic, World
 
 # What a checkpoint's arrays, its place in the data or its first model depend on. The
 # corpus and the number of ranks are checked where they are read.
@@ -38,6 +39,7 @@ class Saving:
     own      of each rank, PART/...: the trainer's parts, totals
 
     beside   writes them while training goes on; None: training waits
+    copies   in the memory of the next rank; None: there are none
     """
 
     def __init__(
@@ -49,15 +51,36 @@ class Saving:
             folder.checkpoints, world, keep=config.checkpoint.keep
         )
         self.beside = Beside(self.checkpoints) if config.checkpoint.beside else None
+        self.copies: PeerCopies | None = None
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """What it has taken of the world's bytes and messages."""
+        return [part.traffic for part in (self.beside, self.copies) if part]
+
+    def look_after(self, trainer: Any) -> None:
+        """Go on with what is done beside training; after every step.
+
+        Raises:
+            CheckpointError: this rank could not write it; the others do not know yet.
+
+        Communicates: never blocking, but see `PeerCopies`.
+        """
+        if self.copies:
+            self.copies.look_after(trainer)
+        if self.beside:
+            self.beside.poll()
 
     def settle(self) -> None:
-        """Wait until what is written beside training is on the disk.
+        """Wait until what is written beside training is on the disk; and for copies.
 
         Raises:
             CheckpointError: it could not be written.
 
         Communicates: collective, see `Beside.settle`.
         """
+        if self.copies:
+            self.copies.settle()
         if self.beside:
             self.beside.settle()
 

@@ -24,7 +24,11 @@ from mpilm.world.base import World
 from mpilm.world.mpi import MpiWorld, abort_on_error
 
 STEPS = 30
-SETTINGS = {"bmuf": ["delay=2"], "gossip_bmuf": ["delay=1"]}
+SETTINGS = {
+    "bmuf": ["delay=2"],
+    "gossip_bmuf": ["delay=1"],
+    "model_averaging": ["period=1000"],  # no mean comes after a peer's copy
+}
 
 
 def kill_soon(trainer: Trainer, seed: int) -> None:
@@ -41,6 +45,7 @@ def train(world: World, config: Path, folder: Path, name: str, dead: int) -> Non
     chosen = SETTINGS.get(name, [])
     settings = [f"strategy.name={name}", *(f"strategy.{text}" for text in chosen)]
     settings += ['world.on_death="go_on"', f"train.samples={150 * 40 * size}"]
+    settings += ["checkpoint.peer_every=5"]
     trainer = Trainer(read_config(config, settings), world, folder / name)
     if world.rank == dead:
         killer = threading.Thread(target=kill_soon, args=(trainer, size), daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -48,4 +49,8 @@ def test_the_others_go_on(inputs: Path, tmp_path: Path, turns: tuple[str, ...]) 
     for line, size in zip(deaths, (4, 3, 2), strict=True):
         at = int(line.split(" samples, ")[0].split()[-1].replace(",", ""))
         assert at >= STEPS * 40 * (size - 1), line
+    if "model_averaging:3" in turns:  # rank 0 has a copy of it
+        found = re.search(r" models and that of rank 3 after (\d+) steps at ", run.out)
+        assert found is not None, run
+        assert int(found[1]) in range(STEPS - 10, 150, 5)
     assert list(tmp_path.glob("traceback*")) == []

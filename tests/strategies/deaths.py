@@ -56,9 +56,10 @@ AGAIN = "a rank died while the others went on after a death"  # ends a run
 class Plan:
     """All that a seed decides.
 
-    deaths    rank -> the step before which it dies
-    joins     ranks more that are asked for
-    on_death  the others go on, or a new rank is asked for
+    deaths      rank -> the step before which it dies
+    joins       ranks more that are asked for
+    on_death    the others go on, or a new rank is asked for
+    peer_every  steps between two copies of each rank's state; 0: there are none
     """
 
     name: str
@@ -71,6 +72,7 @@ class Plan:
     deaths: dict[int, int]
     joins: int
     on_death: str
+    peer_every: int
     seed: int
 
 
@@ -114,6 +116,7 @@ def plan(name: str, seed: int) -> Plan:
         deaths,
         len(joining),
         on_death,
+        random.Random(f"copies {name} {seed}").choice([0, 1, 2, 5]),
         seed,
     )
 
@@ -135,7 +138,10 @@ def train(chosen: Plan, folder: Path) -> list[Any]:
             },
             "strategy": {"name": chosen.name, **chosen.settings},
             "world": {"on_death": chosen.on_death},
-            "checkpoint": {"agree_every": 5 if chosen.steps < LONGER else 1},
+            "checkpoint": {
+                "agree_every": 5 if chosen.steps < LONGER else 1,
+                "peer_every": chosen.peer_every,
+            },
         }
     )
 

@@ -44,6 +44,12 @@ NOTED = {
     "deaths that this strategy cannot survive": (
         "sgp", {"world": {"on_death": "go_on"}}, "sgp ends when a rank dies",
     ),
+    "copies of what all ranks have": (
+        "allreduce", {"checkpoint": {"peer_every": 1}}, "under allreduce a rank's copy",
+    ),
+    "copies for nobody": (
+        "bmuf", {"checkpoint": {"peer_every": 1}}, '"end" ends all',
+    ),
     "averages": ("model_averaging", {"schedule": TIMES}, None),
     "ranks counted twice in pushes": (
         "async_sgd", {"schedule": TIMES, "data": {"source": "pool"}},
