@@ -90,7 +90,7 @@ soak: .venv/test.stamp
 	$(BIN)/python -m tests.soak.kills --minutes $(MINUTES) --out build/kills.json
 	$(BIN)/python -m tests.soak.goodput --out build/goodput.json
 	$(PYTHON) -m venv .venv-soak && .venv-soak/bin/pip install -q cosmic-ray
-	.venv-soak/bin/python tests/soak/mutants.py --minutes $(MINUTES) --out build/mutants.json
+	.venv-soak/bin/python -m tests.soak.mutants --minutes $(MINUTES) --out build/mutants.json
 	$(BIN)/python -m tests.soak.seeds deaths --seeds $$(($(SOAK) / 50)) --minutes $(MINUTES) \
 	    --out build/deaths.json
 	$(BIN)/python -m tests.soak.seeds schedules --seeds $(SOAK) --minutes $(MINUTES) \

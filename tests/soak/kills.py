@@ -8,20 +8,22 @@ then `mpilm resume`. Checked each time: all have ended within 30 s; the checkpoi
 be read; none that was there before is gone, so at most one period of training is lost.
 At the end of a run, its models are those of a run that nobody killed, to the bit.
 
-What is done is kept in `--out` after each run, and gone on from there.
+What is done is kept in `--out` after each kill, the run itself beside it, and gone on
+from there. A run that ends by itself, and not well, is counted as failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import ctypes
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from mpilm.data.synthetic import prepare_synthetic
 from mpilm.errors import MpilmError
 from mpilm.storage.checkpoint import complete_checkpoints, load_shared
 from mpilm.storage.state_file import read_state
+from tests.soak.keeping import read_book, step_aside, table, write_book
 
 BIN = Path(sys.executable).parent
 RANKS = 4
@@ -38,6 +41,7 @@ PERIOD = 4_000  # samples between two checkpoints
 SAMPLES = 120_000
 LIMIT_S = 30.0  # until all have ended after a death
 START_S = 300.0  # until a run that is (re)started writes a checkpoint
+MOST_FAILED = 5  # in one run, then the soak ends
 STRATEGIES = ("model_averaging", "bmuf", "gossip_bmuf", "dpsgd", "allreduce")
 CONFIG = """\
 [model]
@@ -73,7 +77,14 @@ def start(*arguments: Any) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, **ROOT, "OMP_NUM_THREADS": "1"},
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - there is one thread
     )
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process (by SIGTERM) when the soak is killed."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def ranks_of(mpirun: int) -> list[int]:
@@ -116,16 +127,31 @@ def strike(process: Any, folder: Path, draw: random.Random, before: int) -> str:
     return "in a checkpoint" if in_save else "anywhere"
 
 
-def train(name: str, folder: Path, corpus: Path, draw: Any, until: Any) -> dict:
-    """Kill and resume a run until it is over; return what was seen.
+def nothing_seen(name: str) -> dict[str, Any]:
+    """Return what is kept of a run that has not begun."""
+    seen: dict[str, Any] = {"name": name, "kills": 0, "in_save": 0, "resumes": 0}
+    seen |= {"hangs": 0, "unreadable": 0, "failed": 0}
+    return seen | {"lost": [], "ended_s": []}
+
+
+def train(
+    seen: dict[str, Any],
+    folder: Path,
+    corpus: Path,
+    number: int | None,
+    *,
+    until: tuple[float, int],
+    keep: Callable[[], None],
+) -> None:
+    """Kill and resume a run until it is over; note what was seen.
 
     Args:
-        draw: random numbers; None: nobody is killed.
+        number: of the run, from which its random numbers are; None: nobody is killed.
         until: seconds of the clock, and kills, after which nobody is killed.
+        keep: called after every kill.
     """
-    seen: dict[str, Any] = {"kills": 0, "in_save": 0, "hangs": 0, "unreadable": 0}
-    seen |= {"lost": [], "ended_s": [], "resumes": 0}
     config = folder.with_suffix(".toml")
+    name = seen["name"]
     config.write_text(
         CONFIG.format(name=name, corpus=corpus, samples=SAMPLES, period=PERIOD)
     )
@@ -136,8 +162,11 @@ def train(name: str, folder: Path, corpus: Path, draw: Any, until: Any) -> dict:
             process = start("resume", folder)
         else:
             process = start("train", config, "--out", folder, "--resume")
-        must_kill = draw and time.monotonic() < until[0] and seen["kills"] < until[1]
-        when = strike(process, folder, draw, before) if must_kill else "over"
+        must_kill = time.monotonic() < until[0] and seen["kills"] < until[1]
+        when = "over"
+        if must_kill and number is not None:
+            draw = random.Random(f"{number} {seen['kills']}")
+            when = strike(process, folder, draw, before)
         if when == "hung at its start":
             seen["hangs"] += 1
             process.kill()
@@ -151,12 +180,19 @@ def train(name: str, folder: Path, corpus: Path, draw: Any, until: Any) -> dict:
                 os.kill(rank, signal.SIGKILL)
             process.kill()
             code = process.wait()
-        if when == "over" and code == 0:
-            return seen
+        if when == "over":
+            if code == 0:
+                return
+            seen["failed"] += 1
+            keep()
+            if seen["failed"] > MOST_FAILED:
+                raise SystemExit(f"{folder}: ends with {code} again and again")
+            continue
         seen["kills"] += 1
         seen["in_save"] += when == "in a checkpoint"
         seen["ended_s"].append(round(time.monotonic() - struck_s, 2))
         seen["lost"].append(check(folder, there, seen))
+        keep()
 
 
 def check(folder: Path, there: int, seen: dict[str, Any]) -> int:
@@ -189,49 +225,66 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    step_aside()
     until_s = time.monotonic() + 60.0 * options.minutes
-    runs: list[dict[str, Any]] = []
-    if options.out.exists():
-        runs = json.loads(options.out.read_text())["runs"]
-    with tempfile.TemporaryDirectory() as place:
-        corpus = Path(place) / "c.h5"
+    book = read_book(options.out, {"runs": []})
+    runs: list[dict[str, Any]] = book["runs"]
+    place = options.out.with_suffix("").resolve()
+    place.mkdir(parents=True, exist_ok=True)
+    corpus = place / "c.h5"
+    if not corpus.exists():
         prepare_synthetic(corpus, vocab=40, tokens=50_000, seed=3, branching=4)
-        while time.monotonic() < until_s:
-            left = options.kills - sum(run["kills"] for run in runs)
-            if left <= 0:
-                break
-            number = len(runs)
-            name, draw = STRATEGIES[number % len(STRATEGIES)], random.Random(number)
-            folder = Path(place) / f"{number}"
-            seen = train(name, folder, corpus, draw, (until_s, left))
-            whole = Path(place) / f"{name}-whole"
-            if not whole.exists():
-                train(name, whole, corpus, None, None)
-            seen |= {"name": name, "same_bits": same_bits(folder, whole)}
-            runs.append(seen)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({"runs": runs}, indent=1))
-            print(row(seen), flush=True)
-    total = {key: sum(run[key] for run in runs) for key in ("kills", "in_save")}
-    total |= {key: sum(run[key] for run in runs) for key in ("hangs", "unreadable")}
-    total["same_bits"] = all(run["same_bits"] for run in runs)
-    total["most_lost"] = max((n for run in runs for n in run["lost"]), default=0)
-    total["slowest_end_s"] = max((s for r in runs for s in r["ended_s"]), default=0.0)
-    print(total)
-    is_good = total["same_bits"] and not total["hangs"] + total["unreadable"]
-    return 0 if is_good and total["most_lost"] <= PERIOD else 1
+
+    def keep() -> None:
+        write_book(options.out, book)
+
+    while time.monotonic() < until_s:
+        left = options.kills - sum(run["kills"] for run in runs)
+        if left <= 0 and all("same_bits" in run for run in runs):
+            break
+        if not runs or "same_bits" in runs[-1]:
+            runs.append(nothing_seen(STRATEGIES[len(runs) % len(STRATEGIES)]))
+        seen, number = runs[-1], len(runs) - 1
+        folder, whole = place / f"{number}", place / f"{seen['name']}-whole"
+        until = (until_s, seen["kills"] + left)
+        train(seen, folder, corpus, number, until=until, keep=keep)
+        if not (whole / "summary.json").exists():
+            nobody = nothing_seen(seen["name"])
+            train(nobody, whole, corpus, None, until=(0.0, 0), keep=keep)
+        seen["same_bits"] = same_bits(folder, whole)
+        keep()
+        if seen["same_bits"] and not seen["failed"]:
+            shutil.rmtree(folder)
+        print(page(runs[-1:]).splitlines()[-1], flush=True)
+    print(page(runs))
+    is_good = all(run.get("same_bits", True) for run in runs)
+    is_good &= not any(run[key] for run in runs for key in BAD)
+    most = max((n for run in runs for n in run["lost"]), default=0)
+    return 0 if is_good and most <= PERIOD else 1
 
 
-def row(seen: dict[str, Any]) -> str:
-    """Return a line on a run."""
-    ends = sorted(seen["ended_s"]) or [0.0]
-    return (
-        f"{seen['name']:<16}{seen['kills']:>4} kills, {seen['in_save']} while saving;"
-        f" {seen['hangs']} hangs, {seen['unreadable']} unreadable; ended after"
-        f" {ends[len(ends) // 2]:.1f} s (most {ends[-1]:.1f}); lost at most"
-        f" {max(seen['lost'], default=0)} samples of a checkpoint;"
-        f" {'the same bits' if seen['same_bits'] else 'OTHER BITS'}"
-    )
+BAD = ("hangs", "unreadable", "failed")
+
+
+def page(runs: list[dict[str, Any]]) -> str:
+    """Return a table: a line for each strategy, and one for all."""
+    rows = []
+    for name in (*dict.fromkeys(run["name"] for run in runs), "all"):
+        own = [run for run in runs if name in ("all", run["name"])]
+        ends = sorted(s for run in own for s in run["ended_s"]) or [0.0]
+        kills, in_save = (sum(run[key] for run in own) for key in ("kills", "in_save"))
+        ended = [run["same_bits"] for run in own if "same_bits" in run]
+        rows.append(
+            [
+                *(name, kills, in_save),
+                *(sum(run[key] for run in own) for key in BAD),
+                f"{ends[len(ends) // 2]:.1f} ({ends[-1]:.1f})",
+                max((n for run in own for n in run["lost"]), default=0),
+                f"{sum(ended)} of {len(ended)}",
+            ]
+        )
+    head = ["strategy", "kills", "while saving", *BAD, "ended after, s (most)"]
+    return table([*head, "samples of a checkpoint lost", "ends in the same bits"], rows)
 
 
 if __name__ == "__main__":

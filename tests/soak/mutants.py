@@ -1,38 +1,46 @@
 """Do the tests notice faults? Mutants of the strategies and of the worlds' protocols.
 
-    .venv-soak/bin/python tests/soak/mutants.py --count 200 --minutes 60 --out FILE
+    .venv-soak/bin/python -m tests.soak.mutants --count 200 --minutes 60 --out FILE
 
 Draws mutants by seed: one operator, constant or condition changed in a function of the
 strategies or of the worlds (by the operators of cosmic-ray). Each is put into a copy of
-the tree, and looked for in two steps:
+the tree, and looked for in steps, each only for what the one before left alive:
 
     schedules   up to --seeds random schedules of the strategies that reach the module
-    tests       of what survives: the test files that name the module
+    tests       the test files of its name, of those of the strategies that need it,
+                and what imports it; tests/virtual for the worlds
+    battery     of these strategies
 
-What both leave alive is listed, to be read: some mutants change nothing that can be
-seen (a bound that is never reached, the order of equal things). FILE holds all results;
-a run goes on where the last one stopped. This program needs cosmic-ray only; the tests
-run by --python (.venv/bin/python).
+What all leave alive is listed, to be read: some mutants change nothing that can be
+seen (a bound that is never reached, the order of equal things). A step that does not
+end within its limit decides nothing: the mutant is listed as undecided, not as killed
+(a schedule that lasts is ended after some CPU time, a test by pytest's timeout). A test
+kills a mutant only if it passes without it. FILE holds all results; a run goes on where
+the last one stopped. This program needs cosmic-ray only; the tests run by --python
+(.venv/bin/python).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("mpilm/strategies", "mpilm/world", "mpilm/world/virtual")
@@ -60,7 +68,11 @@ OPERATORS = [
     "core/NumberReplacer",
     "core/ZeroIterationForLoop",
 ]
-LIMIT_S = {"schedules": 180.0, "tests": 600.0}  # a mutant that hangs is noticed too
+STEPS = ("schedules", "tests", "battery")
+LIMIT_S = 1800.0  # of a step; what hangs in it has limits of its own
+NO_TESTS = 5  # pytest's exit code where none is left to run
+MANY = "test_relatives.py"  # of strategies that have no file of their own
+BATTERY = "tests/strategies/test_battery.py"
 
 
 @dataclass(frozen=True)
@@ -121,79 +133,180 @@ def drawn(count: int, seed: int) -> list[Mutant]:
     return [draw.choice(by_line[line]) for line in lines]
 
 
+def strategies_of(module: str) -> list[str]:
+    """Return the strategies that need a module; of what all of them need, none."""
+    from tests.soak.reaching import reached
+
+    files = sorted((ROOT / "mpilm/strategies").glob("*.py"))
+    files = [file for file in files if is_strategy(file.read_text(), file.stem)]
+    found = [f.stem for f in files if module in reached(str(f.relative_to(ROOT)))]
+    if found != ["hierarchical"]:  # which reaches what can be inside it
+        found = [name for name in found if name != "hierarchical"]
+    return [] if len(found) >= len(files) - 1 else found
+
+
+def is_strategy(source: str, name: str) -> bool:
+    """Return whether a module holds the strategy of its name."""
+    return f'    name = "{name}"\n' in source
+
+
 def tests_of(module: str, tree: Path) -> list[str]:
-    """Return the battery and what names a module; of the virtual world, all of its."""
-    if "virtual" in module:
+    """Return the test files of a module, those of its own name first."""
+    if module.startswith("mpilm/world/virtual"):
         return ["tests/virtual"]
-    word, battery = Path(module).stem, tree / "tests/strategies/test_battery.py"
-    files = [
-        *tree.glob("tests/strategies/test_*.py"),
-        *tree.glob("tests/unit/test_*.py"),
-    ]
-    own = {battery, *(file for file in files if word in file.read_text())}
-    return sorted(str(file.relative_to(tree)) for file in own)
+    dotted = module.removesuffix(".py").replace("/", ".")
+    package, _, stem = dotted.rpartition(".")
+    package, dotted = re.escape(package), re.escape(dotted)
+    imports = re.compile(
+        rf"(from|import) {dotted}\b|from {package} import [^\n]*\b{stem}\b"
+    )
+    files = [*tree.glob("tests/unit/test_*.py")]
+    if not module.startswith("mpilm/world"):
+        files += tree.glob("tests/strategies/test_*.py")
+    names = strategies_of(module)
+
+    def is_own(file: Path) -> bool:
+        text = file.read_text()
+        if file.name in {f"test_{name}.py" for name in (stem, *names)}:
+            return True
+        is_about = file.name == MANY and any(f'"{name}"' in text for name in names)
+        return is_about or imports.search(text) is not None
+
+    left_out = {"test_schedules.py", Path(BATTERY).name}
+    own = [file for file in files if file.name not in left_out and is_own(file)]
+    own.sort(key=lambda file: (file.name != f"test_{stem}.py", file.name))
+    found = [str(file.relative_to(tree)) for file in own]
+    return [*(["tests/virtual"] if module.startswith("mpilm/world") else []), *found]
 
 
-def run(command: list[str], tree: Path, limit_s: float) -> bool:
-    """Return whether a command ends with 0 in time."""
-    with subprocess.Popen(
-        command,
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        try:
-            return process.wait(limit_s) == 0
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return False
+class Tree:
+    """A copy of what is tried, in which one mutant at a time is."""
+
+    def __init__(self, folder: Path, python: str) -> None:
+        self.folder, self.python = folder, python
+        self.left_out = ["tests/virtual/test_speed.py"]  # it looks at the clock
+        for part in COPIED:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, folder / part)
+
+    def run(self, *command: str) -> tuple[bool | None, str]:
+        """Return whether a command ends with 0, and what it says.
+
+        None: it did not end in time. Nothing is compiled into files: a mutant as long
+        as the original, written in the same second, would pass for it.
+        """
+        own, said = self.folder / "tmp", self.folder / "said"
+        own.mkdir(exist_ok=True)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(self.folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(own),
+        }
+        with (
+            said.open("w") as file,
+            subprocess.Popen(
+                [self.python, *command],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            ) as process,
+        ):
+            try:
+                has_passed: bool | None = process.wait(LIMIT_S) in (0, NO_TESTS)
+            except subprocess.TimeoutExpired:
+                has_passed = None
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        for left in (own, self.folder / ".hypothesis"):
+            shutil.rmtree(left, ignore_errors=True)
+        return has_passed, said.read_text(errors="replace")
+
+    def test(self, *words: str) -> tuple[bool | None, str]:
+        """Return whether tests pass, and the first that does not."""
+        command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
+        command += ["-m", "long or not long"]
+        command += [word for name in self.left_out for word in ("--deselect", name)]
+        has_passed, said = self.run(*command, *words)
+        found = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+        return has_passed, found[1] if found else ""
+
+    def survives(self, mutant: Mutant, seeds: int) -> tuple[str, str]:
+        """Return who kills a mutant, and how: a step, "" (nobody) or "undecided"."""
+        from cosmic_ray.mutating import mutate_code
+        from cosmic_ray.plugins import get_operator
+
+        file = self.folder / mutant.module
+        original = file.read_text()
+        operator = get_operator(mutant.operator)()
+        changed = mutate_code(original, operator, mutant.occurrence)
+        assert changed is not None
+        assert changed != original
+        files = tests_of(mutant.module, self.folder)
+        names = strategies_of(mutant.module)
+        reaching = ("-m", "tests.soak.reaching", mutant.module, str(seeds))
+        steps: dict[str, Any] = {
+            "schedules": lambda: self.run(*reaching),
+            "tests": lambda: self.test(*files) if files else (True, ""),
+            "battery": lambda: self.test(
+                BATTERY, *(["-k", " or ".join(names)] if names else [])
+            ),
+        }
+        for who, step in steps.items():
+            while True:
+                file.write_text(changed)
+                try:
+                    has_passed, said = step()
+                finally:
+                    file.write_text(original)
+                if has_passed is None:
+                    return "undecided", who
+                if has_passed:
+                    break
+                how = said.strip().rpartition("\n")[2]
+                if who != "schedules" and (not how or how in self.left_out):
+                    return "undecided", how
+                if who == "schedules" or self.test(how)[0]:
+                    return who, how[:200]
+                self.left_out.append(how)  # it fails without the mutant, too
+        return "", ""
 
 
-def survives(mutant: Mutant, tree: Path, python: str, seeds: int) -> str:
-    """Return who kills a mutant: "schedules", "tests" or "" (nobody)."""
-    from cosmic_ray.mutating import mutate_code
-    from cosmic_ray.plugins import get_operator
+def page(found: list[dict[str, Any]]) -> str:
+    """Return a table by folder, and the lines of what was not killed."""
+    from tests.soak.keeping import table
 
-    file = tree / mutant.module
-    original = file.read_text()
-    changed = mutate_code(original, get_operator(mutant.operator)(), mutant.occurrence)
-    assert changed is not None
-    assert changed != original
-    file.write_text(changed)
-    pytest = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    pytest += ["-m", "long or not long", "--ignore=tests/strategies/test_schedules.py"]
-    commands = {
-        "schedules": [python, "-m", "tests.soak.reaching", mutant.module, str(seeds)],
-        "tests": [*pytest, *tests_of(mutant.module, tree)],
-    }
-    try:
-        for who, command in commands.items():
-            if not run(command, tree, LIMIT_S[who]):
-                return who
-    finally:
-        file.write_text(original)
-    return ""
-
-
-def page(found: list[dict[str, object]]) -> str:
-    """Return the counts, and the survivors' lines."""
-    by = Counter(str(row["killed by"]) for row in found)
-    killed = by["schedules"] + by["tests"]
-    lines = [
-        f"{len(found)} mutants: {killed} killed ({killed / max(1, len(found)):.1%}),"
-        f" {by['schedules']} by schedules, {by['tests']} by tests; alive:"
-    ]
+    rows = []
+    for folder in (*FOLDERS, ""):
+        own = [r for r in found if folder in ("", folder_of(r["mutant"]))]
+        by = Counter(row["killed by"] for row in own)
+        num_killed = sum(by[who] for who in STEPS)
+        share = f"{num_killed / max(1, len(own)):.1%}"
+        counts = [by[who] for who in (*STEPS, "", "undecided")]
+        rows.append([folder or "all", len(own), num_killed, share, *counts])
+    head = ["folder", "mutants", "killed", "of them", *STEPS, "alive", "undecided"]
+    lines = [table(head, rows), ""]
     for row in found:
-        if not row["killed by"]:
-            lines.append(f"  {row['mutant']}\n      {row['source']}")
+        if row["killed by"] not in STEPS:
+            what = row["killed by"] or "alive"
+            lines.append(f"{what}: {row['mutant']}\n    {row['source']}")
     return "\n".join(lines)
+
+
+def folder_of(name: str) -> str:
+    """Return the folder of a mutant's module."""
+    return name.partition(":")[0].rpartition("/")[0]
 
 
 def main() -> None:
     """Try mutants until the time is up."""
+    from tests.soak.keeping import memory, read_book, step_aside, write_book
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -205,7 +318,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    found = json.loads(args.out.read_text())["mutants"] if args.out.exists() else []
+    step_aside()
+    book = read_book(args.out, {"benchmark": "mutants", "seed": args.seed})
+    found = book.setdefault("mutants", [])
     done = {row["mutant"] for row in found}
     end_s = time.monotonic() + 60.0 * args.minutes
     ahead: SimpleQueue[Mutant] = SimpleQueue()
@@ -214,30 +329,25 @@ def main() -> None:
             ahead.put(mutant)
     lock = threading.Lock()
 
-    def note(mutant: Mutant, who: str) -> None:
-        """Write down who has noticed a mutant."""
+    def note(mutant: Mutant, who: str, how: str) -> None:
+        """Write down who has noticed a mutant, and how."""
         line = (ROOT / mutant.module).read_text().splitlines()[mutant.line - 1]
         row = {"mutant": mutant.name, "source": line.strip(), "killed by": who}
         with lock:
-            found.append(row)
-            document = {"benchmark": "mutants", "seed": args.seed, "mutants": found}
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(document, indent=1) + "\n")
-            print(f"{who or 'ALIVE':<10} {mutant.name}", flush=True)
+            found.append(row | {"how": how})
+            write_book(args.out, book)
+            print(f"{who or 'ALIVE':<10} {mutant.name}  {how}", flush=True)
 
     def work() -> None:
         """Try mutants in a tree of one's own until the time is up."""
-        with tempfile.TemporaryDirectory(prefix="mutants.") as folder:
-            tree = Path(folder)
-            for part in COPIED:
-                copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-                copy(ROOT / part, tree / part)
+        with tempfile.TemporaryDirectory(dir=memory(), prefix="mutants.") as folder:
+            tree = Tree(Path(folder), args.python)
             while time.monotonic() < end_s:
                 try:
                     mutant = ahead.get_nowait()
                 except Empty:
                     return
-                note(mutant, survives(mutant, tree, args.python, args.seeds))
+                note(mutant, *tree.survives(mutant, args.seeds))
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for worker in [pool.submit(work) for _ in range(args.jobs)]:
@@ -246,4 +356,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # as a script, too
     main()

@@ -2,7 +2,8 @@
 
     python -m tests.soak.reaching mpilm/strategies/bmuf.py 1000
 
-Ends with 0 if all seeds pass. mutants.py calls it on trees with a fault in that module.
+Ends with 0 if all seeds pass; a seed that takes too much CPU time has failed.
+mutants.py calls it on trees with a fault in that module.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import ast
 import sys
 from pathlib import Path
+
+from tests.soak.keeping import limit_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +63,8 @@ def main(module: str, seeds: str) -> None:
     names = strategies_with(module)
     for number in range(int(seeds)):
         seed, which = divmod(number, len(names))
-        run(names[which], seed)
+        with limit_cpu():
+            run(names[which], seed)
 
 
 if __name__ == "__main__":

@@ -5,41 +5,39 @@
 
 Strategies take turns, so a run that is stopped has tried all of them alike; FILE keeps
 where each is, and the next run goes on there. A seed that fails is noted with its
-reason and the command that replays it, and the others go on; so is one that lasts
-longer than a minute. Ends with 1 if any seed has ever failed.
+reason and the command that replays it, and the others go on; so is one that takes a
+minute of CPU. Ends with 1 if any seed has ever failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
-import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# seeds in one piece of work, some seconds; seconds after which one is taken to hang
-PIECES = {"schedules": 200, "deaths": 8}
-LIMIT_S = 60
+from tests.soak.keeping import (
+    TooLongError,
+    limit_cpu,
+    memory,
+    read_book,
+    step_aside,
+    table,
+    write_book,
+)
+
+PIECES = {"schedules": 200, "deaths": 8}  # seeds in one piece of work, some seconds
 MODULES = {
     "schedules": "tests.strategies.schedules",
     "deaths": "tests.strategies.deaths",
 }
-
-
-class TooLongError(BaseException):
-    """A seed has not come to an end."""
-
-
-def give_up(*_: Any) -> None:
-    """End what hangs, wherever it is."""
-    raise TooLongError
 
 
 def names(kind: str) -> list[str]:
@@ -60,20 +58,15 @@ def piece(work: tuple[str, str, range]) -> tuple[str, range, Counter[str], list[
         from tests.strategies.schedules import run
     else:
         from tests.strategies.deaths import run
-    signal.signal(signal.SIGALRM, give_up)
     outcomes: Counter[str] = Counter()
     failed: list[Any] = []
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         for seed in seeds:
-            signal.alarm(LIMIT_S)
             try:
-                outcomes[run(name, seed) or "kept all promises"] += 1
-            except TooLongError:
-                failed.append([seed, f"no end after {LIMIT_S} s"])
-            except Exception as error:
+                with limit_cpu():
+                    outcomes[run(name, seed) or "kept all promises"] += 1
+            except (TooLongError, Exception) as error:
                 failed.append([seed, f"{type(error).__name__}: {error}"[:500]])
-            finally:
-                signal.alarm(0)
     return name, seeds, outcomes, failed
 
 
@@ -86,9 +79,8 @@ class Book:
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"kind": kind, "seconds": 0.0, "strategies": {}}
-        if path.exists():
-            self.content = json.loads(path.read_text())
+        empty = {"kind": kind, "seconds": 0.0, "strategies": {}}
+        self.content = read_book(path, empty)
         if self.content["kind"] != kind:
             raise SystemExit(f"{path}: holds {self.content['kind']}")
 
@@ -110,24 +102,27 @@ class Book:
     def write(self, seconds: float) -> None:
         """Write FILE whole, or leave it as it is."""
         self.content["seconds"] = round(seconds, 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.path)
+        write_book(self.path, self.content)
 
-    def table(self) -> Iterator[str]:
-        """Yield a line for each strategy, one for each failure, and one for all."""
-        kind, num_all, num_failed = self.content["kind"], 0, 0
-        for name, own in self.content["strategies"].items():
-            outcomes = ", ".join(f"{n:,} {what}" for what, n in own["outcomes"].items())
-            yield f"{name:<16}{own['next']:>8,} seeds: {outcomes or 'none yet'}"
-            num_all += own["next"]
-            num_failed += len(own["failed"])
+    def page(self) -> str:
+        """Return a table of all strategies, what failed, and a line on all."""
+        kind, strategies = self.content["kind"], self.content["strategies"]
+        totals: Counter[str] = Counter()
+        rows, failures = [], []
+        for name, own in strategies.items():
+            totals.update(own["outcomes"])
+            rows.append([name, own["next"], len(own["failed"])])
             for seed, reason in own["failed"]:
-                yield f"  FAILED {seed}: {reason}"
-                yield f"  replay: python -m {MODULES[kind]} {name} {seed}"
+                failures.append(f"FAILED {name} {seed}: {reason}")
+                failures.append(f"  replay: python -m {MODULES[kind]} {name} {seed}")
+        for row, own in zip(rows, strategies.values(), strict=True):
+            row += [own["outcomes"].get(what, 0) for what in sorted(totals)]
+        num_all = sum(own["next"] for own in strategies.values())
         rate = num_all / max(self.content["seconds"], 1e-9) * 60.0
-        yield f"{num_all:,} {kind}, {num_failed} failed; {rate:,.0f} a minute"
+        head = ["strategy", "seeds", "failed", *sorted(totals)]
+        num_failed = len(failures) // 2
+        last = f"{num_all:,} {kind}, {num_failed} failed; {rate:,.0f} a minute"
+        return "\n".join([table(head, rows), "", *failures, last])
 
 
 def main() -> int:
@@ -156,12 +151,16 @@ def main() -> int:
                     yield options.kind, name, range(first, stop)
 
     # in order and no more than that: what is noted as tried has no gaps
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory(dir=memory(), prefix="mpilm-seeds-") as place,
+        spawn.Pool(options.jobs, step_aside, (place,)) as pool,
+    ):
         for pieces in in_turns(work(), options.jobs):
             for done in pool.map(piece, pieces, chunksize=1):
                 book.add(*done)
             book.write(before_s + time.monotonic() - began_s)
-    print("\n".join(book.table()))
+    print(book.page())
     return 1 if any(own["failed"] for own in book.content["strategies"].values()) else 0
 
 

@@ -85,9 +85,15 @@ class Unsaved(Trainer):
 
 
 @cache
+def place() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder that is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="mpilm-deaths-")
+
+
+@cache
 def corpus() -> Path:
     """Return the path of a small corpus, made once in a process."""
-    path = Path(tempfile.mkdtemp(prefix="mpilm-deaths-")) / "corpus.h5"
+    path = Path(place().name) / "corpus.h5"
     prepare_synthetic(path, vocab=12, tokens=4000, seed=3, branching=3)
     return path
 
