@@ -55,13 +55,24 @@ class RanksDiedError(WorldError):
     """Ranks have died; the others can go on without them, see `World.shrink`.
 
     ranks  their numbers, as far as they are known here
+
+    Args:
+        sign: what told of it, where no number is known.
     """
 
-    def __init__(self, ranks: Sequence[int] = ()) -> None:
+    def __init__(self, ranks: Sequence[int] = (), *, sign: str = "") -> None:
         self.ranks = tuple(ranks)
-        names = " and ".join(map(str, self.ranks)) or "unknown"
+        unknown = f"unknown ({sign})" if sign else "unknown"
+        names = " and ".join(map(str, self.ranks)) or unknown
         is_one = len(self.ranks) == 1
         super().__init__(f"rank{'' if is_one else 's'} {names} died")
+
+
+class LeftBehindError(WorldError):
+    """A communicator is used that ended as ranks died or joined: a fault of ours.
+
+    It is no death: whoever took it for one would end the communicators of today.
+    """
 
 
 class DivergenceError(MpilmError):

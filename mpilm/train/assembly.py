@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpilm.config import OWN, Config
 from mpilm.optim.schedules import Schedule
@@ -15,7 +15,7 @@ from mpilm.train.best_model import BestModel
 from mpilm.train.deaths import go_on, same_optimizer
 from mpilm.train.failure import Failure
 from mpilm.train.folder import RunFolder
-from mpilm.train.joins import Recruiting, gather
+from mpilm.train.joins import Held, Recruiting, gather
 from mpilm.train.metrics import LOG_FIELDS, MetricsRecorder, Milestones, Totals
 from mpilm.train.notes import introduction
 from mpilm.train.peer_copies import peer_copies
@@ -54,7 +54,7 @@ class Assembly:
         self.config, self.world, self.folder = config, world, folder
         world.last_words = folder.last_words
         self.news = ""
-        self.held: tuple[State, Any] | None = None
+        self.held: Held | None = None
         self.left_moments: list[State] = []
         self.recruiting = Recruiting(
             world,
@@ -181,14 +181,7 @@ class Assembly:
         Communicates: collective among the ranks before and the new one.
         """
         world, began_s = self.world, self.world.now_s()
-        about: dict[str, int] = {}
-        if self.held:
-            about = {
-                "samples": self.samples,
-                "step": self.totals.step,
-                "wanted": self.recruiting.wanted,
-            }
-        place, told = gather(world.comm, size, self.held, about, self.left_moments)
+        place, told = gather(world.comm, size, self.held, self.left_moments)
         self.held = None
         self.recruiting.wanted = told["wanted"]
         self.news = (

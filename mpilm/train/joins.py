@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,12 @@ class Recruiting:
         self.failure = ""
         self._next_look_s = 0.0
 
-    def look(self, step: int, joins: int, unable: str = "") -> bool:
+    def look(self, step: int, joins: int) -> bool:
         """Ask for the ranks that are missing; return whether one is ready. On rank 0.
 
         Args:
             step: how far this rank is.
             joins: how many are declared until there.
-            unable: why this run takes in none.
         """
         world = self.world
         if world.rank or self.failure:
@@ -78,9 +77,9 @@ class Recruiting:
             self.wanted += take_request(self.folder)
         asked, ready = world.recruits
         missing = self.wanted + joins - world.size - asked
-        if missing > 0 and (unable or not self.can_start):
+        if missing > 0 and not self.can_start:
             own = "a new process does not know this model of your own"
-            self.failure = f"no rank is added: {unable or own}"
+            self.failure = f"no rank is added: {own}"
             return False
         command = ("-m", "mpilm", "join", str(self.folder), "--spawned")
         try:
@@ -125,10 +124,24 @@ def take_request(folder: Path) -> int:
         return 0
 
 
-def held_here(trainer: Any) -> tuple[State, Any]:
-    """Return what this rank has at a sync point, and the final model, (P,).
+@dataclass(frozen=True)
+class Held:
+    """What a rank has at a sync point, before others join.
 
-    Communicates: collective, as a checkpoint.
+    state  what a checkpoint would hold of it
+    final  the final model, (P,)
+    about  samples of all ranks, step of this one, ranks that there should be
+    """
+
+    state: State
+    final: Any
+    about: dict[str, int]
+
+
+def held_here(trainer: Any) -> Held:
+    """Return what this rank has at a sync point. Collective, as a checkpoint.
+
+    All of it: once others have joined, nothing of before can be asked.
     """
     learner = trainer.learner
     final = copy_of(learner.theta)
@@ -136,22 +149,22 @@ def held_here(trainer: Any) -> tuple[State, Any]:
     state = nested("totals", asdict(trainer.totals))
     for name, part in trainer.parts.items():
         state |= nested(name, part.state())
-    return state, to_array(final)
+    about = {
+        "samples": trainer.samples,
+        "step": trainer.totals.step,
+        "wanted": trainer.recruiting.wanted,
+    }
+    return Held(state, to_array(final), about)
 
 
 def gather(
-    comm: Comm,
-    size: int,
-    held: tuple[State, Any] | None,
-    about: Mapping[str, int],
-    moments: list[State],
+    comm: Comm, size: int, held: Held | None, moments: list[State]
 ) -> tuple[ResumePoint, dict[str, int]]:
     """Return where old and new ranks go on; and what rank 0 tells of the run.
 
     Args:
         size: ranks before: those are the first.
         held: what `held_here` returned; None on a new rank.
-        about: samples of all ranks, step of rank 0, and more; on the ranks before.
         moments: of ranks that died, that this one holds; those that are given are taken
             out.
 
@@ -159,18 +172,16 @@ def gather(
         model's length that are averaged, an Allreduce of each of these, a Bcast of the
         final model.
     """
-    found = comm.allgather((dict(about), len(moments)))
-    told, heirs = (
-        found[0][0],
-        [r for r, (_, num) in enumerate(found) for _ in range(num)],
-    )
-    state, final = held or (State(), np.zeros(0, np.float32))
-    nearest = state
+    mine = held or Held(State(), np.zeros(0, np.float32), {})
+    found = comm.allgather((mine.about, len(moments)))
+    told = found[0][0]
+    heirs = [rank for rank, (_, num) in enumerate(found) for _ in range(num)]
+    nearest, final = mine.state, mine.final
     for new in range(size, comm.size):
         is_heir = bool(heirs)
         peer = heirs.pop(0) if is_heir else new % size
         if comm.rank == peer:
-            sent = not_averaged(state) | (moments.pop(0) if is_heir else {})
+            sent = not_averaged(mine.state) | (moments.pop(0) if is_heir else {})
             send_state(comm, sent | {"length": len(final)}, new)
         elif comm.rank == new:
             nearest = receive_state(comm, peer)
@@ -178,7 +189,7 @@ def gather(
     comm.Bcast(final, root=0)
     states = Gathered()
     if held:
-        states.add(comm.rank, state)
+        states.add(comm.rank, mine.state)
     shared = {"theta": final, "samples": told["samples"]}
     merged = states.merged(comm, size, nearest, shared)
     place = ResumePoint(merged.state, told["step"], told["samples"], [], False, merged)

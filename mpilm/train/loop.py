@@ -108,15 +108,10 @@ class Trainer(Assembly):
 
     def look_for_ranks(self) -> bool:
         """Return whether a rank is ready to join; say why none can be added."""
-        recruiting, unable = self.recruiting, ""
-        if not (
-            self.strategy.lockstep or self.world.is_virtual
-        ):  # tried: the run ended
-            name = self.config.strategy.name
-            unable = f"under MPI {name} takes in none while it trains"
+        recruiting = self.recruiting
         had_failed = bool(recruiting.failure)
         joins = self.config.faults.joins(self.totals.step)
-        is_ready = recruiting.look(self.totals.step, joins, unable)
+        is_ready = recruiting.look(self.totals.step, joins)
         if recruiting.failure and not had_failed:
             self.screen.line(recruiting.failure)
         return is_ready

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.config import Config
-from mpilm.errors import RanksDiedError
+from mpilm.errors import WorldError
 from mpilm.storage.merged import MEAN_OF
 from mpilm.storage.packed import HEAD, length_of, packed, unpacked
 from mpilm.storage.saved import State, nested, saved_state
@@ -130,7 +130,7 @@ class PeerCopies:
 
         Its vectors are valid until another one comes.
         """
-        with suppress(RanksDiedError):  # it may have come since the last look
+        with suppress(WorldError):  # it may have come since the last look
             self._go_on()
         return State() if self._held is None else unpacked(self._held)
 

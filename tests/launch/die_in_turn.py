@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mpilm.config import read_config
+from mpilm.errors import LeftBehindError
 from mpilm.train.loop import Trainer
 from mpilm.world.base import World
 from mpilm.world.mpi import MpiWorld, abort_on_error
@@ -50,7 +52,10 @@ def train(world: World, config: Path, folder: Path, name: str, dead: int) -> Non
     if world.rank == dead:
         killer = threading.Thread(target=kill_soon, args=(trainer, size), daemon=True)
         killer.start()
+    with_the_dead = trainer.strategy.comm
     trainer.train()
+    with pytest.raises(LeftBehindError):  # which must not end today's communicators
+        with_the_dead.Improbe()
     samples = trainer.batches.synchronise(trainer.learner.samples)
     is_good = np.isfinite(trainer.learner.theta.numpy()).all()
     found = world.comm.allgather((trainer.learner.samples, bool(is_good)))

@@ -17,7 +17,7 @@ from .conftest import Running, mpirun, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize(("name", "dead"), [("model_averaging", 0)])
+@pytest.mark.parametrize(("name", "dead"), [("model_averaging", 0), ("adpsgd", 1)])
 def test_a_rank_that_is_killed_is_replaced(
     inputs: Path, tmp_path: Path, name: str, dead: int
 ) -> None:

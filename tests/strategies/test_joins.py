@@ -81,9 +81,10 @@ def test_a_request_for_ranks_that_cannot_be_taken_in_is_answered(tmp_path):
     request_ranks(tmp_path, 1)
 
     def answer(world):
-        recruiting = Recruiting(world, tmp_path, replaces=False, can_start=True)
-        assert not recruiting.look(0, 0, "adpsgd takes in none")
+        recruiting = Recruiting(world, tmp_path, replaces=False, can_start=False)
+        assert not recruiting.look(0, 0)
         return recruiting.failure
 
-    assert run_virtual(answer, 2) == ["no rank is added: adpsgd takes in none", ""]
+    line = "no rank is added: a new process does not know this model of your own"
+    assert run_virtual(answer, 2) == [line, ""]
     assert not list(tmp_path.iterdir())

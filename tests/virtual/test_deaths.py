@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpilm.errors import RanksDiedError, WorldError
+from mpilm.errors import LeftBehindError, RanksDiedError, WorldError
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.profiles import FailAt
@@ -105,6 +105,26 @@ def test_a_death_while_others_close_ends_nothing():
         return world.rank
 
     assert run(main, 3, (1, 3)) == [0, None, 2]
+
+
+def test_what_was_made_with_the_dead_is_refused_and_is_no_death():
+    """An old communicator that failed was taken for a death: today's were ended."""
+
+    def main(world):
+        before = world.comm.Dup()
+        with pytest.raises(RanksDiedError):
+            barrier(world, before)
+        world.shrink()
+        for use in (
+            before.Improbe,
+            before.Ibarrier,
+            lambda: before.Isend(np.ones(1), 0),
+        ):
+            with pytest.raises(LeftBehindError, match="of ranks before others died"):
+                use()
+        return world.comm.allgather(world.rank)
+
+    assert run(main, 3, (1, 0)) == [[0, 1], None, [0, 1]]
 
 
 def test_without_it_a_death_ends_all():

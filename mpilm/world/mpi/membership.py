@@ -12,6 +12,10 @@ and goes on to fail on that communicator.
 Whoever finds out revokes all communicators of the world: nobody waits for a rank that
 has stopped waiting. In every rank the learner gets one `RanksDiedError`, at whatever it
 does next with the world; activities end. Then all call `World.shrink`.
+
+Every world of some ranks is a generation: `shrink` and `grow` begin the next one, and
+revoke what is left of the last, so that its calls end. A thread or a request of it that
+fails afterwards is no death: it must not revoke the communicators of today.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any, TypeVar
 
 from mpi4py import MPI
 
-from mpilm.errors import RanksDiedError
+from mpilm.errors import LeftBehindError, RanksDiedError, WorldError
 from mpilm.world.mpi.start import has_ulfm
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -31,12 +35,19 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 class Membership:
     """What is known of the ranks that have died.
 
-    death  is raised in the learner; None: nobody has, as far as is known here
+    generation  of these ranks: worlds of this process before
+    death       is raised in the learner; None: nobody has, as far as is known here; or
+                the next generation has begun
+    reason      why the communicators were revoked; "": they were not
     """
 
-    def __init__(self, control: MPI.Comm, handles: list[MPI.Comm]) -> None:
+    def __init__(
+        self, control: MPI.Comm, handles: list[MPI.Comm], generation: int = 0
+    ) -> None:
         self.control, self.handles = control, handles
-        self.death: RanksDiedError | None = None
+        self.generation = generation
+        self.death: WorldError | None = None
+        self.reason = ""
 
     def translate(self, error: BaseException) -> BaseException:
         """Return what an error means: a death, or itself; revoke all after a death."""
@@ -46,8 +57,9 @@ class Membership:
         if error.Get_error_class() not in of_death:
             return error
         if self.death is None:
-            self.death = RanksDiedError(self.dead())
-            self.revoke()
+            sign = f"{error}, generation {self.generation}"
+            self.death = RanksDiedError(self.dead(), sign=sign)
+            self.revoke(sign)
         return self.death
 
     def dead(self) -> list[int]:
@@ -58,8 +70,14 @@ class Membership:
         group.Free()
         return sorted(ranks)
 
-    def revoke(self) -> None:
+    def leave(self, reason: str) -> None:
+        """Note that the next generation has begun; what still uses this one ends."""
+        line = f"generation {self.generation} of the ranks has ended: {reason}"
+        self.death = LeftBehindError(line)
+
+    def revoke(self, reason: str) -> None:
         """Let every call of every rank on these communicators fail."""
+        self.reason = self.reason or reason
         for handle in (*self.handles, self.control):
             if not handle.Is_revoked():
                 handle.Revoke()

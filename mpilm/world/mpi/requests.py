@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mpi4py import MPI
 
-from mpilm.errors import RanksDiedError, WorldError
+from mpilm.errors import LeftBehindError, RanksDiedError, WorldError
 from mpilm.world.base import Request
 from mpilm.world.mpi.large import num_bytes
 from mpilm.world.mpi.progress import Progress, Stopped
@@ -219,5 +219,5 @@ class CollectiveQueue:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job.run()
-            if isinstance(job.error, Stopped | RanksDiedError):
+            if isinstance(job.error, Stopped | RanksDiedError | LeftBehindError):
                 return

@@ -34,6 +34,7 @@ class Resources:
         abort: ends all ranks.
         last_words: what people are told then.
         background: whether threads may call MPI beside the learner.
+        generation: worlds of this process before.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Resources:
         abort: Callable[[], None],
         last_words: Callable[[], str],
         background: bool,
+        generation: int,
     ) -> None:
         self.control, self.faults = control, faults
         self.inspector = StallInspector(
@@ -63,5 +65,5 @@ class Resources:
         self.slow_links = SlowLinks(self.progress)
         self.handles: list[MPI.Comm] = []
         self.has_ulfm = has_ulfm()
-        self.membership = Membership(control, self.handles)
+        self.membership = Membership(control, self.handles, generation)
         self.progress.membership = self.membership

@@ -25,6 +25,7 @@ from mpilm.errors import (
     BAD_INPUT,
     DIED,
     STALLED,
+    LeftBehindError,
     RanksDiedError,
     WorldError,
     say,
@@ -135,6 +136,7 @@ class MpiWorld(World):
             abort=lambda: self.abort(STALLED),
             last_words=lambda: f"{self.last_words()}",  # as it is then
             background=self.background,
+            generation=len(self._before),
         )
         self.progress = self.resources.progress
         node = comm.Split_type(mpi.COMM_TYPE_SHARED, comm.rank)
@@ -305,10 +307,7 @@ class MpiWorld(World):
             return super().shrink()
         faults, control = self.resources.faults, self.control
         while True:
-            self.resources.membership.revoke()
-            self.progress.stop(JOIN_S)
-            self.progress.settle(SETTLE_S)
-            self._before.append((self.resources, self.comm))
+            self._end("ranks died")
             comm: Any = self.control.Shrink()
             try:
                 self._begin(comm, faults)
@@ -317,6 +316,7 @@ class MpiWorld(World):
                 if not isinstance(self.progress.meaning(error), RanksDiedError):
                     raise
                 continue
+            self._leave_generations("ranks died")
             survivors = world_ranks_of(comm, control)
             return [] if any(are_closing) else survivors
 
@@ -341,12 +341,23 @@ class MpiWorld(World):
         except Exception as error:
             raise self.progress.meaning(error) from error
         leave_out_finalize()
-        self.resources.membership.revoke()  # what is under way in it ends
+        self._end("a rank joined")
+        self._leave_generations("a rank joined")
+        self._begin(comm, faults)
+        return before
+
+    def _end(self, reason: str) -> None:
+        """Let all that is under way among these ranks end."""
+        self.resources.membership.revoke(reason)
         self.progress.stop(JOIN_S)
         self.progress.settle(SETTLE_S)
         self._before.append((self.resources, self.comm))
-        self._begin(comm, faults)
-        return before
+
+    def _leave_generations(self, reason: str) -> None:
+        """Take no failure of what was before for a death of today."""
+        for resources, _ in self._before:
+            if not isinstance(resources.membership.death, LeftBehindError):
+                resources.membership.leave(reason)
 
     def require_ended(self) -> None:
         """Raise if an activity would never end.
@@ -430,7 +441,7 @@ class ThreadActivity(Activity):
     def _run(self) -> None:
         try:
             self.work()
-        except (Stopped, RanksDiedError):
+        except (Stopped, RanksDiedError, LeftBehindError):
             pass
         except BaseException as error:
             self.error = error

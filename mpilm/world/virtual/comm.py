@@ -18,7 +18,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from mpilm.errors import WorldError
+from mpilm.errors import LeftBehindError, WorldError
 from mpilm.vectors import copy_of
 from mpilm.world.base import (
     ANY_SOURCE,
@@ -236,6 +236,7 @@ class VirtualComm(Comm):
         self.group, self.rank, self.size = group, rank, len(group.states)
         self.engine, self.machine = group.engine, group.machine
         self.state = group.states[rank]
+        self.generation = self.state.generation
         self.traffic = self.state.traffic
         self.arrived: list[VirtualMessage] = []
         self.receives: list[ReceiveRequest] = []
@@ -326,6 +327,10 @@ class VirtualComm(Comm):
         if self.state.is_dead:
             raise Died
         self.state.require_alive(activity)
+        if self.generation != self.state.generation:
+            raise LeftBehindError(
+                f"{self.group.name}: is of ranks before others died or joined"
+            )
 
     def _check(self, rank: int, what: str) -> None:
         if not 0 <= rank < self.size:

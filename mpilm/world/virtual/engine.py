@@ -188,6 +188,7 @@ class RankState:
     watchers    activities in `world.wait`, to be woken by any change on this rank
     is_dead     it takes part in nothing any more
     death       what its activities are told, until it has left the dead behind
+    generation  how often it has gone on with other ranks
     in_flight   num_in_flight, in_flight_since_s: the learner's calls under way
     """
 
@@ -199,6 +200,7 @@ class RankState:
         self.watchers: list[VirtualActivity] = []
         self.is_dead = False
         self.death: RanksDiedError | None = None
+        self.generation = 0
         self.send_free_s = 0.0
         self.receive_free_s = 0.0
         self.last_arrival_s: dict[int, float] = {}  # by destination
@@ -222,6 +224,7 @@ class RankState:
     def leave_behind(self) -> None:
         """Go on without the dead; what was begun with them ends when it is resumed."""
         self.death = None
+        self.generation += 1
         for activity in self.activities:
             activity.is_left_behind = not activity.is_learner
 

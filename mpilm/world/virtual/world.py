@@ -137,10 +137,11 @@ class Simulation:
             return
         self.shrinking = []
         worlds = self.living
+        for world in worlds:
+            world.state.leave_behind()
         group = Communicator(self.network, [w.state for w in worlds], "world")
         for world, comm in zip(worlds, group.comms, strict=True):
             world.comm = comm
-            world.state.leave_behind()
             if world.waits_in_shrink is not None:
                 world.waits_in_shrink.wake()
 
@@ -151,11 +152,12 @@ class Simulation:
         self.growing, before, number = [], self.living, len(self.worlds)
         state = RankState(number, self.machine.node(number), self.seed)
         self.engine.ranks = [*self.engine.ranks, state]
+        for world in before:
+            world.state.leave_behind()
         states = [*(world.state for world in before), state]
         *comms, last = Communicator(self.network, states, "world").comms
         for world, comm in zip(before, comms, strict=True):
             world.comm = comm
-            world.state.leave_behind()
             if world.waits_in_grow is not None:
                 world.waits_in_grow.wake()
         joined = VirtualWorld(self, last)
