@@ -86,7 +86,8 @@ gpu-wheels: .venv/demo.stamp
 
 soak: .venv/test.stamp
 	$(BIN)/python -m tests.fuzz.readers all 0 1000
-	MPILM_MINUTES=1 $(BIN)/python -m pytest -q -m 'long or not long' tests/unit/test_signalled.py
+	MPILM_MINUTES=1 $(BIN)/python -m pytest -q -m 'long or not long' \
+	    tests/unit/test_signalled.py tests/strategies/test_change_pairs.py
 	$(BIN)/python -m tests.soak.kills --minutes $(MINUTES) --out build/kills.json
 	$(BIN)/python -m tests.soak.goodput --out build/goodput.json
 	$(PYTHON) -m venv .venv-soak && .venv-soak/bin/pip install -q cosmic-ray

@@ -36,8 +36,15 @@ class Change:
     old: Any = None
     new: Any = None
 
+    @property
+    def shown(self) -> tuple[Any, Any]:
+        """The two values as a person reads them: what is empty would not be seen."""
+        values = self.old, self.new
+        old, new = ("none" if v is None else '""' if v == "" else v for v in values)
+        return old, new
+
     def __str__(self) -> str:
-        old, new = ("none" if v is None else v for v in (self.old, self.new))
+        old, new = self.shown
         return f"{self.key}: {old} -> {new} from sample {self.samples:,} on"
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
+from mpilm.errors import CheckpointError, DataError
 from mpilm.storage.merged import Merged
 from mpilm.storage.saved import State, under
 from mpilm.strategies.rest import merge_rest
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 
 BEGUN = ("learner", "strategy")  # parts that take over what was merged
+
+# sections of the configuration that a part's state depends on, if of another name
+SETTINGS_OF = {"learner": ("optim", "model"), "best": ("schedule",)}
 
 # of a rank's totals, what is a sum over ranks
 ADDED = ["bytes_sent", "bytes_received", "messages"]
@@ -77,15 +82,38 @@ class ResumePoint:
             if self.merged is not None and name in BEGUN:
                 continue
             state = under(name, self.own)
-            if name == "learner":  # its optimiser's settings are the configuration's
-                cast("Learner", part).load_state(state, settings=False)
-            else:
-                part.load_state(state)
+            with self.blaming_changes(name):
+                if (
+                    name == "learner"
+                ):  # its optimiser's settings are the configuration's
+                    cast("Learner", part).load_state(state, settings=False)
+                else:
+                    part.load_state(state)
         totals = under("totals", self.own)
         if self.merged is not None:
             of = [under("totals", state) for state in self.merged.held.values()]
             totals |= {name: sum(each[name] for each in of) for name in ADDED}
         return Totals(**totals)
+
+    @contextmanager
+    def blaming_changes(self, part: str) -> Iterator[None]:
+        """Name the settings that were changed where a part refuses its state.
+
+        Raises:
+            MpilmError: as it was raised, behind these settings.
+        """
+        try:
+            yield
+        except (CheckpointError, DataError) as error:
+            is_place = isinstance(error, DataError)  # of the learner's data
+            of = ("data",) if is_place else SETTINGS_OF.get(part, (part,))
+            changes = [c for c in self.changes if c.key.partition(".")[0] in of]
+            if not changes:
+                raise
+            said = ", ".join(
+                f"{c.key} was {c.shown[0]}, is {c.shown[1]}" for c in changes
+            )
+            raise type(error)(f"{said}: {error}", everywhere=error.everywhere) from None
 
     def lines(self) -> Iterator[str]:
         """Yield what a person wants to know of it."""

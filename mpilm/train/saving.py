@@ -198,8 +198,8 @@ def require_lasting(changes: list[Change], checkpoint: Path) -> None:
     for change in changes:
         key = change.key
         if key in LASTING or (key.startswith("model.") and key not in FREE):
+            old, new = change.shown
             raise CheckpointError(
-                f"{checkpoint}: was made with {key} = {change.old}, this run has"
-                f" {change.new}: resume with {change.old}, or start anew with another"
-                " --out"
+                f"{checkpoint}: was made with {key} = {old}, this run has"
+                f" {new}: resume with {old}, or start anew with another --out"
             )

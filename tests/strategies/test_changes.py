@@ -6,44 +6,23 @@ Never a traceback, and never on some ranks only.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 
-from mpilm.config import SECTIONS, Config, resolve, settings
+from mpilm.config import Config, resolve, settings
 from mpilm.data.kaldi_prepare import prepare_kaldi
 from mpilm.data.synthetic import prepare_synthetic
-from mpilm.errors import ConfigError, MpilmError
+from mpilm.errors import ConfigError
 from mpilm.train.changes import differences, read_changes
-from mpilm.train.loop import Trainer
 from mpilm.train.saving import LASTING
-from mpilm.world.virtual import run_virtual
+from tests.strategies.changing import RANKS, SMALL, train, values
 from tests.unit.kaldi_files import make_folder
 
 pytestmark = pytest.mark.long
 
-STEPS, RANKS = 3, 2
-SMALL = {
-    "lstm_lm": {"embed": 6, "hidden": 8},
-    "dnn": {"hidden": 8, "layers": 1, "context": 1},
-    "lstm_am": {"hidden": 8, "layers": 1, "bottleneck": 4, "context": 1},
-    "blstm_am": {"hidden": 8, "layers": 1, "bottleneck": 4, "context": 1},
-}
-# key -> values to try first; else they follow from the setting's type
-SPECIAL: dict[str, list[Any]] = {
-    "train.device": ["cpu"],
-    "faults.slow": [{"1": 2.0}],
-    "faults.profile": [[{"kind": "constant", "factor": 2.0}]],
-    "strategy.settings": [{"weight": 0.25}],
-    "strategy.inner": ["bmuf"],
-    "model.init": ["none.h5"],
-    "model.adaptive_cutoffs": [[5, 20]],
-    "ema.samples": [50],
-    "optim.nesterov": [True],
-}
+STEPS = 3
 ALIKE = {"machine", "pretrain", "faults"}  # the way there is tried, not the way back
 # "own" is what `mpilm.fit` trains: no configuration file can name it
 KEYS = [(s.section, s.choice, s.key) for s in settings() if s.choice != "own"]
@@ -98,20 +77,6 @@ def document(corpora, section: str, choice: str, key: str) -> dict[str, dict[str
     return found
 
 
-def values(section: str, choice: str, key: str) -> list[Any]:
-    """Return values that a setting may have, by its type."""
-    kind = SECTIONS[section]
-    if isinstance(kind, tuple) and not choice:
-        return [name for name in kind[0] if name not in {kind[1], "own"}]
-    if f"{section}.{key}" in SPECIAL:
-        return SPECIAL[f"{section}.{key}"]
-    hint = get_type_hints(kind[0][choice] if choice else kind)[key]
-    parts = get_args(hint) if get_origin(hint) in {Union, UnionType} else (hint,)
-    named = [v for part in parts if get_origin(part) is Literal for v in get_args(part)]
-    of_type = {bool: [True, False], int: [3, 4, 7], float: [0.5, 3.0, 0.25, 1e9]}
-    return named + [v for part in parts for v in of_type.get(part, [])]
-
-
 def changed(document, corpora, section: str, choice: str, key: str) -> list[Config]:
     """Return what a setting may be changed to; one for each name or word."""
     found = []
@@ -137,28 +102,6 @@ def changed(document, corpora, section: str, choice: str, key: str) -> list[Conf
         del found[1:]
     assert found, f"no other value for {section}.{key} among {given}"
     return found
-
-
-def train(config: Config, out: Path, *, samples: int = 0) -> MpilmError | None:
-    """Train, going on if there is a run; return the one line that refused it."""
-    if samples:
-        longer = replace(config.train, samples=config.train.samples + samples)
-        config = replace(config, train=longer)
-
-    def main(world):
-        trainer = Trainer(config, world, out, resume=True)
-        trainer.train()
-        return trainer.totals.step
-
-    try:
-        run_virtual(main, RANKS, machine=config.machine, faults=config.faults)
-    except MpilmError as error:
-        cause = error.__cause__
-        assert cause is None or isinstance(cause, MpilmError), repr(cause)
-        assert error.everywhere, error
-        assert "\n" not in str(error)
-        return error
-    return None
 
 
 @pytest.mark.parametrize(("section", "choice", "key"), KEYS)
