@@ -1,7 +1,7 @@
 """Does the virtual world predict a step, and what of it is communication?
 
     python benchmarks/bench_fidelity.py
-    python benchmarks/bench_fidelity.py --realtime \\
+    python benchmarks/bench_fidelity.py \\
         --out benchmarks/results/fidelity.json --plots docs/images
 
 Over an emulated network (tools/emulated_cluster.py: root, Debian's iproute2) at each
@@ -14,6 +14,10 @@ then every strategy. The virtual world plays the machine that probe has found.
     communication  how long the learner waits for it in a step, measured and simulated:
                    the step less what is computed in it
     counted        rows in which communication is LEAST of the measured step or more
+
+Ranks have the priority of this script, an ordinary one. Meanwhile Linux shares the
+cores among threads and not among sessions (harness.one_group): a rank of an emulated
+cluster is a session, and reductions stood still for seconds. docs/log.md has it.
 
 Learners sleep or compute (`--learner`). Strategies exchange often (SETTINGS), and a
 model takes about a step's time to send, so that most rows count.
@@ -30,6 +34,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -37,7 +42,11 @@ from typing import Any
 
 import numpy as np
 from fleets import ENVIRONMENT, answer, figure, sleeper
-from harness import parser, report, session_nice, take_session_nice
+from harness import (
+    one_group,
+    parser,
+    report,
+)
 
 from mpilm.simulate.calibrate import calibrate, spread, step_times
 from mpilm.simulate.simulation import PROTOCOL_PARAMETERS, scaled_settings
@@ -73,7 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hierarchical": {"inner": "bmuf", "settings": {"period": 2}},
 }
 LINK = ("latency_s", "bandwidth_Bps", "rendezvous_s", "burst_bytes")
-LINK += ("enter_s", "reduce_latency_s", "reduce_Bps")
+LINK += ("enter_s", "reduce_latency_s", "reduce_Bps", "beside_s", "beside_Bps")
 INNER = [key for key in LINK if key != "burst_bytes"]
 MEASURED = (*LINK, *(prefix + key for prefix in ("node_", "leader_") for key in INNER))
 Found = dict[str, Any]
@@ -127,6 +136,7 @@ def under_mpi(args: argparse.Namespace) -> None:
         updates: list[float] = []
         model_bytes = 4 * make_learner(world, args).layout.size
         took: dict[str, list[tuple[float, float]]] = {name: [] for name in names(args)}
+        together: list[list[float]] = []
         pause: Any = {"model_bytes": model_bytes, "step_s": args.step_s}
         for _ in range(1 + args.loops):
             machines.append(calibrate(world, hosts, **pause))
@@ -135,12 +145,29 @@ def under_mpi(args: argparse.Namespace) -> None:
             times = step_times(make_learner(world, args), args.steps)
             spreads.append(spread(world.comm.allgather(times[0]))[1])
             updates.append(spread(world.comm.allgather(times[1]))[0])
+            together += world.comm.allgather(steps_together(world, args))
         machine = {key: median(m[key] for m in machines) for key in machines[0]}
         machine |= {"jitter": median(spreads), "update_s": median(updates)}
         machine["burst_bytes"] = round(machine.get("burst_bytes", 0))
         machine["ranks_per_node"] = max(hosts.count(host) for host in hosts)
         found = {"machine": machine, "runs": took, "bytes": model_bytes}
+        found |= {"machines": machines, "together": together}
         answer(world, args.result, found)
+
+
+def steps_together(world: World, args: argparse.Namespace) -> list[float]:
+    """Return the seconds of each gradient and update, all ranks at once.
+
+    Communicates: collective.
+    """
+    learner, took = make_learner(world, args), []
+    for _ in range(2 + args.steps):
+        world.comm.Barrier()
+        began_s = time.perf_counter()
+        learner.gradient()
+        learner.update()
+        took.append(time.perf_counter() - began_s)
+    return took[2:]
 
 
 def make_learner(world: World, args: argparse.Namespace) -> Any:
@@ -186,7 +213,7 @@ def measured(network: str, ranks: int, args: argparse.Namespace) -> Found:
             size_of(network, args),
         ]
         script += ["--learner", args.learner, "--batch", args.batch]
-        script += ["--result", result, "--session-nice", session_nice()]
+        script += ["--result", result]
         script += ["--strategies", *args.strategies]
         arguments = ["-n", *map(str, [ranks, *script])]
         if network == SHARED:
@@ -198,8 +225,6 @@ def measured(network: str, ranks: int, args: argparse.Namespace) -> Found:
             cluster = EmulatedCluster(nodes, rate=network, slots=slots)
             stack.enter_context(cluster)
             command, environment = cluster.command(arguments), cluster.environment
-        if args.realtime:
-            command = ["chrt", "-r", "1", *command]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         process = subprocess.Popen(
             command, env=environment, start_new_session=True, stderr=subprocess.PIPE
@@ -326,20 +351,17 @@ def main() -> None:
     )
     arguments.add_argument("--batch", type=int, default=32, help="of one that computes")
     arguments.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
-    arguments.add_argument("--realtime", action="store_true", help="chrt -r 1")
     arguments.add_argument("--limit-s", type=float, default=300, help="of an mpirun")
     arguments.add_argument("--keep", type=Path, help="folder of what was measured")
     arguments.add_argument("--replay", action="store_true", help="only what is kept")
     arguments.add_argument("--plots", type=Path, help="folder for the plots")
     arguments.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    arguments.add_argument("--session-nice", type=int, help=argparse.SUPPRESS)
     args = arguments.parse_args()
     if args.smoke:
         args.loops, args.ranks, args.steps = 1, [2], 2
         args.warmup, args.step_s = 2, 0.01
         args.networks, args.strategies = [SHARED, "100mbit"], ["allreduce", "adpsgd"]
     if args.result:
-        take_session_nice(args.session_nice)
         under_mpi(args)
         return
     if (reason := why_not()) and args.networks != [SHARED]:
@@ -349,7 +371,8 @@ def main() -> None:
     for network in args.networks:
         for ranks in args.ranks:
             try:
-                found = measured(network, ranks, args)
+                with one_group():
+                    found = measured(network, ranks, args)
             except (LookupError, subprocess.TimeoutExpired) as error:
                 print(f"{network}, {ranks} ranks: {error}", file=sys.stderr)
                 continue

@@ -15,11 +15,12 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -182,6 +183,28 @@ def take_session_nice(nice: int, pid: int | str = "self") -> None:
     """
     with suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(nice))
+
+
+@contextmanager
+def one_group() -> Iterator[None]:
+    """Have Linux share the cores among threads, not among sessions; needs root.
+
+    Ranks that an emulated cluster starts are a session each, and of two that spin one
+    may stand still for seconds (docs/log.md).
+    """
+    switch = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    before = switch.read_text() if switch.exists() else ""
+    on_term = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if before:
+        with suppress(OSError):
+            switch.write_text("0")
+    try:
+        yield
+    finally:
+        if before:
+            with suppress(OSError):
+                switch.write_text(before)
+        signal.signal(signal.SIGTERM, on_term)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,11 +11,17 @@ Collectives of all ranks (of a node's), K of them:
             L' = (t(8) - ceil(log2 K) E) / r                                   (4)
             (2 (K-1)/K n - burst_bytes) / B'
                = t(n) - ceil(log2 K) E - 2 (K-1) L'                            (5)
+            the same begun with Iallreduce, and waited for at once, S more:
+            S  = t"(8) - t(8),   2 (K-1)/K n / B" = burst_bytes / B'
+               + t"(n) - S - ceil(log2 K) E - 2 (K-1) L'                       (6)
 
-E, R, L', B', r as in world/machine.py. The calls are those of the world, with its
-threads and pauses, and all ranks make them at once: that is how a strategy finds them.
+E, R, L', B', S, B", r as in world/machine.py. The calls are those of the world, with
+its threads and pauses, and all ranks make them at once: that is how a strategy finds
+them.
 Leaders     the same once more with one rank of each node, the others at rest.
-Long messages are as long as the model, for no library takes a time that is linear in n.
+Long messages are as long as the model, for no library takes a time that is linear in n;
+and every rank has just updated them: they lie in its core's cache, and where ranks
+share cores they come from that one after the other.
 """
 
 from __future__ import annotations
@@ -126,6 +132,10 @@ def _level(
     to, source = partners[rank], partners.index(rank)
     send, *receive = (np.ones(n // 4, np.float32) for _ in range(1 + AT_ONCE))
 
+    def update() -> None:
+        for mine in (send, receive[0]):
+            np.multiply(receive[1], 1.0, out=mine)
+
     def exchange(num_bytes: int, times: int = 1) -> None:
         length = num_bytes // 4
         pending = [comm.Isend(send[:length], to) for _ in range(times)]
@@ -136,10 +146,15 @@ def _level(
     def reduce(num_bytes: int) -> None:
         comm.Allreduce(IN_PLACE, receive[0][: num_bytes // 4])
 
+    def reduce_beside(num_bytes: int) -> None:
+        comm.Iallreduce(IN_PLACE, receive[0][: num_bytes // 4]).Wait()
+
     def t(call: Callable[..., None], *args: int) -> float:
         idle = call is exchange and to == rank
         act = (lambda: None) if idle else partial(call, *args)
-        return seconds(world, comm, act, pause_s, idle=idle)
+        is_long = bool(args) and args[0] > SHORT_BYTES
+        before = update if is_long and not idle else None
+        return seconds(world, comm, act, pause_s, idle=idle, before=before)
 
     latency_s, whole_s = t(exchange, SHORT_BYTES), t(exchange, n)
     further_s = (t(exchange, n, AT_ONCE) - whole_s) / (AT_ONCE - 1)
@@ -147,14 +162,21 @@ def _level(
     late_s = whole_s - latency_s - n / speed_Bps  # (2)
     up, steps = rounds_up(size), 2 * (size - 1)
     enter_s = max(0.0, t(comm.Barrier) / up - latency_s)  # (3)
-    short_s = t(reduce, SHORT_BYTES) - up * enter_s
-    round_s = max(1e-9, short_s / rounds_of_doubling(size))  # (4)
+    short_s = t(reduce, SHORT_BYTES)
+    round_s = max(1e-9, (short_s - up * enter_s) / rounds_of_doubling(size))  # (4)
+    beside_s = max(0.0, t(reduce_beside, SHORT_BYTES) - short_s)  # (6)
     moved_bytes = steps / size * n
     # what one message seems to take less may be noise: memory has no burst
     burst_bytes = max(0.0, -late_s) * speed_Bps if has_burst else 0.0
     burst_bytes = round(min(burst_bytes, (1.0 - NOISE) * moved_bytes))
-    reduce_s = t(reduce, n)
-    rest_s = reduce_s - up * enter_s - steps * round_s
+
+    def bytes_s(reduce_s: float, fixed_s: float = 0.0) -> float:
+        fixed_s += up * enter_s + steps * round_s
+        return max(NOISE * reduce_s, reduce_s - fixed_s)
+
+    reduce_Bps = (moved_bytes - burst_bytes) / bytes_s(t(reduce, n))  # (5)
+    passed_s = burst_bytes / reduce_Bps
+    rest_s = bytes_s(t(reduce_beside, n), beside_s)
     return {
         "latency_s": latency_s,
         "bandwidth_Bps": speed_Bps,
@@ -162,8 +184,9 @@ def _level(
         "burst_bytes": burst_bytes,
         "enter_s": enter_s,
         "reduce_latency_s": round_s,
-        "reduce_Bps": (moved_bytes - burst_bytes)
-        / max(NOISE * reduce_s, rest_s),  # (5)
+        "reduce_Bps": reduce_Bps,
+        "beside_s": beside_s,
+        "beside_Bps": moved_bytes / (passed_s + rest_s),  # (6)
     }
 
 
@@ -174,11 +197,13 @@ def seconds(
     pause_s: float,
     *,
     idle: bool = False,
+    before: Callable[[], object] | None = None,
 ) -> float:
     """Return how long a call takes, the same on all ranks: mean of them, median.
 
     Args:
         pause_s: before each call.
+        before: what a rank comes from, after the pause.
         idle: this rank has no part in it.
 
     Communicates: collective.
@@ -187,6 +212,8 @@ def seconds(
     for _ in range(WARM_UP + ROUNDS):
         comm.Barrier()
         world.sleep(pause_s)
+        if before is not None:
+            before()
         start_s = world.now_s()
         call()
         took.append(world.now_s() - start_s)

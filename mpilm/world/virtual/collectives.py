@@ -229,4 +229,9 @@ class Reduction(Collective):
         write_(request.buf, self.data)
 
     def cost(self) -> Cost:
-        return costs.allreduce(self.group.how, len(self.requests), self.call.nbytes)
+        return costs.allreduce(
+            self.group.how,
+            len(self.requests),
+            self.call.nbytes,
+            beside=self.call.kind == "Iallreduce",
+        )
