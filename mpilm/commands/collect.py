@@ -1,5 +1,11 @@
 """The job that collects a sweep: it waits for all others, then draws the page.
 
+    python -m mpilm.commands.collect OUT
+
+A run that its time limit has cut goes on in a job of its own, which the collector did
+not know of. When it has drawn what there is, it looks for such jobs (the command
+above), and submits the next collector, which waits for them.
+
 OUT/job.json     which job it is
 OUT/collect.log  what it said
 OUT/sweep.csv    a row for each point
@@ -18,8 +24,10 @@ from mpilm.commands.points import Spec
 from mpilm.commands.queued import Submitted
 from mpilm.commands.submit import Job, start
 from mpilm.commands.swept import Sweep
+from mpilm.errors import BAD_INPUT, MpilmError, say
 
 TIME = "0:30:00"  # chosen, not tuned: reading some hundred logs takes a minute
+MODULE = "mpilm.commands.collect"
 TABLE, PAGE, LOG = "sweep.csv", "report.html", "collect.log"
 
 
@@ -63,6 +71,7 @@ def collector(spec: Spec, out: Path, jobs: Sequence[str]) -> Job:
     folder = shlex.quote(str(out))
     script = f"{mpilm} status {folder} --csv {folder}/{TABLE}"
     script += f"; {mpilm} report {folder} --out {folder}/{PAGE}"
+    script += f"; {shlex.join([sys.executable, '-m', MODULE])} {folder}"
     if "--env" in given:
         # sh looks for a name without a slash on PATH
         env = shlex.quote(os.path.abspath(given["--env"]))
@@ -77,10 +86,20 @@ def collector(spec: Spec, out: Path, jobs: Sequence[str]) -> Job:
         return Job({}, [*command, f"--wrap={script}"])
     command = ["qsub", "-N", "collect", "-l", "select=1:ncpus=1"]
     command += ["-l", f"walltime={TIME}", "-W", f"depend=afterany:{after}"]
-    command += ["-j", "oe", "-o", str(log)]
+    command += ["-j", "oe", "-o", str(log), "-v", "PATH"]  # for qstat and qsub
     command += ["-q", given["--queue"]] if "--queue" in given else []
     command += ["-A", given["--account"]] if "--account" in given else []
     return Job({}, [*command, "--", "/bin/sh", "-c", f"cd {_here()} && {script}"])
+
+
+def submit_next(out: Path) -> str:
+    """Submit the next collector if jobs of a sweep are in the queue; return its number.
+
+    "": there are none. Raises as `submit_collector`.
+    """
+    found = Sweep.read(out)
+    found.look()
+    return submit_collector(found, ())
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
@@ -101,3 +120,19 @@ def _options(words: Sequence[str]) -> dict[str, str]:
 
 def _here() -> str:
     return shlex.quote(os.getcwd())
+
+
+def follow_up(words: Sequence[str]) -> int:
+    """Go on with the sweep in the folder that is named; say so in one line."""
+    out = Path(words[0])
+    try:
+        if job := submit_next(out):
+            say(f"jobs go on: job {job} waits for them, then draws {out / PAGE}")
+    except MpilmError as error:
+        say(f"{error}; `mpilm report {out}` once more when all jobs have ended")
+        return BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(follow_up(sys.argv[1:]))

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from mpilm.cli import main
+from mpilm.commands import collect
 from mpilm.commands.collect import collector
 from mpilm.commands.points import Spec
+from mpilm.commands.queued import Submitted
 from mpilm.commands.swept import State, Sweep
 from mpilm.data.synthetic import prepare_synthetic
 
@@ -254,15 +256,62 @@ def test_the_collector_waits_for_all_and_takes_queue_and_account(folder):
     *command, script = collector(spec, Path("runs/my sweep"), jobs).command
     assert {"--dependency=afterany:17:18", "--partition=long"} < set(command)
     assert "--account=me" in command
-    status, report = script.removeprefix("--wrap=").split("; ")
+    status, report, further = script.removeprefix("--wrap=").split("; ")
     mpilm = f"{sys.executable} -m mpilm"
     assert status == f"{mpilm} status 'runs/my sweep' --csv 'runs/my sweep'/sweep.csv"
     assert report.endswith("report 'runs/my sweep' --out 'runs/my sweep'/report.html")
+    assert further == f"{sys.executable} -m mpilm.commands.collect 'runs/my sweep'"
     spec = Spec.read(write(folder, text.replace("RUN", "pbs")))
     command = collector(spec, Path("runs/s"), jobs).command
     assert command[command.index("-W") + 1] == "depend=afterany:17:18"
     assert command[command.index("-q") + 1] == "long"
     assert command[-4:-1] == ["--", "/bin/sh", "-c"]
+
+
+@pytest.mark.parametrize("queued", [("17", "19"), ("19",), ()])
+def test_the_collector_is_followed_by_one_that_waits_for_jobs_that_go_on(
+    folder, monkeypatch, capsys, queued
+):
+    """A run that was cut has submitted job 19; job 17 runs for another, or has ended.
+
+    qstat and qsub are stand-ins.
+    """
+    text = 'config = "train.toml"\nrun = "pbs"\nranks = [2, 4, 6]\n'
+    text += 'options = ["--time", "1:00:00", "--queue=long"]\n'
+    spec, out = Spec.read(write(folder, text)), folder / "swept"
+    points, jobs = spec.points(), ("17", "18", "19")
+    for point, job in zip(points, jobs, strict=True):
+        (out / point.name).mkdir(parents=True)
+        Submitted("pbs", job).write(out / point.name)
+    Submitted("pbs", "20").write(out)  # the collector that runs
+    states = {point.name: State("queued") for point in points}
+    Sweep(out, spec, points, states, "a").write()
+    known = "|".join(queued) or "none"
+    for name, does in (
+        ("qstat", f'case "$1" in -f) ;; {known}) echo "$1" ;; *) exit 1 ;; esac'),
+        ("qsub", f'echo "$@" >> "{folder}/asked"; echo 21'),
+    ):
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    assert collect.follow_up([str(out)]) == 0
+    said = capsys.readouterr().err
+    if not queued:
+        assert not said
+        assert not (folder / "asked").exists()
+        return
+    assert "job 21 waits for them" in said
+    (asked,) = (folder / "asked").read_text().splitlines()
+    assert f"-W depend=afterany:{':'.join(queued)} " in asked
+    assert "-q long" in asked
+    assert Submitted.read(out).job == "21"
+
+
+def test_a_collector_that_cannot_go_on_says_so_in_one_line(folder, capsys):
+    assert collect.follow_up([str(folder / "nowhere")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "once more" in said
 
 
 TUNED = """
