@@ -27,7 +27,7 @@ from mpilm.commands.swept import Sweep
 from mpilm.errors import BAD_INPUT, MpilmError, say
 
 TIME = "0:30:00"  # chosen, not tuned: reading some hundred logs takes a minute
-MODULE = "mpilm.commands.collect"
+MODULE = f"{__package__}.collect"  # which runs as __main__ there
 TABLE, PAGE, LOG = "sweep.csv", "report.html", "collect.log"
 
 
