@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpilm.config import OWN, Config
+from mpilm.errors import CheckpointError, RanksDiedError
 from mpilm.optim.schedules import Schedule
 from mpilm.storage.runlog import RunLog
 from mpilm.storage.saved import State
 from mpilm.strategies import find_strategy
 from mpilm.strategies.ema import Ema
 from mpilm.train.best_model import BestModel
-from mpilm.train.deaths import go_on, same_optimizer
+from mpilm.train.deaths import go_on, left_here, same_optimizer
 from mpilm.train.failure import Failure
 from mpilm.train.folder import RunFolder
 from mpilm.train.joins import Held, Recruiting, gather
@@ -158,18 +160,27 @@ class Assembly:
         world, self.held = self.world, None  # a rank that was to join waits
         if self.saving.beside:
             self.saving.beside.abandon()
-        place = go_on(self)
-        if place is None:
-            return False
-        assert place.merged is not None
-        self.recruiting.after_death(place.merged.size)
+        left, is_done = left_here(self), False
+        while not is_done:
+            try:
+                place = go_on(self, left)
+                if place is None:
+                    return False
+                assert place.merged is not None
+                if self.strategy.same_optimizer:
+                    merged = same_optimizer(world.comm, place.merged)
+                    place = replace(place, own=merged.state, merged=merged)
+                self.rebuild(place)
+                self.totals.step = place.step
+                is_well = True
+            except RanksDiedError:
+                is_well = False
+                with suppress(CheckpointError):  # this log, or the one after
+                    self.log.close()
+            is_done = world.agree(is_well)
+        self.recruiting.after_death(left.size)
         if not self.recruiting.replaces:
             self.left_moments = []
-        if self.strategy.same_optimizer:
-            merged = same_optimizer(world.comm, place.merged)
-            place = replace(place, own=merged.state, merged=merged)
-        self.rebuild(place)
-        self.totals.step = place.step
         return True
 
     def take_in(self, size: int) -> None:

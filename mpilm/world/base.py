@@ -334,6 +334,19 @@ class World(ABC):
         """
         raise WorldError("this world cannot go on without the ranks that have died")
 
+    def agree(self, is_well: bool) -> bool:
+        """Return whether all is well on all ranks, and none has died; the same on all.
+
+        It ends whoever dies in it. What a rank has begun with the others after `shrink`
+        it takes for done when they agree; else all call `shrink` again.
+
+        Raises:
+            WorldError: this world cannot.
+
+        Communicates: collective among the ranks that are left, blocking.
+        """
+        raise WorldError("this world cannot go on without the ranks that have died")
+
     @property
     def recruits(self) -> tuple[int, int]:
         """How many ranks this one has asked for, and how many of them are ready."""

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.strategies import deaths
-from tests.strategies.deaths import SHORT, SURVIVING
+from tests.strategies.deaths import SHORT, SURVIVING, Dying
 
 
 @pytest.fixture
@@ -63,3 +63,24 @@ def test_an_exchange_of_before_a_death_keeps_nobody_waiting():
 def test_ranks_that_were_a_step_apart_count_alike_after_a_death(name, seed):
     """Each went on counting its own steps to the next mean, and waited for ever."""
     assert deaths.run(name, seed) == "the others went on"
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [("gossip_bmuf", "before"), ("async_sgd", "in"), ("model_averaging", "after")],
+)
+def test_a_second_death_while_the_others_go_on(
+    train, tmp_path, monkeypatch, name, when
+):
+    """It ended the run: nobody knew who had gone on already."""
+    monkeypatch.setattr(Dying, "dies", (1, when))
+    monkeypatch.setattr("tests.strategies.conftest.Trainer", Dying)
+    trainers = train(name, [(3, 12)], out="x")
+    assert [t is None for t in trainers] == [False, True, False, True]
+    alive = [trainers[0], trainers[2]]
+    summary = json.loads((tmp_path / "x/summary.json").read_text())
+    assert summary["ranks"] == 2
+    own = sum(trainer.learner.samples for trainer in alive)
+    assert own + alive[0].batches.counts.rest == summary["samples"]
+    assert 4000 <= summary["samples"] < 4300
+    assert "ranks 1 and 3 died; 2 go on from the mean" in alive[0].news

@@ -122,13 +122,20 @@ class MpiWorld(World):
         leave_out_finalize()
         return world
 
-    def _begin(self, comm: MPI.Intracomm, faults: Faults | None) -> None:
-        """Make what belongs to these ranks. Collective."""
+    def _begin(
+        self, comm: MPI.Intracomm, faults: Faults | None, *, is_own: bool = False
+    ) -> None:
+        """Make what belongs to these ranks. Collective.
+
+        Args:
+            is_own: nobody else has `comm`: then the ranks can `agree` on it, though one
+                of them die here.
+        """
         mpi = start_mpi()
         from mpilm.world.mpi.comm import MpiComm
         from mpilm.world.mpi.resources import Resources
 
-        self.control: MPI.Intracomm = comm.Dup()
+        self.control: MPI.Intracomm = comm if is_own else comm.Dup()
         self.resources = Resources(
             self.control,
             faults,
@@ -309,16 +316,26 @@ class MpiWorld(World):
         while True:
             self._end("ranks died")
             comm: Any = self.control.Shrink()
+            are_closing, is_well = [False], False
             try:
-                self._begin(comm, faults)
-                are_closing = self.comm.allgather(self._is_closing)
+                self._begin(comm, faults, is_own=True)
+                are_closing, is_well = self.comm.allgather(self._is_closing), True
             except Exception as error:  # another one has died meanwhile
                 if not isinstance(self.progress.meaning(error), RanksDiedError):
                     raise
-                continue
-            self._leave_generations("ranks died")
-            survivors = world_ranks_of(comm, control)
-            return [] if any(are_closing) else survivors
+            if self.agree(is_well):
+                self._leave_generations("ranks died")
+                return [] if any(are_closing) else world_ranks_of(comm, control)
+
+    def agree(self, is_well: bool) -> bool:
+        if not self.can_shrink:
+            return super().agree(is_well)
+        from mpi4py import MPI
+
+        try:
+            return bool(self.control.Agree(int(is_well)))
+        except MPI.Exception:  # one has died; it is raised on all, or on none
+            return False
 
     @property
     def recruits(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ things cost and where this world differs from a real one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, TypeVar
 
 from mpilm.errors import RanksDiedError, WorldError
@@ -100,6 +100,7 @@ class Simulation:
         self.can_shrink = can_shrink
         self.seed = seed
         self.shrinking: list[VirtualWorld] = []  # have come to `shrink`
+        self.agreeing: list[VirtualWorld] = []  # have come to `agree`
         self.growing: list[VirtualWorld] = []  # have come to `grow`
         self.engine = Engine(rare)
         states = [RankState(r, self.machine.node(r), seed) for r in range(size)]
@@ -115,6 +116,7 @@ class Simulation:
         at_s = self.engine.now_s + DETECT_S
         self.engine.at(at_s, NETWORK, self.detect, None)
         self.shrink_if_all_came()
+        self.agree_if_all_came()
 
     def detect(self, _: Any) -> None:
         """Tell all ranks who still count a dead one among theirs."""
@@ -144,6 +146,18 @@ class Simulation:
             world.comm = comm
             if world.waits_in_shrink is not None:
                 world.waits_in_shrink.wake()
+
+    def agree_if_all_came(self) -> None:
+        """Let the ranks that are left know whether all is well, if all wait."""
+        if not self.agreeing or len(self.agreeing) < len(self.living):
+            return
+        self.agreeing, worlds = [], self.living
+        is_well = all(world.wish for world in worlds)
+        is_well &= not any(state.is_dead for state in worlds[0].comm.group.states)
+        for world in worlds:
+            world.agreed = [is_well]
+            if world.waits_in_agree is not None:
+                world.waits_in_agree.wake()
 
     def grow_if_all_came(self) -> None:
         """Add a rank to those that are left, if all wait for it."""
@@ -203,6 +217,9 @@ class VirtualWorld(World):
         self.can_shrink = self.can_grow = simulation.can_shrink
         self.eval_s = simulation.machine.eval_s
         self.waits_in_shrink: VirtualActivity | None = None
+        self.waits_in_agree: VirtualActivity | None = None
+        self.wish = True  # what this rank says in `agree`
+        self.agreed: list[bool] = []  # what all have come to; empty: nothing yet
         self.waits_in_grow: VirtualActivity | None = None
         self._ready_s: list[float] = []  # when those asked for are ready
         self._is_closing = self._closed = False
@@ -303,18 +320,37 @@ class VirtualWorld(World):
     def shrink(self) -> list[int]:
         if not self.can_shrink:
             return super().shrink()
-        activity, simulation, before = self._me(), self.simulation, self.comm.group
+        activity, simulation = self._me(), self.simulation
+        numbers = [state.rank for state in self.comm.group.states]
+        while True:
+            before = self.comm.group
+            activity.may_block()
+            simulation.shrinking.append(self)
+            simulation.shrink_if_all_came()
+            while self.comm.group is before:
+                self.waits_in_shrink = activity
+                activity.block("the others after a death", despite_death=True)
+                self.waits_in_shrink = None
+            are_closing, is_well = [False], False
+            with suppress(RanksDiedError):  # another one has died meanwhile
+                are_closing, is_well = self.comm.allgather(self._is_closing), True
+            if self.agree(is_well):
+                left = [numbers.index(state.rank) for state in self.comm.group.states]
+                return [] if any(are_closing) else left
+
+    def agree(self, is_well: bool) -> bool:
+        if not self.can_shrink:
+            return super().agree(is_well)
+        activity, simulation = self._me(), self.simulation
         activity.may_block()
-        simulation.shrinking.append(self)
-        simulation.shrink_if_all_came()
-        if self.comm.group is before:
-            self.waits_in_shrink = activity
-            activity.block("the others after a death", despite_death=True)
-            self.waits_in_shrink = None
-        numbers = [state.rank for state in before.states]
-        left = [numbers.index(state.rank) for state in self.comm.group.states]
-        are_closing = self.comm.allgather(self._is_closing)
-        return [] if any(are_closing) else left
+        self.wish, self.agreed = is_well, []
+        simulation.agreeing.append(self)
+        simulation.agree_if_all_came()
+        while not self.agreed:
+            self.waits_in_agree = activity
+            activity.block("the others, to agree after a death", despite_death=True)
+            self.waits_in_agree = None
+        return self.agreed[0]
 
     @property
     def recruits(self) -> tuple[int, int]:
