@@ -15,9 +15,10 @@ then every strategy. The virtual world plays the machine that probe has found.
                    the step less what is computed in it
     counted        rows in which communication is LEAST of the measured step or more
 
-Ranks have the priority of this script, an ordinary one. Meanwhile Linux shares the
-cores among threads and not among sessions (harness.one_group): a rank of an emulated
-cluster is a session, and reductions stood still for seconds. docs/log.md has it.
+Ranks have an ordinary priority, ahead of other programs as this script is, and share
+the cores among themselves, not among sessions: on one node they are one session, and on
+an emulated cluster, where each node is one, Linux does not go by sessions meanwhile
+(harness.one_group). Otherwise reductions stood still for seconds (docs/log.md).
 
 Learners sleep or compute (`--learner`). Strategies exchange often (SETTINGS), and a
 model takes about a step's time to send, so that most rows count.
@@ -46,6 +47,8 @@ from harness import (
     one_group,
     parser,
     report,
+    session_nice,
+    take_session_nice,
 )
 
 from mpilm.simulate.calibrate import calibrate, spread, step_times
@@ -213,7 +216,7 @@ def measured(network: str, ranks: int, args: argparse.Namespace) -> Found:
             size_of(network, args),
         ]
         script += ["--learner", args.learner, "--batch", args.batch]
-        script += ["--result", result]
+        script += ["--result", result, "--session-nice", session_nice()]
         script += ["--strategies", *args.strategies]
         arguments = ["-n", *map(str, [ranks, *script])]
         if network == SHARED:
@@ -223,6 +226,7 @@ def measured(network: str, ranks: int, args: argparse.Namespace) -> Found:
         else:
             slots = -(-ranks // nodes)
             cluster = EmulatedCluster(nodes, rate=network, slots=slots)
+            stack.enter_context(one_group())
             stack.enter_context(cluster)
             command, environment = cluster.command(arguments), cluster.environment
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -356,12 +360,14 @@ def main() -> None:
     arguments.add_argument("--replay", action="store_true", help="only what is kept")
     arguments.add_argument("--plots", type=Path, help="folder for the plots")
     arguments.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    arguments.add_argument("--session-nice", type=int, help=argparse.SUPPRESS)
     args = arguments.parse_args()
     if args.smoke:
         args.loops, args.ranks, args.steps = 1, [2], 2
         args.warmup, args.step_s = 2, 0.01
         args.networks, args.strategies = [SHARED, "100mbit"], ["allreduce", "adpsgd"]
     if args.result:
+        take_session_nice(args.session_nice)
         under_mpi(args)
         return
     if (reason := why_not()) and args.networks != [SHARED]:
@@ -371,8 +377,7 @@ def main() -> None:
     for network in args.networks:
         for ranks in args.ranks:
             try:
-                with one_group():
-                    found = measured(network, ranks, args)
+                found = measured(network, ranks, args)
             except (LookupError, subprocess.TimeoutExpired) as error:
                 print(f"{network}, {ranks} ranks: {error}", file=sys.stderr)
                 continue

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -199,7 +199,10 @@ def seconds(
     idle: bool = False,
     before: Callable[[], object] | None = None,
 ) -> float:
-    """Return how long a call takes, the same on all ranks: mean of them, median.
+    """Return how long a call takes, the same on all ranks: their mean.
+
+    Of ROUNDS rounds without the quickest and the slowest: a disturbance counts little,
+    but TCP is now quick and now slow, and a run of steps finds both.
 
     Args:
         pause_s: before each call.
@@ -220,8 +223,8 @@ def seconds(
     everyone = [
         times for times in comm.allgather([] if idle else took[WARM_UP:]) if times
     ]
-    means = [sum(one) / len(everyone) for one in zip(*everyone, strict=True)]
-    return float(median(means))
+    means = sorted(sum(one) / len(everyone) for one in zip(*everyone, strict=True))
+    return float(mean(means[1:-1]))
 
 
 def step_times(learner: Any, steps: int) -> tuple[list[float], list[float]]:

@@ -156,7 +156,8 @@ def test_stored_curves_take_the_place_of_training(folder, capsys):
     machine = ["--machine", "ethernet_1g", "--set", "machine.step_s=0.01"]
     config, out = str(folder / "train.toml"), folder / "curves"
     words = ["simulate", config, *machine, "--ranks", "2", "--out", str(out)]
-    words += ["--strategies", "allreduce,bmuf", "--set", "train.valid_every=800"]
+    words += ["--strategies", "allreduce,bmuf,adpsgd"]
+    words += ["--set", "train.valid_every=800"]
     assert main([*words, "--set", "train.samples=4800"]) == 0
     found, planned = folder / "curves.json", folder / "curved.toml"
     options = [*machine, "--json", found, "--out", planned, "--curves", out]
@@ -178,11 +179,12 @@ def test_stored_curves_take_the_place_of_training(folder, capsys):
     best = min(rows, key=lambda name: rows[name]["perplexity"])
     assert read_config(planned).strategy.name == best
     assert "as it did before" in printed.out
+    assert "adpsgd mixes as often as its network lets it" in printed.err
     assert "training" not in printed.err
     assert run(folder, "--ranks", 2, *options, "--steps", 9999) == 2
     assert "its curve ends at 4,800" in capsys.readouterr().err
     for words, said in (
-        (["--ranks", 3], "ran on 2 ranks, not on 3 (2 runs left out)"),
+        (["--ranks", 3], "(3 runs left out)"),
         (["--ranks", 2, "--set", "model.hidden=9"], "model.hidden is 8 there, 9 here"),
         (["--ranks", 2, "--periods", "2"], "no --strategies, --periods"),
     ):
