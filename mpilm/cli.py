@@ -18,7 +18,14 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from mpilm import __version__
-from mpilm.errors import BAD_INPUT, MpilmError, TerminatedError, interruption, say
+from mpilm.errors import (
+    BAD_INPUT,
+    MpilmError,
+    TerminatedError,
+    interruption,
+    say,
+    signal_behind,
+)
 from mpilm.launch import launched_rank, terminal_width
 
 SPEAK_S = 2.0  # mpirun ends rank 0 when another rank leaves before it has spoken
@@ -120,16 +127,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return show_commands(words)
         return run_command(command, words[len(command) :])
     except MpilmError as error:
+        if (behind := signal_behind(error)) is not None:
+            return say_interrupted(behind)
         if launched_rank() == 0 or not error.everywhere:
             say(str(error))
         return BAD_INPUT
     except KeyboardInterrupt as signalled:
-        code, text = interruption(signalled)
-        say(text)
-        return code
+        return say_interrupted(signalled)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except SystemError as error:
+        if (behind := signal_behind(error)) is not None:
+            return say_interrupted(behind)
+        raise
+
+
+def say_interrupted(signalled: KeyboardInterrupt) -> int:
+    """Say that a signal has ended the command; return the exit code."""
+    code, text = interruption(signalled)
+    say(text)
+    return code
 
 
 def catch_terminate() -> None:

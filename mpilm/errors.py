@@ -90,6 +90,22 @@ def interruption(error: KeyboardInterrupt) -> tuple[int, str]:
     return INTERRUPTED, "interrupted"
 
 
+def signal_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the signal that an error is about, if it came while a library was at work.
+
+    h5py's locks answer a signal that comes at the wrong moment with a SystemError.
+
+    >>> error = MpilmError("x.h5: returned a result with an exception set")
+    >>> error.__context__ = TerminatedError()
+    >>> signal_behind(error), signal_behind(MpilmError("x.h5: not there"))
+    (TerminatedError(), None)
+    """
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
 def say(text: str) -> None:
     """Tell people something: a line on stderr; what a command yields is on stdout."""
     sys.stderr.write(f"mpilm: {text}\n")

@@ -15,10 +15,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -37,11 +36,11 @@ from mpilm.commands.swept import (
 )
 from mpilm.commands.tuned import Study
 from mpilm.errors import (
-    INTERRUPTED,
     STOPPED_EARLY,
     CheckpointError,
     ConfigError,
     WorldError,
+    interruption,
     say,
 )
 from mpilm.storage.files import reason
@@ -85,8 +84,7 @@ def sweep(
         known = Sweep.read(out).points if (out / NAME).exists() else []
         found = _begin(asked, known if asked.tune else points, out)
         before = jobs_of(found)
-        with _terminated_as_interrupted():
-            found, code = (_run_tuned if asked.tune else _run_all)(found, points)
+        found, code = (_run_tuned if asked.tune else _run_all)(found, points)
         if found.spec.run in SUBMITTED and (job := submit_collector(found, before)):
             say(f"job {job} waits for all others, then draws {out / PAGE}")
     finally:
@@ -214,8 +212,9 @@ def _begin(spec: Spec, points: list[Point], out: Path) -> Sweep:
 def _run_all(found: Sweep, points: list[Point]) -> tuple[Sweep, int]:
     """Run the points one after the other; return the sweep and the exit code."""
     for number, point in enumerate(points, 1):
-        if not _run_point(found, point, f"{number}/{len(points)} {point.name}"):
-            return found, INTERRUPTED
+        head = f"{number}/{len(points)} {point.name}"
+        if code := _run_point(found, point, head):
+            return found, code
     return found, _exit_code(found)
 
 
@@ -233,8 +232,9 @@ def _run_tuned(found: Sweep, points: list[Point]) -> tuple[Sweep, int]:
             names = {one.name for one in asked}
             later = [one for one in known if one.name not in names]
             found = _begin(spec, [*asked, *later], out)
-            if not _run_point(found, trial, f"{number}/{len(points)} {trial.name}"):
-                return found, INTERRUPTED
+            head = f"{number}/{len(points)} {trial.name}"
+            if code := _run_point(found, trial, head):
+                return found, code
             is_done = found.states[trial.name].state == "done"
             result = outcome(found, trial) if is_done else {}
             study.tell(trial, result.get("perplexity"))
@@ -247,24 +247,24 @@ def _exit_code(found: Sweep) -> int:
     return SOME_FAILED if counts["failed"] or counts["stopped"] else 0
 
 
-def _run_point(found: Sweep, point: Point, head: str) -> bool:
-    """Run a point, unless it is done; return False if that was interrupted."""
+def _run_point(found: Sweep, point: Point, head: str) -> int:
+    """Run a point, unless it is done; return the exit code if a signal has ended it."""
     state = found.states[point.name]
     if state.state in ("done", "queued") or (
         state.state == "runs" and found.spec.run in SUBMITTED
     ):
         say(f"{head}: {state.state}")
-        return True
+        return 0
     found.states[point.name] = state = State("runs")
     found.write()
     start_s = time.monotonic()
     try:
         code = run_logged(_words(found.spec, point, found.out), found.log(point))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signalled:
         state.state = "stopped"
         found.write()
         say(f"{head}: stopped; the same command goes on")
-        return False
+        return interruption(signalled)[0]
     state.took_s = round(time.monotonic() - start_s, 1)
     if code == 0:
         state.state = "queued" if found.spec.run in SUBMITTED else "done"
@@ -275,13 +275,14 @@ def _run_point(found: Sweep, point: Point, head: str) -> bool:
         state.why = last_line(found.log(point)) or f"exit code {code}"
     found.write()
     say(f"{head}: {state.state}{': ' if state.why else ''}{state.why}")
-    return True
+    return 0
 
 
 def run_logged(words: list[str], log: Path) -> int:
     """Run a command, what it says into a file; return its exit code.
 
-    A signal to end ends the command first: a run writes its checkpoint.
+    A signal to end ends the command first: a run writes its checkpoint. Another one
+    goes to the command, too: nobody leaves it behind.
     """
     with open(log, "wb") as stream:
         try:
@@ -295,27 +296,18 @@ def run_logged(words: list[str], log: Path) -> int:
         except OSError as error:
             stream.write(f"mpilm: {words[0]}: {reason(error)}\n".encode())
             return 127
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            with suppress(ProcessLookupError):
-                child.send_signal(signal.SIGTERM)
-            child.wait()
-            raise
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end it as Ctrl-C does."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        first: KeyboardInterrupt | None = None
+        while True:
+            try:
+                code = child.wait()
+                break
+            except KeyboardInterrupt as signalled:
+                first = first or signalled
+                with suppress(ProcessLookupError):
+                    child.send_signal(signal.SIGTERM)
+        if first:
+            raise first
+        return code
 
 
 def _is_at_work(out: Path) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.learner.flat import Layout, Rows
-from mpilm.vectors import chunked
+from mpilm.vectors import chunked, is_finite
 
 
 def layers(num_parameters: int, num_layers: int = 4) -> Layout:
@@ -55,6 +55,8 @@ class ProtocolLearner:
         noise: standard deviation of the gradient noise.
         samples_per_step: samples in a minibatch.
         layout: where parameters lie; `layers(size)` if None.
+        spoils: whether the gradient of a step, of a number from 0 on, is not finite;
+            such a step changes nothing, see `Learner.update`.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class ProtocolLearner:
         noise: float = 0.0,
         samples_per_step: int = 1,
         layout: Layout | None = None,
+        spoils: Callable[[int], bool] | None = None,
     ) -> None:
         self.layout = layers(size) if layout is None else layout
         assert self.layout.size == size, "the layout has another size"
@@ -84,6 +87,7 @@ class ProtocolLearner:
         self.lr, self.momentum, self.noise = lr, momentum, noise
         self.samples_per_step = samples_per_step
         self.samples = 0
+        self.spoils, self.num_skipped = spoils, 0
         self.refresh: Callable[[], None] = lambda: None
         tables = self.layout.tables
         dense = [s for s in self.layout.segments if not s.is_table]
@@ -121,6 +125,10 @@ class ProtocolLearner:
             difference = self.theta[where] - self.target[where]
             values = difference.reshape(shape)[drawn[name]] * np.float32(scale)
             self.rows[name] = Rows(drawn[name], values)
+        if self.spoils is not None and self.spoils(self.samples):
+            self.grad[:] = np.nan
+            for rows in self.rows.values():
+                rows.values[:] = np.nan
         for part in self._parts:
             notify(part)
         return loss
@@ -134,7 +142,10 @@ class ProtocolLearner:
         return self._drawn
 
     def update(self) -> None:
-        """Take one step (3)."""
+        """Take one step (3); none with a gradient that is not finite."""
+        if not self.has_finite_gradient():
+            self.num_skipped += 1
+            return
         direction = self.grad
         if self.momentum:
             self.velocity *= self.momentum
@@ -146,10 +157,17 @@ class ProtocolLearner:
             where, shape = self._tables[name]
             self.theta[where].reshape(shape)[ids] -= np.float32(self.lr) * values
 
+    def has_finite_gradient(self) -> bool:
+        """Return whether a step can be taken; it is not looked at without `spoils`."""
+        if self.spoils is None:
+            return True
+        parts = (self.grad, *(rows.values for rows in self.rows.values()))
+        return all(map(is_finite, parts))
+
     @property
     def is_plain_sgd(self) -> bool:
-        """Whether (3) is theta <- theta - lr * g."""
-        return not self.momentum
+        """Whether the next update is theta <- theta - lr * g."""
+        return not self.momentum and self.has_finite_gradient()
 
     @property
     def rows_rest(self) -> bool:

@@ -11,6 +11,7 @@ bits.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import numpy as np
 from mpilm.config import resolve
 from mpilm.data.synthetic import prepare_synthetic
 from mpilm.errors import MpilmError
+from mpilm.learner.learner import Learner
 from mpilm.strategies import STRATEGIES
 from mpilm.testing.schedules import draw_faults, draw_machine
 from mpilm.train.evaluate import swapped
@@ -116,6 +118,22 @@ class Unsaved(Dying):
         """Do nothing, but mark it."""
         self.is_saved = True
 
+    def make_learner(self, *, is_new: bool) -> Learner:
+        """Return a learner whose gradients are not finite where the seed says so."""
+        learner = super().make_learner(is_new=is_new)
+        rare, rank = self.world.engine.rare, self.world.state.rank
+        if rare is not None and rare.are_bad:
+            objective = learner._objective
+            plain = objective._loss
+
+            def loss(model, batch):
+                step = learner.samples // (BATCH * UNROLL)
+                spoils = model.training and rare.spoils(rank, step)
+                return plain(model, batch) * (math.nan if spoils else 1.0)
+
+            objective._loss = loss
+        return learner
+
 
 @cache
 def place() -> tempfile.TemporaryDirectory[str]:
@@ -178,6 +196,7 @@ def train(chosen: Plan, folder: Path) -> list[Any]:
                 "samples": samples,
                 "test": False,
                 "worst_rank": False,
+                "max_bad_steps": 1_000_000,
             },
             "strategy": {"name": chosen.name, **chosen.settings},
             "world": {"on_death": chosen.on_death},

@@ -5,7 +5,8 @@
 
 A seed decides everything: ranks, their numbers of steps, the machine, who is how slow,
 the strategy's settings, sync points in the middle; every other seed takes rare branches
-of the world (mpilm/world/virtual/rare.py). Whatever it is, all ranks finish, nothing
+of the world (mpilm/world/virtual/rare.py), and in half of these some gradients are not
+finite. Whatever it is, all ranks finish, nothing
 stays in flight, mass is conserved (laws.py), nobody is further ahead than the strategy
 allows, and the same seed gives the same bits, observed or not. The models follow
 FoundationDB's and TigerBeetle's simulations.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -181,7 +183,13 @@ class Schedule:
         """Train; return the ranks."""
         kinds = {self.name: find(self.kind)}
         arguments = {**self.plan, **self.settings, "watch": watch, "kinds": kinds}
-        arguments["rare"] = drawn_rare(self.plan["rare"])
+        rare = arguments["rare"] = drawn_rare(self.plan["rare"])
+        if rare is not None and rare.are_bad:
+            options = self.plan["learner"]
+            arguments["learner"] = lambda rank: {
+                **options,
+                "spoils": partial(rare.spoils, rank),
+            }
         return fleet(self.name, self.size, **arguments)
 
 

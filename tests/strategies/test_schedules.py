@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpilm.strategies import STRATEGIES
+from mpilm.world.virtual.rare import Rare, drawn_rare
 from tests.strategies import faulty
 from tests.strategies.schedules import MODULE, SETTINGS, replay, schedule, sweep
 
@@ -50,6 +51,24 @@ def test_seeds_reach_what_they_should(name):
         assert len({str(chosen.settings[key]) for chosen in found}) > 1
     if not STRATEGIES[name].lockstep:
         assert any(len(set(chosen.plan["steps"])) > 3 for chosen in found)
+
+
+@pytest.mark.parametrize("name", ["allreduce", "sparse_loco", "async_sgd"])
+def test_steps_whose_gradient_is_not_finite_are_skipped(name):
+    """They count as samples, and what is conserved is conserved without them."""
+    seed = next(s for s in range(99) if (r := drawn_rare(s)) and r.are_bad == 0.25)
+    ranks = schedule(name, seed).run()
+    assert sum(rank.learner.num_skipped for rank in ranks) > 0
+    sweep(name, [seed])
+
+
+def test_a_bad_gradient_moves_no_other_draw():
+    """What seeds did before there were any they do still."""
+    spoilt = next(s for s in range(99) if (r := drawn_rare(s)) and r.are_bad)
+    rare, other = Rare(spoilt), Rare(spoilt)
+    assert any(rare.spoils(0, step) for step in range(99))
+    assert rare.draw.getstate() == other.draw.getstate()
+    assert rare.spoils(1, 5) == other.spoils(1, 5)
 
 
 @pytest.mark.long

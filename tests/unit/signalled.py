@@ -5,7 +5,9 @@
 
 A process that has loaded torch forks a child for each command. Moments: the so-many-th
 time that Python opens a file for writing, renames, removes or makes one (an audit hook
-sees it); a share of the command's CPU time, for what HDF5 does; a call of a method.
+sees it); a share of the command's CPU time, for what HDF5 does; a call of a method. A
+second signal comes a moment later, or, where the first one ended the command, at the
+next of these events: while it tidies up.
 """
 
 from __future__ import annotations
@@ -95,10 +97,14 @@ def in_child(request: dict[str, Any], screen: Path) -> int:
 
     num_events, began_s = 0, time.process_time()
 
+    ahead, num_sent = list(request["numbers"]), 0
+
     def strike(*_: object) -> None:
-        for index, number in enumerate(request["numbers"]):
-            time.sleep(AGAIN_S if index else 0.0)
-            os.kill(os.getpid(), number)
+        nonlocal num_sent
+        while ahead:
+            time.sleep(AGAIN_S if num_sent else 0.0)
+            num_sent += 1
+            os.kill(os.getpid(), ahead.pop(0))
 
     def seen(name: str, arguments: tuple[object, ...]) -> None:
         nonlocal num_events
@@ -107,7 +113,9 @@ def in_child(request: dict[str, Any], screen: Path) -> int:
         if name == "open" and not int(arguments[2]) & (os.O_WRONLY | os.O_RDWR):
             return
         num_events += 1
-        if num_events == request["event"]:
+        if num_sent and ahead:
+            os.kill(os.getpid(), ahead.pop(0))
+        elif num_events == request["event"]:
             strike()
 
     where, which = request["call"]

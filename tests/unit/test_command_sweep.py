@@ -128,7 +128,7 @@ def test_a_sweep_that_is_ended_goes_on_where_it_was(folder, capsys):
         assert states[1:4] == ["done", "runs", "waiting"]
         child.send_signal(signal.SIGTERM)
         assert "stopped; the same command goes on" in child.stderr.read()
-    assert child.returncode == 130
+    assert child.returncode == 143
     assert main(["status", str(out)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "1 done, 1 waiting, 1 stopped"
