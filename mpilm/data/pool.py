@@ -122,7 +122,7 @@ class LeasedBatches(Batches):
         held = [(int(p["lease"]), int(p["window"])) for p in left]
         begun = [h for h in held if h[0] >= 0 and h[1] < self._windows]
         begun += [lease for place in left for lease in left_in(place)]
-        if "taken" in left[0]:  # ranks have died
+        if not all("next_lease" in place for place in places):  # ranks have died
             first, unbegun = not_taken(left)
         else:
             next_K = [int(place["next_lease"]) for place in places]

@@ -175,8 +175,7 @@ class Assembly:
                 is_well = True
             except RanksDiedError:
                 is_well = False
-                with suppress(CheckpointError):  # this log, or the one after
-                    self.log.close()
+                self.close_log()
             is_done = world.agree(is_well)
         self.recruiting.after_death(left.size)
         if not self.recruiting.replaces:
@@ -192,15 +191,46 @@ class Assembly:
         Communicates: collective among the ranks before and the new one.
         """
         world, began_s = self.world, self.world.now_s()
-        place, told = gather(world.comm, size, self.held, self.left_moments)
-        self.held = None
+        held, self.held = self.held, None
+        moments, ranks = self.left_moments, list(range(world.size))
+        while True:
+            try:
+                self.left_moments = list(moments)
+                place, told = gather(world.comm, ranks, size, held, self.left_moments)
+                dead = sorted({*range(size + 1)} - {*ranks})
+                what = f"rank {size} joined"
+                if dead:
+                    what = f"{RanksDiedError(dead)} as rank {size} was taken in"
+                self.news = (
+                    f"{what}; {world.size} go on from the mean of their models at"
+                    f" {place.samples:,} samples, {world.now_s() - began_s:.2f} s later"
+                )
+                self.rebuild(place)
+                self.totals.step = place.step
+                is_well = True
+            except RanksDiedError:
+                is_well = False
+                self.close_log()
+            if world.agree(is_well):
+                break
+            if not self.goes_on:
+                raise RanksDiedError
+            ranks = [ranks[rank] for rank in world.shrink()]
         self.recruiting.wanted = told["wanted"]
-        self.news = (
-            f"rank {size} joined; {world.size} go on from the mean of their models at"
-            f" {place.samples:,} samples, {world.now_s() - began_s:.2f} s later"
-        )
-        self.rebuild(place)
-        self.totals.step = place.step
+        self.recruiting.after_death(size + 1)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the others go on when a rank dies."""
+        survives = find_strategy(self.config.strategy.name).survives
+        on_death = self.config.world.on_death
+        return survives and on_death != "end" and self.world.can_shrink
+
+    def close_log(self) -> None:
+        """Close what a try to go on has opened, if it has come so far."""
+        if hasattr(self, "log"):
+            with suppress(CheckpointError):
+                self.log.close()
 
     def rebuild(self, place: ResumePoint) -> None:
         """Make the parts anew, for other ranks than before; go on at a place.

@@ -5,9 +5,11 @@
     rank 2                   (new)   | grow | merge, start anew | step
 
 It is a resume at another number of ranks (merged.py) without a file, as after a death
-(deaths.py), but nothing is lost: all come to a sync point first. What a new rank would
-have read of a checkpoint, the optimiser's state for one, a peer sends it: rank r that
-of rank r mod K, or of a rank that has died, where one has a copy (peer_copies.py).
+(deaths.py), but nothing is lost: all come to a sync point first. If a rank dies
+meanwhile, the others, with the new one or without, begin again with what they had. What
+a new rank would have read of a checkpoint, the optimiser's state for one, a peer sends
+it: rank r that of rank r mod K, or of a rank that has died, where one has a copy
+(peer_copies.py).
 """
 
 from __future__ import annotations
@@ -149,6 +151,7 @@ def held_here(trainer: Any) -> Held:
     state = nested("totals", asdict(trainer.totals))
     for name, part in trainer.parts.items():
         state |= nested(name, part.state())
+    state |= nested("learner/batches", trainer.batches.survive())  # if one dies now
     about = {
         "samples": trainer.samples,
         "step": trainer.totals.step,
@@ -158,12 +161,13 @@ def held_here(trainer: Any) -> Held:
 
 
 def gather(
-    comm: Comm, size: int, held: Held | None, moments: list[State]
+    comm: Comm, ranks: list[int], size: int, held: Held | None, moments: list[State]
 ) -> tuple[ResumePoint, dict[str, int]]:
     """Return where old and new ranks go on; and what rank 0 tells of the run.
 
     Args:
-        size: ranks before: those are the first.
+        ranks: numbers of those that are here: below `size` those from before.
+        size: ranks before.
         held: what `held_here` returned; None on a new rank.
         moments: of ranks that died, that this one holds; those that are given are taken
             out.
@@ -175,11 +179,14 @@ def gather(
     mine = held or Held(State(), np.zeros(0, np.float32), {})
     found = comm.allgather((mine.about, len(moments)))
     told = found[0][0]
+    if not told:
+        raise WorldError("all ranks died that had a model, as another joined")
     heirs = [rank for rank, (_, num) in enumerate(found) for _ in range(num)]
     nearest, final = mine.state, mine.final
-    for new in range(size, comm.size):
+    num_before = sum(number < size for number in ranks)
+    for new in range(num_before, comm.size):
         is_heir = bool(heirs)
-        peer = heirs.pop(0) if is_heir else new % size
+        peer = heirs.pop(0) if is_heir else new % num_before
         if comm.rank == peer:
             sent = not_averaged(mine.state) | (moments.pop(0) if is_heir else {})
             send_state(comm, sent | {"length": len(final)}, new)
@@ -189,7 +196,7 @@ def gather(
     comm.Bcast(final, root=0)
     states = Gathered()
     if held:
-        states.add(comm.rank, mine.state)
+        states.add(ranks[comm.rank], mine.state)
     shared = {"theta": final, "samples": told["samples"]}
     merged = states.merged(comm, size, nearest, shared)
     place = ResumePoint(merged.state, told["step"], told["samples"], [], False, merged)

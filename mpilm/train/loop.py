@@ -96,15 +96,10 @@ class Trainer(Assembly):
                     self.take_in(self.world.grow())
                     continue
                 except RanksDiedError:
-                    if not (self.goes_on and self.strategy.survives):
+                    if not self.goes_on:
                         raise
                 if not self.regroup():
                     return True
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the others go on when a rank dies."""
-        return self.config.world.on_death != "end" and self.world.can_shrink
 
     def look_for_ranks(self) -> bool:
         """Return whether a rank is ready to join; say why none can be added."""

@@ -61,7 +61,7 @@ class Plan:
     deaths      rank -> the step before which it dies
     joins       ranks more that are asked for
     on_death    the others go on, or a new rank is asked for
-    dies        who dies while the others go on, and when; None: nobody
+    dies        who dies as all start anew, and when; None: nobody
     peer_every  steps between two copies of each rank's state; 0: there are none
     """
 
@@ -81,27 +81,18 @@ class Plan:
 
 
 class Dying(Trainer):
-    """A trainer that may end its rank while the others go on after a death.
+    """A trainer that may end its rank as all go on after a death, or with a new rank.
 
     dies  the rank, and when: "before", "in" or "after" it has started anew
     """
 
     dies: tuple[int, str] | None = None
-    goes_on_after_death = False
-
-    def regroup(self) -> bool:
-        """Go on, or die in it."""
-        self.goes_on_after_death = True
-        goes_on = super().regroup()
-        self.goes_on_after_death = False
-        return goes_on
 
     def rebuild(self, place: ResumePoint) -> None:
         """Start anew, or die before, in or after that."""
         world: Any = self.world
         rank, when = self.dies or (-1, "")
-        is_end = self.goes_on_after_death and world.state.rank == rank
-        is_end = is_end and world.size > 1
+        is_end = world.state.rank == rank and world.size > 1
         if is_end and when == "in":  # its part is there, and the others wait for it
             world.comm.Dup()
         if not is_end or when == "after":
@@ -162,7 +153,7 @@ def plan(name: str, seed: int) -> Plan:
     on_death = "replace" if other.random() < 0.2 else "go_on"
     again, dies = random.Random(f"again {name} {seed}"), None
     if size > 2 and again.random() < 0.3:
-        dies = again.randrange(size), again.choice(["before", "in", "after"])
+        dies = again.randrange(size + 1), again.choice(["before", "in", "after"])
     if joining or on_death == "replace":
         steps += LONGER
     return Plan(

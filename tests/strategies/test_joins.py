@@ -8,7 +8,7 @@ import pytest
 
 from mpilm.train.joins import Recruiting, request_ranks
 from mpilm.world.virtual import run_virtual
-from tests.strategies.deaths import SHORT, SURVIVING
+from tests.strategies.deaths import SHORT, SURVIVING, Dying
 
 
 @pytest.fixture
@@ -66,6 +66,30 @@ def test_a_rank_that_died_is_replaced(train, tmp_path, name, dead):
     check(trainers, 3, summary)
     assert summary["ranks"] == 3
     assert summary["valid_perplexity"] < 40
+
+
+@pytest.mark.parametrize(
+    ("name", "dead", "when"),
+    [
+        ("gossip_bmuf", 1, "before"),
+        ("async_sgd", 0, "in"),
+        ("model_averaging", 3, "in"),  # the new one
+        ("adpsgd", 2, "after"),
+    ],
+)
+def test_a_rank_dies_as_another_is_taken_in(train, monkeypatch, name, dead, when):
+    """The run ended: the new rank had nothing to go on from."""
+    monkeypatch.setattr(Dying, "dies", (dead, when))
+    monkeypatch.setattr("tests.strategies.conftest.Trainer", Dying)
+    pool = {"source": "pool", "chunk_windows": 4}
+    trainers = train(name, {"kind": "join_at", "step": 12}, data=pool)
+    assert [rank for rank, found in enumerate(trainers) if found is None] == [dead]
+    alive = [trainer for trainer in trainers if trainer is not None]
+    assert [trainer.world.size for trainer in alive] == [3] * 3
+    own = sum(trainer.learner.samples for trainer in alive)
+    assert 6000 <= own + alive[0].batches.counts.rest < 6000 + 3 * 40 * 3
+    line = f"rank {dead} died as rank 3 was taken in; 3 go on from the mean"
+    assert line in alive[0].news
 
 
 def test_where_no_rank_can_be_added_a_line_says_so(run, tmp_path, capsys):

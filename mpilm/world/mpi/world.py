@@ -14,7 +14,6 @@ import faulthandler
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -35,8 +34,8 @@ from mpilm.vectors import finish_kernels
 from mpilm.world.base import Activity, Notify, World, require_ended
 from mpilm.world.faults import Faults
 from mpilm.world.mpi.abort import abort_on_error
+from mpilm.world.mpi.activities import NotifyingLock, ThreadActivity
 from mpilm.world.mpi.clock import clock, pause_s
-from mpilm.world.mpi.progress import Progress, Stopped
 from mpilm.world.mpi.stall import Waiting
 from mpilm.world.mpi.start import has_ulfm, leave_out_finalize, start_mpi
 from mpilm.world.parts import completion_shares
@@ -444,53 +443,6 @@ def run_mpi(main: Callable[[MpiWorld], T], *, faults: Faults | None = None) -> T
     """
     with MpiWorld(faults=faults) as world, abort_on_error(world):
         return main(world)
-
-
-class ThreadActivity(Activity):
-    """An activity on a thread."""
-
-    def __init__(self, world: MpiWorld, work: Callable[[], None], name: str) -> None:
-        self.world, self.work, self.name = world, work, name
-        self.error: BaseException | None = None
-        self.finished = False
-        world.progress.thread(self._run, f"mpilm {name}")
-
-    def _run(self) -> None:
-        try:
-            self.work()
-        except (Stopped, RanksDiedError, LeftBehindError):
-            pass
-        except BaseException as error:
-            self.error = error
-            if self.world.on_failure is not None:
-                self.world.on_failure(error)
-            self.world.progress.fail(error)
-        self.finished = True
-        self.world.progress.notify()
-
-    def join(self) -> None:
-        world = self.world
-        world.wait(lambda: self.finished or None, f"the end of {self.name}")
-        if self in world.activities:
-            world.activities.remove(self)
-        if self.error is not None:
-            world.progress.reported(self.error)
-            raise self.error
-
-
-class NotifyingLock(AbstractContextManager[None]):
-    """A lock whose release lets everybody in `world.wait` look again."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self.progress, self.name = progress, name
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-        self.progress.notify()
 
 
 def _nowhere() -> IO[str]:
