@@ -229,3 +229,37 @@ def test_blocking_inside_inference_mode_is_refused():
 
     with pytest.raises(WorldError, match="inference_mode"):
         run_virtual(main, 2)
+
+
+@pytest.mark.parametrize("begun", ["before the gradient", "in it"])
+def test_what_follows_a_gradient_hides_no_message_begun_after_it(begun: str) -> None:
+    """Steps of 1 s, 0.5 s of optimiser and mixing, a sum of 1.2 s over two ranks.
+
+    begun before the gradient, as delay_by_one does: the 0.5 s come before the sum
+    begun in it, as allreduce does: the optimiser waits for the sum
+    """
+    x = np.zeros(300, np.float32)
+    machine = Machine(
+        latency_s=0.0, bandwidth_Bps=1000.0, step_s=1.0, update_s=0.3, mix_s=0.2
+    )
+
+    def main(world):
+        ends = []
+        for _ in range(4):
+            requests = []
+
+            def begin(_part):
+                requests.append(world.comm.Iallreduce(IN_PLACE, x))  # noqa: B023
+
+            if begun == "in it":
+                world.compute(lambda notify: notify(slice(0, 1)), ready=begin)
+            else:
+                begin(None)
+                world.compute(lambda _notify: None)
+            requests[0].Wait()
+            ends.append(world.now_s())
+        return np.diff(ends)
+
+    expected = 0.5 + (1.2 if begun == "before the gradient" else 1.0 + 1.2)
+    for steps_s in run_virtual(main, 2, machine=machine):
+        assert steps_s == pytest.approx(expected)

@@ -244,6 +244,7 @@ class VirtualComm(Comm):
 
     # point to point
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
+        self.engine.active(self.state).catch_up()
         self._require_alive()
         self._check(dest, "dest")
         state, engine, machine = self.state, self.engine, self.machine
@@ -340,6 +341,8 @@ class VirtualComm(Comm):
     def _come(
         self, kind: type[Collective], call: Call, value: Any = None, buf: Any = None
     ) -> CollectiveRequest:
+        if not self.state.num_in_flight:  # else of a sum that the optimiser waits for
+            self.engine.active(self.state).catch_up()
         self._require_alive()
         number = self.num_collectives
         self.num_collectives += 1

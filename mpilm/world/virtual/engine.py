@@ -190,6 +190,7 @@ class RankState:
     death       what its activities are told, until it has left the dead behind
     generation  how often it has gone on with other ranks
     in_flight   num_in_flight, in_flight_since_s: the learner's calls under way
+    owed_s      what its last step computes after the gradient, if that is to come yet
     """
 
     def __init__(self, rank: int, node: int, seed: int) -> None:
@@ -208,6 +209,7 @@ class RankState:
         self.num_taken = 0  # messages that had to be asked for
         self.num_in_flight = 0
         self.in_flight_since_s = 0.0
+        self.owed_s = 0.0
         # apart, so that a rank's steps do not depend on what it sends
         self.step_random = random.Random(f"mpilm step {seed} {rank}").random
         self.link_random = random.Random(f"mpilm link {seed} {rank}").random
@@ -366,6 +368,17 @@ class VirtualActivity(Activity):
         """Let others run until `time_s`; the caller has asked `may_block`."""
         self.engine.at(time_s, ACTIVITY, self.engine.resume, self)
         self.block(CLOCK)
+
+    def catch_up(self) -> None:
+        """Let the learner compute what its last step owes: before it sends, or goes on.
+
+        What it begins to send after that cannot hide this time.
+        """
+        state = self.state
+        if state.owed_s and self.is_learner and not self._inside:
+            self.may_block()
+            owed_s, state.owed_s = state.owed_s, 0.0
+            self.block_until(self.engine.now_s + owed_s)
 
     def not_blocking(self, inside: str, call: Callable[..., T], *args: Any) -> T:
         """Return `call(*args)`, in which nothing may block."""

@@ -283,10 +283,7 @@ class VirtualWorld(World):
                 f"dies before step {state.num_steps}, as [faults] declares, at"
                 f" {self.engine.now_s:.6g} s of virtual time"
             )
-        # what came after the last gradient and its messages: the optimiser, mixing
-        before_s = simulation.machine.update_s + simulation.machine.mix_s
-        if before_s > 0.0:
-            activity.block_until(self.engine.now_s + before_s)
+        activity.catch_up()
         parts: list[Any] = []
         result = activity.not_blocking("the work of compute", work, parts.append)
         start_s = self.engine.now_s
@@ -294,6 +291,7 @@ class VirtualWorld(World):
         step_s = machine.step_s * machine.spread(state.step_random)
         step_s *= simulation.faults.slowdown(state.rank, start_s, state.num_steps)
         state.num_steps += 1
+        state.owed_s = machine.update_s + machine.mix_s  # the optimiser, mixing
         if ready is None or not parts:
             activity.block_until(start_s + step_s)
             return result
