@@ -63,7 +63,7 @@ class Noted(Trainer):
 def train(corpus, tmp_path):
     """Return a function: train where these ranks die; return what the ranks noted."""
 
-    def train(name, deaths, *, every, size=3, samples=3000, **sections):
+    def train(name, deaths, *, every, size=3, samples=2200, **sections):
         config = resolve(
             {
                 "data": {"corpus": str(corpus), **sections.get("data", {})},
