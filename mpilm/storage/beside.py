@@ -27,6 +27,7 @@ import numpy as np
 
 from mpilm.errors import CheckpointError
 from mpilm.storage.checkpoint import Checkpoints, Writing, line_of
+from mpilm.storage.files import at_a_page
 from mpilm.storage.saved import State
 from mpilm.vectors import lending, to_array, zeros
 from mpilm.world.base import MAX, Request, Traffic, World
@@ -143,7 +144,7 @@ class Beside:
             key = f"{name}/{entry}"
             kept = self._buffers.get(key)
             if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
-                kept = self._buffers[key] = np.empty_like(value, order="C")
+                kept = self._buffers[key] = at_a_page(value)
             np.copyto(kept, value)
             found[entry] = kept
         return found

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
+import h5py
 import kaldiio
 import numpy as np
 import pytest
 
 from mpilm.cli import main
 from mpilm.errors import DataError
-from mpilm.storage.files import new_file, new_output, replace_file, require_apart
+from mpilm.storage.files import (
+    DIRECT_BYTES,
+    PAGE_BYTES,
+    at_a_page,
+    create_hdf5,
+    new_file,
+    new_output,
+    replace_file,
+    require_apart,
+)
 
 from .kaldi_files import make_folder
 from .tones import write_words
@@ -133,3 +144,66 @@ def test_prepare_wav_keeps_recordings_and_lists(tmp_path: Path, capsys) -> None:
         (listed / name).write_text(f"u {rest}\n")
     for name in ("wav/low_ann_0.wav", "listed/wav.scp", "listed/text"):
         refused(tmp_path, capsys, f"{command} {listed} --out {tmp_path}/{name}")
+
+
+def saved(path, array):
+    """Return what is read back of an array that is written with a short one beside."""
+    with create_hdf5(path) as file:
+        file.create_dataset("short", data=np.arange(3))
+        file.create_dataset("long", data=array)
+        file.attrs["after"] = 7
+    with h5py.File(path, "r") as file:
+        assert file["short"][:].tolist() == [0, 1, 2]
+        assert file.attrs["after"] == 7
+        return file["long"][:]
+
+
+@pytest.mark.parametrize("extra", [0, 1, 1023, 1024])
+@pytest.mark.parametrize("error", [None, "open", "write"])
+def test_long_arrays_go_past_the_page_cache_where_they_can(
+    tmp_path, monkeypatch, extra, error
+):
+    """The same bytes are in the file, also where the file system has no such way."""
+    array = at_a_page(np.empty(DIRECT_BYTES + extra, np.float32))
+    array[:] = np.random.default_rng(1).standard_normal(len(array), np.float32)
+    opened, real_open, real_write = [], os.open, os.pwrite
+
+    def open_(path, flags, *rest):
+        is_direct = flags & os.O_DIRECT
+        if is_direct and error == "open":
+            raise OSError(errno.EINVAL, "no")
+        found = real_open(path, flags & ~os.O_DIRECT, *rest)
+        if is_direct:
+            opened.append(found)
+        return found
+
+    def write(descriptor, data, offset):
+        if descriptor in opened:
+            size = memoryview(data).nbytes
+            assert not size % PAGE_BYTES and not offset % PAGE_BYTES
+            if error == "write":
+                raise OSError(errno.EINVAL, "no")
+            size = min(size, DIRECT_BYTES)  # a part only
+            return real_write(descriptor, memoryview(data)[:size], offset)
+        return real_write(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "pwrite", write)
+    assert np.array_equal(saved(tmp_path / "x.h5", array), array)
+    assert bool(opened) == (error != "open")
+    others = np.empty(len(array) + 1, np.float32)[1:]  # at no page
+    others[:] = array
+    assert np.array_equal(saved(tmp_path / "y.h5", others), array)
+
+
+def test_a_disk_that_is_full_past_the_page_cache_too(tmp_path, monkeypatch):
+    array, real = at_a_page(np.zeros(DIRECT_BYTES, np.uint8)), os.pwrite
+
+    def write(descriptor, data, offset):
+        if memoryview(data).nbytes >= DIRECT_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path / "x.h5", array)

@@ -193,7 +193,17 @@ def commands(place: Path, out: Path) -> dict[str, list[object]]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the files of a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {str(path.relative_to(folder)): content(path) for path in files}
+
+
+def content(path: Path) -> bytes:
+    """Return what a file holds; safetensors puts its header in any order."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True)
+    return header.encode() + data[end:]
 
 
 def begin(place: Path, out: Path, name: str) -> list[object]:
