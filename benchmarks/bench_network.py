@@ -58,7 +58,7 @@ from typing import Any
 import numpy as np
 import torch
 from fleets import ENVIRONMENT, figure, legend, lines
-from harness import commit, environment, parser, report, session_nice
+from harness import commit, environment, one_group, parser, report, session_nice
 from network_judge import TEXT, Judge, at, busy, characters
 from network_ranks import ALIKE, STRATEGIES, TORCH, begun
 from points import best_rate
@@ -160,6 +160,7 @@ class Table:
                 command = [mpirun, "--oversubscribe", "--bind-to", "none", *arguments]
                 settings = {**os.environ, **ENVIRONMENT}
             else:
+                stack.enter_context(one_group())
                 cluster = stack.enter_context(EmulatedCluster(nodes, rate=network))
                 command, settings = cluster.command(arguments), cluster.environment
             settings["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from fleets import ENVIRONMENT
-from harness import parser, report, session_nice, take_session_nice
+from harness import one_group, parser, report, session_nice, take_session_nice
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.emulated_cluster import EmulatedCluster, why_not
@@ -95,6 +95,7 @@ def seconds(variant: str, args: argparse.Namespace) -> list[float]:
             command = [mpirun, "--oversubscribe", "--bind-to", "none", *arguments]
             settings = {**os.environ, **ENVIRONMENT}
         else:
+            stack.enter_context(one_group())
             cluster = EmulatedCluster(args.ranks, rate=args.rate)
             stack.enter_context(cluster)
             command, settings = cluster.command(arguments), cluster.environment

@@ -47,7 +47,7 @@ from typing import Any
 
 import numpy as np
 from fleets import ENVIRONMENT
-from harness import parser, report
+from harness import one_group, parser, report
 
 from mpilm.data.hdf5 import Corpus, CorpusWriter, new_hdf5
 from mpilm.data.synthetic import prepare_synthetic
@@ -287,7 +287,7 @@ def compare(bench: Bench) -> list[str]:
         from emulated_cluster import EmulatedCluster
 
         there = {name: s for name, s in SYSTEMS.items() if not s.ranks}
-        with EmulatedCluster(args.ranks, rate=args.rate) as cluster:
+        with one_group(), EmulatedCluster(args.ranks, rate=args.rate) as cluster:
             rows = rows_of(timed(bench, there, cluster), curves, target)
         report("xiao", f"Over {args.rate}, {about}", list(rows.values()), args)
         lines.append(verdict(rows, "asynchronous", OVER_NETWORK))
