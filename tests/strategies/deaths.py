@@ -154,6 +154,8 @@ def plan(name: str, seed: int) -> Plan:
     again, dies = random.Random(f"again {name} {seed}"), None
     if size > 2 and again.random() < 0.3:
         dies = again.randrange(size + 1), again.choice(["before", "in", "after"])
+        if {*deaths, dies[0]} >= {*range(size)}:  # somebody is left
+            dies = None
     if joining or on_death == "replace":
         steps += LONGER
     return Plan(
