@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -116,7 +117,9 @@ class Assembly:
                 self.totals = place.restore_(self.parts)
             if world.rank == 0:
                 self.folder.describe(config, self.task, place)
-        self.saving.copies = peer_copies(config, world, self.strategy)
+        self.saving.copies = None
+        if self.goes_on:
+            self.saving.copies = peer_copies(config, world, self.strategy)
         self.failure = Failure(
             self.totals,
             self.folder.checkpoints,
@@ -160,23 +163,19 @@ class Assembly:
         world, self.held = self.world, None  # a rank that was to join waits
         if self.saving.beside:
             self.saving.beside.abandon()
-        left, is_done = left_here(self), False
-        while not is_done:
-            try:
-                place = go_on(self, left)
-                if place is None:
-                    return False
-                assert place.merged is not None
-                if self.strategy.same_optimizer:
-                    merged = same_optimizer(world.comm, place.merged)
-                    place = replace(place, own=merged.state, merged=merged)
-                self.rebuild(place)
-                self.totals.step = place.step
-                is_well = True
-            except RanksDiedError:
-                is_well = False
-                self.close_log()
-            is_done = world.agree(is_well)
+        left = left_here(self)
+
+        def merged_place() -> ResumePoint | None:
+            place = go_on(self, left)
+            if place is None or not self.strategy.same_optimizer:
+                return place
+            assert place.merged is not None
+            merged = same_optimizer(world.comm, place.merged)
+            return replace(place, own=merged.state, merged=merged)
+
+        while not (is_done := self.start_anew(merged_place)):
+            if is_done is None:
+                return False
         self.recruiting.after_death(left.size)
         if not self.recruiting.replaces:
             self.left_moments = []
@@ -193,31 +192,47 @@ class Assembly:
         world, began_s = self.world, self.world.now_s()
         held, self.held = self.held, None
         moments, ranks = self.left_moments, list(range(world.size))
-        while True:
-            try:
-                self.left_moments = list(moments)
-                place, told = gather(world.comm, ranks, size, held, self.left_moments)
-                dead = sorted({*range(size + 1)} - {*ranks})
-                what = f"rank {size} joined"
-                if dead:
-                    what = f"{RanksDiedError(dead)} as rank {size} was taken in"
-                self.news = (
-                    f"{what}; {world.size} go on from the mean of their models at"
-                    f" {place.samples:,} samples, {world.now_s() - began_s:.2f} s later"
-                )
-                self.rebuild(place)
-                self.totals.step = place.step
-                is_well = True
-            except RanksDiedError:
-                is_well = False
-                self.close_log()
-            if world.agree(is_well):
-                break
+        told: dict[str, int] = {}
+
+        def gathered_place() -> ResumePoint:
+            self.left_moments = list(moments)
+            place, about = gather(world.comm, ranks, size, held, self.left_moments)
+            told.update(about)
+            dead = sorted({*range(size + 1)} - {*ranks})
+            what = f"rank {size} joined"
+            if dead:
+                what = f"{RanksDiedError(dead)} as rank {size} was taken in"
+            self.news = (
+                f"{what}; {world.size} go on from the mean of their models at"
+                f" {place.samples:,} samples, {world.now_s() - began_s:.2f} s later"
+            )
+            return place
+
+        while not self.start_anew(gathered_place):
             if not self.goes_on:
                 raise RanksDiedError
-            ranks = [ranks[rank] for rank in world.shrink()]
+            ranks[:] = [ranks[rank] for rank in world.shrink()]
         self.recruiting.wanted = told["wanted"]
         self.recruiting.after_death(size + 1)
+
+    def start_anew(self, find: Callable[[], ResumePoint | None]) -> bool | None:
+        """Start anew at the place that `find` returns; return whether all ranks have.
+
+        None: it returned none, so the run is over. False: a rank died meanwhile.
+
+        Communicates: collective, and what `find` does.
+        """
+        is_well = False
+        try:
+            place = find()
+            if place is None:
+                return None
+            self.rebuild(place)
+            self.totals.step = place.step
+            is_well = True
+        except RanksDiedError:
+            self.close_log()
+        return self.world.agree(is_well)
 
     @property
     def goes_on(self) -> bool:

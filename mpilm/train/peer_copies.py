@@ -65,10 +65,12 @@ def copies_of_use(strategy: Strategy) -> bool:
 
 
 def peer_copies(config: Config, world: World, strategy: Strategy) -> PeerCopies | None:
-    """Return what makes the copies of a run; None: it needs none. Collective."""
+    """Return what makes the copies of a run; None: it needs none. Collective.
+
+    For a run that goes on when a rank dies (`Assembly.goes_on`).
+    """
     every = config.checkpoint.peer_every
-    goes_on = config.world.on_death != "end" and world.can_shrink
-    if not (every and goes_on and world.size > 1 and copies_of_use(strategy)):
+    if not (every and world.size > 1 and copies_of_use(strategy)):
         return None
     return PeerCopies(world, every)
 

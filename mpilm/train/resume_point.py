@@ -83,9 +83,8 @@ class ResumePoint:
                 continue
             state = under(name, self.own)
             with self.blaming_changes(name):
-                if (
-                    name == "learner"
-                ):  # its optimiser's settings are the configuration's
+                if name == "learner":
+                    # its optimiser's settings are the configuration's
                     cast("Learner", part).load_state(state, settings=False)
                 else:
                     part.load_state(state)
