@@ -15,10 +15,9 @@ then every strategy. The virtual world plays the machine that probe has found.
                    the step less what is computed in it
     counted        rows in which communication is LEAST of the measured step or more
 
-Ranks have an ordinary priority, ahead of other programs as this script is, and share
-the cores among themselves, not among sessions: on one node they are one session, and on
-an emulated cluster, where each node is one, Linux does not go by sessions meanwhile
-(harness.one_group). Otherwise reductions stood still for seconds (docs/log.md).
+Ranks have the priority of this script, and Linux does not share the cores among
+sessions meanwhile (harness.one_group): each node of an emulated cluster is one, and
+reductions stood still for seconds (docs/log.md).
 
 Learners sleep or compute (`--learner`). Strategies exchange often (SETTINGS), and a
 model takes about a step's time to send, so that most rows count.
@@ -47,8 +46,6 @@ from harness import (
     one_group,
     parser,
     report,
-    session_nice,
-    take_session_nice,
 )
 
 from mpilm.simulate.calibrate import calibrate, spread, step_times
@@ -85,10 +82,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hierarchical": {"inner": "bmuf", "settings": {"period": 2}},
 }
 LINK = ("latency_s", "bandwidth_Bps", "rendezvous_s", "burst_bytes")
-LINK += ("enter_s", "reduce_latency_s", "reduce_Bps", "beside_s", "beside_Bps")
+LINK += ("enter_s", "reduce_latency_s", "reduce_Bps")
 INNER = [key for key in LINK if key != "burst_bytes"]
 MEASURED = (*LINK, *(prefix + key for prefix in ("node_", "leader_") for key in INNER))
 Found = dict[str, Any]
+
+
+class NotMeasuredError(Exception):
+    """There is no measurement to predict."""
 
 
 def one_run(
@@ -203,7 +204,7 @@ def measured(network: str, ranks: int, args: argparse.Namespace) -> Found:
         if kept.exists():
             return json.loads(kept.read_text())  # type: ignore[no-any-return]
         if args.replay:
-            raise LookupError("was not measured")
+            raise NotMeasuredError(f"{kept} does not exist")
     nodes = min(ranks, args.nodes)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         result = Path(folder) / "answer.json"
@@ -216,9 +217,10 @@ def measured(network: str, ranks: int, args: argparse.Namespace) -> Found:
             size_of(network, args),
         ]
         script += ["--learner", args.learner, "--batch", args.batch]
-        script += ["--result", result, "--session-nice", session_nice()]
+        script += ["--result", result]
         script += ["--strategies", *args.strategies]
         arguments = ["-n", *map(str, [ranks, *script])]
+        stack.enter_context(one_group())
         if network == SHARED:
             mpirun = str(Path(sys.executable).with_name("mpirun"))
             command = [mpirun, "--oversubscribe", "--bind-to", "none", *arguments]
@@ -226,7 +228,6 @@ def measured(network: str, ranks: int, args: argparse.Namespace) -> Found:
         else:
             slots = -(-ranks // nodes)
             cluster = EmulatedCluster(nodes, rate=network, slots=slots)
-            stack.enter_context(one_group())
             stack.enter_context(cluster)
             command, environment = cluster.command(arguments), cluster.environment
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -360,14 +361,12 @@ def main() -> None:
     arguments.add_argument("--replay", action="store_true", help="only what is kept")
     arguments.add_argument("--plots", type=Path, help="folder for the plots")
     arguments.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    arguments.add_argument("--session-nice", type=int, help=argparse.SUPPRESS)
     args = arguments.parse_args()
     if args.smoke:
         args.loops, args.ranks, args.steps = 1, [2], 2
         args.warmup, args.step_s = 2, 0.01
         args.networks, args.strategies = [SHARED, "100mbit"], ["allreduce", "adpsgd"]
     if args.result:
-        take_session_nice(args.session_nice)
         under_mpi(args)
         return
     if (reason := why_not()) and args.networks != [SHARED]:
@@ -378,7 +377,7 @@ def main() -> None:
         for ranks in args.ranks:
             try:
                 found = measured(network, ranks, args)
-            except (LookupError, subprocess.TimeoutExpired) as error:
+            except (NotMeasuredError, subprocess.TimeoutExpired) as error:
                 print(f"{network}, {ranks} ranks: {error}", file=sys.stderr)
                 continue
             machines.append(

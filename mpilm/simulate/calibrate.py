@@ -11,11 +11,8 @@ Collectives of all ranks (of a node's), K of them:
             L' = (t(8) - ceil(log2 K) E) / r                                   (4)
             (2 (K-1)/K n - burst_bytes) / B'
                = t(n) - ceil(log2 K) E - 2 (K-1) L'                            (5)
-            the same begun with Iallreduce, and waited for at once, S more:
-            S  = t"(8) - t(8),   2 (K-1)/K n / B" = burst_bytes / B'
-               + t"(n) - S - ceil(log2 K) E - 2 (K-1) L'                       (6)
 
-E, R, L', B', S, B", r as in world/machine.py. The calls are those of the world, with
+E, R, L', B', r as in world/machine.py. The calls are those of the world, with
 its threads and pauses, and all ranks make them at once: that is how a strategy finds
 them.
 Leaders     the same once more with one rank of each node, the others at rest.
@@ -146,9 +143,6 @@ def _level(
     def reduce(num_bytes: int) -> None:
         comm.Allreduce(IN_PLACE, receive[0][: num_bytes // 4])
 
-    def reduce_beside(num_bytes: int) -> None:
-        comm.Iallreduce(IN_PLACE, receive[0][: num_bytes // 4]).Wait()
-
     def t(call: Callable[..., None], *args: int) -> float:
         idle = call is exchange and to == rank
         act = (lambda: None) if idle else partial(call, *args)
@@ -162,21 +156,14 @@ def _level(
     late_s = whole_s - latency_s - n / speed_Bps  # (2)
     up, steps = rounds_up(size), 2 * (size - 1)
     enter_s = max(0.0, t(comm.Barrier) / up - latency_s)  # (3)
-    short_s = t(reduce, SHORT_BYTES)
-    round_s = max(1e-9, (short_s - up * enter_s) / rounds_of_doubling(size))  # (4)
-    beside_s = max(0.0, t(reduce_beside, SHORT_BYTES) - short_s)  # (6)
+    entered_s = t(reduce, SHORT_BYTES) - up * enter_s
+    round_s = max(1e-9, entered_s / rounds_of_doubling(size))  # (4)
     moved_bytes = steps / size * n
     # what one message seems to take less may be noise: memory has no burst
     burst_bytes = max(0.0, -late_s) * speed_Bps if has_burst else 0.0
     burst_bytes = round(min(burst_bytes, (1.0 - NOISE) * moved_bytes))
-
-    def bytes_s(reduce_s: float, fixed_s: float = 0.0) -> float:
-        fixed_s += up * enter_s + steps * round_s
-        return max(NOISE * reduce_s, reduce_s - fixed_s)
-
-    reduce_Bps = (moved_bytes - burst_bytes) / bytes_s(t(reduce, n))  # (5)
-    passed_s = burst_bytes / reduce_Bps
-    rest_s = bytes_s(t(reduce_beside, n), beside_s)
+    long_s = t(reduce, n)
+    moving_s = max(NOISE * long_s, long_s - up * enter_s - steps * round_s)
     return {
         "latency_s": latency_s,
         "bandwidth_Bps": speed_Bps,
@@ -184,9 +171,7 @@ def _level(
         "burst_bytes": burst_bytes,
         "enter_s": enter_s,
         "reduce_latency_s": round_s,
-        "reduce_Bps": reduce_Bps,
-        "beside_s": beside_s,
-        "beside_Bps": moved_bytes / (passed_s + rest_s),  # (6)
+        "reduce_Bps": (moved_bytes - burst_bytes) / moving_s,  # (5)
     }
 
 

@@ -2,7 +2,6 @@
 
 Notation    L -> latency_s, B -> bandwidth_Bps of a link; n bytes; K ranks
             E -> enter_s; L', B' -> reduce_latency_s, reduce_Bps, else L, B
-            S, B" -> beside_s, beside_Bps, else 0, B': of one begun with Iallreduce
             R -> rendezvous_s, of messages longer than eager_bytes, else 0
 Cost        message             L + R + n/B                                    (1)
             barrier             ceil(log2 K) (E + L)         (dissemination)   (2)
@@ -12,7 +11,6 @@ Cost        message             L + R + n/B                                    (
                                 unless K is a power of two
                                                         (recursive doubling)   (4)
                      long       2 (K-1) L' + 2 (K-1)/K n/B'         (ring)     (5)
-            beside the learner   S more, with B" for B'                        (6)
 
 E is what our own software takes to find out that all have come; L' and B' are what a
 reduction comes to, arithmetic included. `mpilm probe` measures them; without them a
@@ -72,23 +70,17 @@ class Collectives(NamedTuple):
     reduction of an allreduce: L', B'
     enter_s   E
     burst_s   time that burst_bytes take
-    beside_s  S
-    beside_Bps  B"; 0: as the reduction
     """
 
     link: Link
     reduction: Link
     enter_s: float = 0.0
     burst_s: float = 0.0
-    beside_s: float = 0.0
-    beside_Bps: float = 0.0
 
     def after(self, fault: Link) -> Collectives:
         """Return them over a link with a fault."""
         return self._replace(
-            link=self.link.after(fault),
-            reduction=self.reduction.after(fault),
-            beside_Bps=min(self.beside_Bps, fault.bandwidth_Bps),
+            link=self.link.after(fault), reduction=self.reduction.after(fault)
         )
 
 
@@ -119,10 +111,6 @@ class Machine:
     """latency of the rounds of an allreduce between nodes, seconds; 0: latency_s"""
     reduce_Bps: Annotated[float, Meta(ge=0)] = 0.0
     """bandwidth of an allreduce between nodes, bytes per second; 0: bandwidth_Bps"""
-    beside_s: Time = 0.0
-    """seconds that an allreduce beside the learner takes more, between nodes"""
-    beside_Bps: Annotated[float, Meta(ge=0)] = 0.0
-    """reduce_Bps of an allreduce beside the learner; 0: the same"""
     leader_latency_s: Time = 0.0
     """latency_s of a group with one rank of each node, alone on its link"""
     leader_bandwidth_Bps: Annotated[float, Meta(ge=0)] = 0.0
@@ -135,10 +123,6 @@ class Machine:
     """reduce_latency_s of such a group; 0: leader_latency_s"""
     leader_reduce_Bps: Annotated[float, Meta(ge=0)] = 0.0
     """reduce_Bps of such a group; 0: leader_bandwidth_Bps"""
-    leader_beside_s: Time = 0.0
-    """beside_s of such a group"""
-    leader_beside_Bps: Annotated[float, Meta(ge=0)] = 0.0
-    """beside_Bps of such a group; 0: leader_reduce_Bps"""
     node_rendezvous_s: Time = 0.0
     """rendezvous_s inside a node"""
     node_enter_s: Time = 0.0
@@ -147,10 +131,6 @@ class Machine:
     """reduce_latency_s inside a node; 0: node_latency_s"""
     node_reduce_Bps: Annotated[float, Meta(ge=0)] = 0.0
     """reduce_Bps inside a node; 0: node_bandwidth_Bps"""
-    node_beside_s: Time = 0.0
-    """beside_s inside a node"""
-    node_beside_Bps: Annotated[float, Meta(ge=0)] = 0.0
-    """beside_Bps inside a node; 0: node_reduce_Bps"""
     step_s: Time = 0.1
     """seconds that a rank computes for one minibatch"""
     update_s: Time = 0.0
@@ -198,19 +178,13 @@ class Machine:
             level = "node_"
         elif leaders and self.leader_bandwidth_Bps:
             level = "leader_"
-        latency_s, speed_Bps, enter_s, beside_s, beside_Bps = (
+        latency_s, speed_Bps, enter_s = (
             getattr(self, level + key)
-            for key in (
-                "reduce_latency_s",
-                "reduce_Bps",
-                "enter_s",
-                "beside_s",
-                "beside_Bps",
-            )
+            for key in ("reduce_latency_s", "reduce_Bps", "enter_s")
         )
         reduction = Link(latency_s or link.latency_s, speed_Bps or link.bandwidth_Bps)
         burst_s = 0.0 if same_node else self.burst_bytes / reduction.bandwidth_Bps
-        return Collectives(link, reduction, enter_s, burst_s, beside_s, beside_Bps)
+        return Collectives(link, reduction, enter_s, burst_s)
 
     def message_link(
         self, msg_bytes: int, *, same_node: bool, leaders: bool = False
@@ -238,9 +212,6 @@ class Machine:
             node_reduce_Bps=self.node_reduce_Bps / scale,
             leader_bandwidth_Bps=self.leader_bandwidth_Bps / scale,
             leader_reduce_Bps=self.leader_reduce_Bps / scale,
-            beside_Bps=self.beside_Bps / scale,
-            node_beside_Bps=self.node_beside_Bps / scale,
-            leader_beside_Bps=self.leader_beside_Bps / scale,
             burst_bytes=round(self.burst_bytes / scale),
             eager_bytes=int(self.eager_bytes / scale),
         )
@@ -281,27 +252,16 @@ def broadcast(how: Collectives, num_ranks: int, msg_bytes: int) -> Cost:
     return Cost(rounds * latency_s, rounds * msg_bytes / how.link.bandwidth_Bps)
 
 
-def allreduce(
-    how: Collectives, num_ranks: int, msg_bytes: int, *, beside: bool = False
-) -> Cost:
+def allreduce(how: Collectives, num_ranks: int, msg_bytes: int) -> Cost:
     """Return the cost of an allreduce: of entering it, and the cheaper of (4) and (5).
-
-    Args:
-        beside: begun with Iallreduce (6).
 
     >>> allreduce(as_messages(Link(1.0, 10.0)), 4, 10)
     Cost(latency_s=2.0, transfer_s=2.0)
     >>> allreduce(as_messages(Link(1.0, 10.0)), 4, 1000)
     Cost(latency_s=6.0, transfer_s=150.0)
-    >>> how = as_messages(Link(1.0, 10.0))._replace(beside_s=3.0, beside_Bps=5.0)
-    >>> allreduce(how, 4, 1000, beside=True)
-    Cost(latency_s=9.0, transfer_s=300.0)
     """
     latency_s, speed_Bps = how.reduction
     entering_s = rounds_up(num_ranks) * how.enter_s
-    if beside:
-        entering_s += how.beside_s
-        speed_Bps = how.beside_Bps or speed_Bps
     transfer_s = msg_bytes / speed_Bps
     rounds, steps = rounds_of_doubling(num_ranks), 2 * (num_ranks - 1)
     doubling = Cost(entering_s + rounds * latency_s, rounds * transfer_s)

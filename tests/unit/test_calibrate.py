@@ -22,8 +22,6 @@ NETWORK = Machine(
     enter_s=0.5e-3,
     reduce_latency_s=2e-3,
     reduce_Bps=1e6,
-    beside_s=1.5e-3,
-    beside_Bps=0.8e6,
     ranks_per_node=2,
     node_latency_s=1e-4,
     node_bandwidth_Bps=8e6,
@@ -31,16 +29,12 @@ NETWORK = Machine(
     node_enter_s=2e-4,
     node_reduce_latency_s=3e-4,
     node_reduce_Bps=5e6,
-    node_beside_s=5e-4,
-    node_beside_Bps=3e6,
     leader_latency_s=7e-4,
     leader_bandwidth_Bps=4e6,
     leader_rendezvous_s=3e-3,
     leader_enter_s=4e-4,
     leader_reduce_latency_s=1e-3,
     leader_reduce_Bps=3e6,
-    leader_beside_s=2.5e-3,
-    leader_beside_Bps=2e6,
 )
 BURSTS = dataclasses.replace(
     NETWORK, rendezvous_s=0.0, leader_rendezvous_s=0.0, burst_bytes=30_000
@@ -70,8 +64,6 @@ def test_it_finds_what_was_declared_on_both_levels(machine: Machine) -> None:
             "enter_s",
             "reduce_latency_s",
             "reduce_Bps",
-            "beside_s",
-            "beside_Bps",
         )
     } | {"burst_bytes"}
     for key, value in found.items():

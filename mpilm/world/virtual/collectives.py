@@ -229,9 +229,4 @@ class Reduction(Collective):
         write_(request.buf, self.data)
 
     def cost(self) -> Cost:
-        return costs.allreduce(
-            self.group.how,
-            len(self.requests),
-            self.call.nbytes,
-            beside=self.call.kind == "Iallreduce",
-        )
+        return costs.allreduce(self.group.how, len(self.requests), self.call.nbytes)
