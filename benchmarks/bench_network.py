@@ -58,7 +58,7 @@ from typing import Any
 import numpy as np
 import torch
 from fleets import ENVIRONMENT, figure, legend, lines
-from harness import commit, environment, one_group, parser, report, session_nice
+from harness import commit, environment, one_group, parser, report
 from network_judge import TEXT, Judge, at, busy, characters
 from network_ranks import ALIKE, STRATEGIES, TORCH, begun
 from points import best_rate
@@ -151,16 +151,15 @@ class Table:
         script += ["--series", series, "--lr", lr, "--seed", seed]
         script += ["--tokens", self.folder / "tokens.npy", "--folder", snapshots]
         script += ["--interface", "lo" if self.args.smoke else "eth0"]
-        script += ["--session-nice", session_nice()]
         arguments = ["-n", *map(str, [nodes, *script])]
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, snapshots)
+            stack.enter_context(one_group())
             if self.args.smoke:
                 mpirun = str(Path(sys.executable).with_name("mpirun"))
                 command = [mpirun, "--oversubscribe", "--bind-to", "none", *arguments]
                 settings = {**os.environ, **ENVIRONMENT}
             else:
-                stack.enter_context(one_group())
                 cluster = stack.enter_context(EmulatedCluster(nodes, rate=network))
                 command, settings = cluster.command(arguments), cluster.environment
             settings["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from fleets import ENVIRONMENT
-from harness import one_group, parser, report, session_nice, take_session_nice
+from harness import one_group, parser, report
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.emulated_cluster import EmulatedCluster, why_not
@@ -87,15 +87,14 @@ def seconds(variant: str, args: argparse.Namespace) -> list[float]:
     """Return those of each reduction, under a variant of the settings."""
     script = [sys.executable, __file__, "--rank-of", variant, "--bytes", args.bytes]
     script += ["--warmup", args.warmup, "--loops", args.loops]
-    script += ["--session-nice", session_nice()]
     arguments = ["-n", *map(str, [args.ranks, *script])]
     with ExitStack() as stack:
+        stack.enter_context(one_group())
         if args.smoke:
             mpirun = str(Path(sys.executable).with_name("mpirun"))
             command = [mpirun, "--oversubscribe", "--bind-to", "none", *arguments]
             settings = {**os.environ, **ENVIRONMENT}
         else:
-            stack.enter_context(one_group())
             cluster = EmulatedCluster(args.ranks, rate=args.rate)
             stack.enter_context(cluster)
             command, settings = cluster.command(arguments), cluster.environment
@@ -120,10 +119,8 @@ def main() -> None:
     arguments.add_argument("--bytes", type=int, default=991_492, help="bench_network's")
     arguments.add_argument("--variants", nargs="+", default=list(VARIANTS))
     arguments.add_argument("--rank-of", dest="variant", help=argparse.SUPPRESS)
-    arguments.add_argument("--session-nice", type=int, help=argparse.SUPPRESS)
     args = arguments.parse_args()
     if args.variant:
-        take_session_nice(args.session_nice)
         under_mpi(args)
         return
     if args.smoke:

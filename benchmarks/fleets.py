@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness import session_nice, take_session_nice
+from harness import one_group
 
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.strategies import strategy
@@ -216,13 +216,12 @@ def mpirun(
     )
     if "Open MPI" in version.stdout or "PRRTE" in version.stdout:
         command += ["--oversubscribe", "--bind-to", "none"]
-    with tempfile.TemporaryDirectory() as folder:
+    with one_group(), tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "answer.json"
         command += ["-n", str(ranks), sys.executable, script, *map(str, arguments)]
         command += ["--result", str(result)]
         environment = {**os.environ, **ENVIRONMENT}
         process = subprocess.Popen(command, env=environment, start_new_session=True)
-        take_session_nice(session_nice(), process.pid)
         try:
             code = process.wait(limit_s)
         except BaseException:

@@ -165,26 +165,6 @@ def report(
     args.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
 
 
-def session_nice() -> int:
-    """Return the nice value of this session: Linux shares cores among sessions.
-
-    0 where the kernel does not.
-    """
-    try:
-        return int(Path("/proc/self/autogroup").read_text().split()[-1])
-    except OSError:
-        return 0
-
-
-def take_session_nice(nice: int, pid: int | str = "self") -> None:
-    """Give a process's session that nice value, where this is possible.
-
-    A session that mpirun or its daemons begin does not have that of its parent.
-    """
-    with suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
-
-
 @contextmanager
 def one_group() -> Iterator[None]:
     """Have Linux share the cores among threads, not among sessions; needs root.

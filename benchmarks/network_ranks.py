@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import take_session_nice
 from torch import nn
 
 from mpilm.data.batch import Batch
@@ -247,9 +246,7 @@ def main() -> None:
     arguments.add_argument("--tokens", type=Path, required=True, help=".npy, to train")
     arguments.add_argument("--folder", type=Path, required=True)
     arguments.add_argument("--interface", default="eth0", help="of gloo")
-    arguments.add_argument("--session-nice", type=int, default=0)
     args = arguments.parse_args()
-    take_session_nice(args.session_nice)
     torch.set_num_threads(1)
     (torch_rank if args.series in TORCH else mpilm_rank)(args)
 
