@@ -24,8 +24,8 @@ from typing import Any
 from harness import one_group
 
 from mpilm.learner.quadratic import ProtocolLearner
-from mpilm.strategies import strategy
-from mpilm.strategies.rows import num_servers
+from mpilm.simulate.simulation import scaled_settings
+from mpilm.strategies import find_strategy
 from mpilm.train.signals import Agreement
 from mpilm.world.base import World
 from mpilm.world.faults import Faults
@@ -51,7 +51,6 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {  # where they are asked for
     "async_sgd, 4 servers": ("async_sgd", {"servers": 4}),
     "async_sgd, 4 servers, ahead": ("async_sgd", {"servers": 4, "ahead": True}),
 }
-BUCKET_BYTES = 2_000_000  # default of allreduce, which shrinks with a model that does
 ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -115,14 +114,9 @@ def run(
 
     Communicates: collective.
     """
-    kind, settings = (VARIANTS | FURTHER)[variant]
-    if kind == "allreduce":
-        settings = {**settings, "bucket_bytes": max(1, round(BUCKET_BYTES / scale))}
-    if kind == "async_sgd":
-        servers = num_servers(world.size, round(learner.layout.size * scale))
-        servers = min(world.size, settings.get("servers", servers))
-        settings = {**settings, "servers": servers}
-    chosen = strategy(kind, world, **settings)
+    name, settings = (VARIANTS | FURTHER)[variant]
+    kind = find_strategy(name)
+    chosen = kind(world, scaled_settings(kind.Config(**settings), scale))
     chosen.require(learner)
     chosen.start(learner)
     for _ in range(warmup):

@@ -15,7 +15,7 @@ Update      worker  w_hat <- x, when its clock is at most s ahead              (
             ahead   others' shards of step t + 1 are pulled before the gradient of step
                     t:  w_hat <- x of then - the own u of t                (4)
 Messages    8 bytes and 4P/S back for every other shard in (1), 4P/S there in (3).
-            S is K while K is small: three messages for each of S K pairs a step.
+            S servers: three messages for each of S K pairs a step.
 
             Of row tables only the rows that the minibatch reads: row_server.py. Of
             hidden matrices all is pulled, and pushed what units.py chooses.
@@ -48,7 +48,7 @@ from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, WireConfig
 from mpilm.strategies.parameter_server import ParameterServer
 from mpilm.strategies.pushed import Pushed
 from mpilm.strategies.row_server import RowServer
-from mpilm.strategies.rows import from_shards, shards_of
+from mpilm.strategies.rows import from_shards, num_servers, shards_of
 from mpilm.strategies.shared_rows import require_resting_rows
 from mpilm.strategies.units import Units, unit_matrices
 from mpilm.vectors import copy_of, fill_, to_array
@@ -64,7 +64,9 @@ class AsyncSgdConfig(WireConfig):
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """of the server's update, beside that of [optim]"""
     servers: Annotated[int, Meta(ge=0)] = 0
-    """ranks that hold a shard; 0: all, of more than 16 one for every 64 KiB of model"""
+    """ranks that hold a shard; 0: of more than 4, as many as have `shard_bytes`"""
+    shard_bytes: Annotated[int, Meta(ge=1)] = 131_072
+    """least bytes of a shard unless `servers` is set, of more than 4 ranks"""
     ahead: bool = False
     """the next model is pulled beside the gradient, and lacks others' pushes since"""
     units: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -121,7 +123,7 @@ class AsyncSgd(Strategy):
         settings: dict[str, Any] = {
             "momentum": config.momentum,
             "bound": config.staleness_bound,
-            "servers": config.servers,
+            "servers": self.num_servers(layout, self.comm.size),
         }
         if config.units < 1.0:
             self.units = Units(layout, config, self.comm.rank, like=learner.grad)
@@ -137,6 +139,11 @@ class AsyncSgd(Strategy):
             self.service.load(learner.theta)
         if config.ahead:
             self.read, self.last = copy_of(learner.theta), copy_of(learner.theta)
+
+    def num_servers(self, layout: Layout, size: int) -> int:
+        """Return how many of `size` ranks hold a shard."""
+        config, num_bytes = self.config, ITEM_BYTES * layout.size
+        return config.servers or num_servers(size, num_bytes, config.shard_bytes)
 
     @property
     def is_local(self) -> bool:
@@ -283,7 +290,8 @@ class AsyncSgd(Strategy):
         if self.is_local:
             return
         service, layout = self.service, learner.layout
-        before = shards_of(layout, merged.size, self.config.servers)
+        servers = self.num_servers(layout, merged.size)
+        before = shards_of(layout, merged.size, servers)
         if not all(merged.places):
             values_P = from_shards(self.comm, merged, "service/values", before)
             for where, place in zip(before, merged.places, strict=True):

@@ -42,13 +42,13 @@ class ParameterServer(Service):
     asked      what `ask` has begun: questions and answers
     ended      ranks that will not pull before they `begin` again
     partners   int64 (K,): pushes of each rank to this shard, and this rank's own
-    staleness  int64 (17,): pushes of others between the own pull and push
+    staleness  int64 (17,): pushes of others to this shard between the own pull and push
     num_pulls, num_served, num_ends  own pulls; pulls of others answered; own ENDs
 
     Args:
         momentum: m; 0: plain SGD, no velocity.
         bound: s, steps; negative: none.
-        servers: ranks with a shard; 0: as `shards_of` says.
+        servers: ranks with a shard; if more than there are, all.
 
     Communicates: collective when made: it duplicates the communicator.
     """
@@ -63,7 +63,7 @@ class ParameterServer(Service):
         *,
         momentum: float,
         bound: int,
-        servers: int = 0,
+        servers: int,
     ) -> None:
         super().__init__(world, comm, "parameter server")
         self.layout = layout
@@ -163,8 +163,9 @@ class ParameterServer(Service):
                 self.error[self.shards[peer]] = self.comm.left_of(part)
             self.sends.append(self.comm.Isend(part, peer, PUSH))
         with self.lock:
-            late = self.num_foreign - self.num_seen
-            self.staleness[min(late, NUM_BINS - 1)] += 1
+            if self.own.stop > self.own.start:
+                late = self.num_foreign - self.num_seen
+                self.staleness[min(late, NUM_BINS - 1)] += 1
             apply_(self.values, self.velocity, step[self.own], momentum=self.momentum)
             self.partners[self.comm.rank] += 1
 

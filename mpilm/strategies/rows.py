@@ -18,9 +18,7 @@ from mpilm.storage.merged import Merged
 from mpilm.vectors import end_to_end, rows_at, set_rows_
 from mpilm.world.base import IN_PLACE, Comm
 
-# Of every rank a server gets three messages a step. Chosen, not tuned: of so many ranks
-# all are servers, and of more as many as have so many bytes each (machine.eager_bytes).
-FEW_RANKS, SHARD_BYTES = 16, 65_536
+FEW_RANKS = 4  # of so many all are servers; chosen, not tuned
 # Elements that are copied to travel: 4 MB. Chosen, not tuned: large enough for MPI's
 # full rate, small beside the model.
 PIECE = 1 << 20
@@ -41,16 +39,16 @@ def shards(layout: Layout, num_ranks: int) -> list[slice]:
     return [slice(*ends) for ends in zip(cuts, [*cuts[1:], layout.size], strict=True)]
 
 
-def shards_of(layout: Layout, num_ranks: int, servers: int = 0) -> list[slice]:
+def shards_of(layout: Layout, num_ranks: int, servers: int) -> list[slice]:
     """Return the same for `servers` of the ranks, evenly spread; others' are empty.
 
     Args:
-        servers: how many, all ranks at most; 0: as `num_servers` says.
+        servers: how many; if more than there are ranks, all.
 
     >>> shards_of(Layout.of([("embed", (3, 4), "embed")]), 4, 2)
     [slice(0, 4, None), slice(4, 4, None), slice(4, 12, None), slice(12, 12, None)]
     """
-    number = min(num_ranks, servers or num_servers(num_ranks, layout.size))
+    number = min(num_ranks, servers)
     cut = iter(shards(layout, number))
     chosen = {server * num_ranks // number for server in range(number)}
     found: list[slice] = []
@@ -60,14 +58,13 @@ def shards_of(layout: Layout, num_ranks: int, servers: int = 0) -> list[slice]:
     return found
 
 
-def num_servers(num_ranks: int, num_elements: int) -> int:
-    """Return how many ranks have a shard of so many float32, unless one says.
+def num_servers(num_ranks: int, num_bytes: int, least_bytes: int) -> int:
+    """Return how many ranks have a shard: of FEW_RANKS all, of more `least_bytes` each.
 
-    >>> num_servers(16, 100), num_servers(1024, 100), num_servers(1024, 2_700_000)
-    (16, 16, 164)
+    >>> num_servers(3, 1000, 10), num_servers(16, 1000, 500), num_servers(16, 1000, 100)
+    (3, 4, 10)
     """
-    most = 4 * num_elements // SHARD_BYTES
-    return min(num_ranks, max(FEW_RANKS, most))
+    return min(num_ranks, max(FEW_RANKS, num_bytes // least_bytes))
 
 
 def by_owner(

@@ -117,26 +117,31 @@ def exchanges(rank: Any, size: int, steps: int) -> tuple[int, int]:
 def pulls_and_pushes(rank: Any, size: int, steps: int) -> tuple[int, int]:
     """Own pushes, and what is served: docs/async_sgd.md; and the end: 8 bytes, a Bcast.
 
-    Over all ranks it is 8P (K-1)/K + 8 (K-1) each way and rank in a step.
+    Over all ranks it is 8P (K-1)/K + 8 S (K-1)/K each way and rank in a step.
     """
-    own = rank.strategy.service.own
-    shard = 4 * (own.stop - own.start)
-    others, peers = MODEL_BYTES - shard, size - 1
-    sent = steps * (others + peers * shard + 8 * peers) + 16 * peers + shard
-    received = steps * (others + peers * shard + 8 * peers) + 16 * peers + others
+    shard, asked, asking = servers_of(rank, size)
+    others = MODEL_BYTES - shard
+    sent = steps * (others + asking * shard + 8 * asked) + 8 * (asked + asking) + shard
+    received = steps * (others + asking * shard + 8 * asking)
+    received += 8 * (asked + asking) + others
     return (sent, received) if size > 1 else (0, 0)
 
 
 def one_pull_more(rank: Any, size: int, steps: int) -> tuple[int, int]:
     """As `pulls_and_pushes`; the last answer is not used: docs/async_sgd.md."""
-    sent, received = pulls_and_pushes(rank, size, steps)
-    own = rank.strategy.service.own
-    shard = 4 * (own.stop - own.start)
-    answers, questions = MODEL_BYTES - shard, 8 * (size - 1)
     if size == 1:
         return 0, 0
-    sent += questions + (size - 1) * shard
-    return sent, received + answers + questions
+    sent, received = pulls_and_pushes(rank, size, steps)
+    shard, asked, asking = servers_of(rank, size)
+    sent += 8 * asked + asking * shard
+    return sent, received + MODEL_BYTES - shard + 8 * asking
+
+
+def servers_of(rank: Any, size: int) -> tuple[int, int, int]:
+    """Return the bytes of the own shard, how many it asks and by how many it is."""
+    service = rank.strategy.service
+    shard = 4 * (service.own.stop - service.own.start)
+    return shard, len(service.peers), size - 1 if shard else 0
 
 
 def dpsgd(topology: str, **settings: Any) -> Case:

@@ -29,6 +29,7 @@ SPECIAL: dict[str, list[Any]] = {
     "faults.profile": [[{"kind": "constant", "factor": 2.0}]],
     "strategy.settings": [{"weight": 0.25}],
     "strategy.inner": ["bmuf"],
+    "strategy.servers": [1],
     "model.init": ["none.h5"],
     "model.adaptive_cutoffs": [[5, 20]],
     "ema.samples": [50],

@@ -15,7 +15,7 @@ from mpilm.learner.quadratic import ProtocolLearner, layers
 from mpilm.strategies import strategy
 from mpilm.strategies.async_sgd import AsyncSgd, AsyncSgdConfig
 from mpilm.strategies.row_server import RowServer
-from mpilm.strategies.rows import shards, shards_of
+from mpilm.strategies.rows import num_servers, shards, shards_of
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, run_virtual
@@ -159,11 +159,11 @@ def test_more_servers_than_ranks_are_refused():
 
 @pytest.mark.parametrize(
     ("ranks", "elements", "servers"),
-    [(16, 23, 16), (17, 23, 16), (40, 16_384 * 30, 30), (40, 16_384 * 99, 40)],
+    [(3, 23, 3), (4, 23, 4), (5, 23, 4), (16, 1_000, 8), (16, 10_000, 16)],
 )
 def test_every_server_of_many_ranks_has_enough_to_serve(ranks, elements, servers):
     layout = layers(elements)
-    found = shards_of(layout, ranks)
+    found = shards_of(layout, ranks, num_servers(ranks, 4 * elements, 500))
     assert sum(shard.stop > shard.start for shard in found) == servers
     assert [found[0].start, found[-1].stop] == [0, elements]
     assert all(one.stop == other.start for one, other in pairwise(found))
@@ -251,7 +251,7 @@ def test_rows_are_pulled_and_pushed_as_in_the_dense_model(size, choices):
 
     def main(world):
         comm = world.comm.Dup()
-        server = RowServer(world, comm, TABLES, momentum=0.0, bound=-1)
+        server = RowServer(world, comm, TABLES, momentum=0.0, bound=-1, servers=8)
         server.load(begun.copy())
         server.begin()
         dense = np.full(TABLES.num_dense, world.rank + 1, np.float32)
@@ -283,7 +283,7 @@ ALL = {segment.name: set(range(segment.shape[0])) for segment in TABLES.tables}
 def test_momentum_of_rows_is_that_of_the_dense_model():
     def main(world, sparse):
         comm = world.comm.Dup()
-        server = RowServer(world, comm, TABLES, momentum=0.5, bound=0)
+        server = RowServer(world, comm, TABLES, momentum=0.5, bound=0, servers=8)
         server.load(np.zeros(TABLES.size, np.float32))
         server.begin()
         step = np.ones(TABLES.size, np.float32)
@@ -311,7 +311,9 @@ def test_rows_of_tensors_are_those_of_arrays():
     some = {"embed": {0, 3, 6}, "bias": {1}, "out": set()}
 
     def main(world, kind):
-        server = RowServer(world, world.comm.Dup(), TABLES, momentum=0.5, bound=-1)
+        server = RowServer(
+            world, world.comm.Dup(), TABLES, momentum=0.5, bound=-1, servers=8
+        )
         server.load(kind(np.arange(TABLES.size, dtype=np.float32)))
         server.begin()
         for value in (0.25, 0.5):
@@ -334,7 +336,7 @@ def test_rows_of_tensors_are_those_of_arrays():
 @pytest.mark.parametrize("ids", [[1, 1], [2, 0], [-1], [7]])
 def test_rows_that_do_not_ascend_or_do_not_exist_are_refused(ids):
     def main(world):
-        server = RowServer(world, world.comm, TABLES, momentum=0.0, bound=-1)
+        server = RowServer(world, world.comm, TABLES, momentum=0.0, bound=-1, servers=8)
         with pytest.raises(ValueError, match=r"embed: ids must ascend in 0\.\.6"):
             server.pull_part(np.zeros(TABLES.size), {"embed": np.array(ids)}, 0)
         return True
