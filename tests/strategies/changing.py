@@ -76,7 +76,18 @@ def train(config: Config, out: Path, *, samples: int = 0) -> MpilmError | None:
 @cache
 def refused_in_docs() -> set[str]:
     """Return the settings that docs/checkpoints.md says cannot be changed."""
-    (line,) = (s for s in DOCS.read_text().splitlines() if s.startswith("| refused in"))
+    return row_of_docs("refused in")
+
+
+@cache
+def without_effect_in_docs() -> set[str]:
+    """Return the settings that docs/checkpoints.md says have no effect at resume."""
+    return row_of_docs("noted, and without effect")
+
+
+def row_of_docs(begin: str) -> set[str]:
+    """Return the settings that a row of the table in docs/checkpoints.md names."""
+    (line,) = (s for s in DOCS.read_text().splitlines() if s.startswith(f"| {begin}"))
     named = set(re.findall(r"`([a-z_]+\.[a-z_*]+)`", line))
     but = set(re.findall(r"`([a-z_]+\.[a-z_*]+)`", line.partition("but for")[2]))
     every = {f"{s.section}.{s.key}" for s in settings()}

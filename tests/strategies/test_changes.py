@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpilm.config import Config, resolve, settings
@@ -16,8 +17,15 @@ from mpilm.data.kaldi_prepare import prepare_kaldi
 from mpilm.data.synthetic import prepare_synthetic
 from mpilm.errors import ConfigError
 from mpilm.train.changes import differences, read_changes
+from mpilm.train.run import TrainedModel
 from mpilm.train.saving import LASTING
-from tests.strategies.changing import RANKS, SMALL, train, values
+from tests.strategies.changing import (
+    RANKS,
+    SMALL,
+    train,
+    values,
+    without_effect_in_docs,
+)
 from tests.unit.kaldi_files import make_folder
 
 pytestmark = pytest.mark.long
@@ -126,3 +134,17 @@ def test_a_setting_that_is_changed_at_resume(corpora, tmp_path, section, choice,
                 assert what.key not in LASTING
             elif "was made with" in str(refused):
                 break  # the way back is no other
+
+
+@pytest.mark.parametrize("key", sorted(without_effect_in_docs()))
+def test_what_has_no_effect_moves_no_bit(corpora, tmp_path, key):
+    base = document(corpora, "data", "", "corpus")
+    section, name = key.split(".")
+    (other, *_) = changed(base, corpora, section, "", name)
+    first, models = resolve(base), []
+    for run, after in (("as before", first), ("changed", other)):
+        assert train(first, tmp_path / run) is None
+        assert train(after, tmp_path / run, samples=first.train.samples) is None
+        models.append(TrainedModel.read(tmp_path / run).theta_P)
+    assert key in {c.key for c in read_changes(tmp_path / "changed/changes.toml")}
+    assert np.array_equal(*models)
