@@ -34,7 +34,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from harness import parser, report
+from harness import one_group, parser, report
 
 from mpilm.cli import main as mpilm
 from mpilm.config import Config, read_config, resolve
@@ -145,7 +145,7 @@ def trained(cluster: EmulatedCluster, config: Config, args: Any) -> tuple[float,
         script += ["--config", folder / "config.toml", "--seconds", args.seconds]
         command = cluster.command(["-n", str(args.nodes), *map(str, script)])
         process = subprocess.Popen(
-            [*args.chrt, *command],
+            command,
             env=cluster.environment,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -172,12 +172,12 @@ def trained(cluster: EmulatedCluster, config: Config, args: Any) -> tuple[float,
     return perplexity(config, mean_P), samples / args.seconds
 
 
-def probe(cluster: EmulatedCluster, config: Path, nodes: int, chrt: list[str]) -> str:
+def probe(cluster: EmulatedCluster, config: Path, nodes: int) -> str:
     """Return the [machine] that `mpilm probe` prints, with our step_s."""
     words = ["-n", str(nodes), sys.executable, "-m", "mpilm", "probe", str(config)]
     words += ["--steps", "3"]
     done = subprocess.run(
-        [*chrt, *cluster.command(words)],
+        cluster.command(words),
         env=cluster.environment,
         capture_output=True,
         text=True,
@@ -212,11 +212,12 @@ def one_network(rate: str, config: Path, args: Any, points: list[Point]) -> None
     mine = [point for point in points if point["network"] == rate]
     with (
         tempfile.TemporaryDirectory() as name,
+        one_group(),
         EmulatedCluster(args.nodes, rate=rate) as cluster,
     ):
         if not mine:
             machine = Path(name) / "machine.toml"
-            machine.write_text(probe(cluster, config, args.nodes, args.chrt))
+            machine.write_text(probe(cluster, config, args.nodes))
             began_s = time.process_time()
             rows = planned(config, machine, args, Path(name))
             took_s = time.process_time() - began_s
@@ -298,12 +299,10 @@ def main() -> None:
     arguments.add_argument("--periods", type=int, nargs="+", default=list(PERIODS))
     arguments.add_argument("--finalists", type=int, default=6)
     arguments.add_argument("--corpus", type=Path, default=Path("data/docs-2000.h5"))
-    arguments.add_argument("--realtime", action="store_true", help="chrt -r 1")
     arguments.add_argument("--limit-s", type=float, default=120, help="of an mpirun")
     arguments.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     arguments.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = arguments.parse_args()
-    args.chrt = ["chrt", "-r", "1"] if args.realtime else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if args.folder:
         rank_main(args)

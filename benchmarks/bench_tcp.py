@@ -5,8 +5,10 @@
 Open MPI's own Allreduce, in place, one rank a node, over the links of an emulated
 cluster (tools/emulated_cluster.py: root, Debian's iproute2). Each of VARIANTS is an
 mpirun of its own, in turns; a reduction begins after a pause, when all ranks are there,
-and lasts until the slowest is done. Without root the benchmark is skipped; --smoke
-needs no cluster.
+each up to --late-s late, and lasts from the last one's beginning until the slowest is
+done. Without root the benchmark is skipped; --smoke needs no cluster.
+
+Nothing else may run: a rank that waits inside MPI yields its core, and others take it.
 
     at least   2 (K - 1) / K of the bytes at the declared rate
 """
@@ -51,11 +53,12 @@ VARIANTS: dict[str, dict[str, str]] = {
     "64 KB": eager(65536),
     "128 KB": eager(128_000),
     "200 KB": eager(200_000),
-    "300 KB": {},  # mpilm's own
-    "400 KB": eager(400_000),
+    "300 KB": eager(300_000),
     "600 KB": eager(600_000),
-    "300 KB, ring": RING,
+    "1 MB": {},  # mpilm's own
+    "2 MB": eager(2_000_000),
     "64 KB, ring": eager(65536) | RING,
+    "1 MB, ring": RING,
 }
 
 
@@ -66,6 +69,7 @@ def under_mpi(args: argparse.Namespace) -> None:
 
     MPI = start_mpi()
     comm = MPI.COMM_WORLD
+    late = np.random.default_rng(comm.rank)
     x = np.ones(args.bytes // 4, np.float32)
     took = []
     for index in range(args.warmup + args.loops):
@@ -73,11 +77,15 @@ def under_mpi(args: argparse.Namespace) -> None:
         everyone = comm.Ibarrier()
         while not everyone.Test():
             time.sleep(1e-4)
+        begin_s = time.perf_counter() + late.uniform(0.0, args.late_s)
+        while time.perf_counter() < begin_s:
+            pass  # it computes
         began_s = time.perf_counter()
         comm.Allreduce(MPI.IN_PLACE, x)
-        slowest_s = max(comm.allgather(time.perf_counter() - began_s))
+        ended_s = time.perf_counter()  # all nodes have the clock of this machine
+        began, ended = zip(*comm.allgather((began_s, ended_s)), strict=True)
         if index >= args.warmup:
-            took.append(slowest_s)
+            took.append(max(ended) - max(began))
         x.fill(1.0)
     if comm.rank == 0:
         print(*took)
@@ -87,6 +95,7 @@ def seconds(variant: str, args: argparse.Namespace) -> list[float]:
     """Return those of each reduction, under a variant of the settings."""
     script = [sys.executable, __file__, "--rank-of", variant, "--bytes", args.bytes]
     script += ["--warmup", args.warmup, "--loops", args.loops]
+    script += ["--late-s", args.late_s]
     arguments = ["-n", *map(str, [args.ranks, *script])]
     with ExitStack() as stack:
         stack.enter_context(one_group())
@@ -108,7 +117,8 @@ def seconds(variant: str, args: argparse.Namespace) -> list[float]:
             timeout=120,
         )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
+        what = f"{' '.join(command)}: exit code {done.returncode}"
+        raise RuntimeError(f"{what}\n{done.stderr}")
     return [float(word) for word in done.stdout.split()]
 
 
@@ -117,6 +127,7 @@ def main() -> None:
     arguments.add_argument("--rate", default="100mbit", choices=list(RATES))
     arguments.add_argument("--ranks", type=int, default=4)
     arguments.add_argument("--bytes", type=int, default=991_492, help="bench_network's")
+    arguments.add_argument("--late-s", type=float, default=0.0, help="of a rank, most")
     arguments.add_argument("--variants", nargs="+", default=list(VARIANTS))
     arguments.add_argument("--rank-of", dest="variant", help=argparse.SUPPRESS)
     args = arguments.parse_args()
@@ -144,6 +155,7 @@ def main() -> None:
             }
         )
     where = f"{args.ranks} ranks, {args.rate}"
+    where += f", up to {args.late_s * 1e3:g} ms late" if args.late_s else ""
     report("tcp", f"Allreduce of {args.bytes:,} bytes, {where}", rows, args)
 
 

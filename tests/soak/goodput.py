@@ -36,7 +36,7 @@ from tests.soak.kills import BIN, RANKS, ROOT, ranks_of, samples_of
 
 WAYS = ("undisturbed", "replaced", "restarted")
 STEP = 20 * 20 * RANKS  # samples of all ranks
-GIVE_UP_S = 900.0
+GIVE_UP_S = 3600.0
 CONFIG = """\
 [data]
 corpus = "{corpus}"

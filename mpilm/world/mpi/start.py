@@ -18,9 +18,9 @@ FT_SETTING = "OMPI_MCA_mpi_ft_enable"  # set by mpirun --with-ft
 # clearance that the link does not rest until that comes. All measured,
 # docs/mpi-world.md; what the environment sets already is left alone.
 SETTINGS = {
-    "OMPI_MCA_btl_tcp_eager_limit": "300000",
+    "OMPI_MCA_btl_tcp_eager_limit": "1000000",
     "OMPI_MCA_btl_tcp_flags": "send,inplace,need-ack,need-csum",
-    "OMPI_MCA_btl_tcp_rndv_eager_limit": "300000",
+    "OMPI_MCA_btl_tcp_rndv_eager_limit": "1000000",
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "OMPI_MCA_pml_ob1_send_pipeline_depth": "256",
 }
