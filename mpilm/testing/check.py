@@ -46,7 +46,9 @@ SEED = "the same seed"
 LAWS = (LOCAL, STEPS, FINAL, MASS, BYTES, RESUME, QUIET, DEADLOCK, SEED)
 
 CLOSE = 2e-5  # absolute, on models of size 1: float32, some tens of roundings
-STILL = 1e-6  # the same where nothing but mixing happens: some roundings
+# The same where nothing but mixing happens: some roundings, which a filter of block
+# momentum eta makes 1 / (1 - eta) times as large.
+STILL = 5e-6
 NOISY = {"noise": 0.5, "momentum": 0.5}
 # times are binary fractions: an addition of two of them is exact, whatever the clock
 EXACT_TIMES = Machine(
