@@ -32,7 +32,7 @@ from mpilm.world.machine import Machine
 CASES: dict[str, float] = {"none": 1.0, "2x": 2.0, "10x": 10.0, "100x": 100.0}
 LINK = "link 10x"
 CHOSEN = ("local", "allreduce", "adpsgd, random_ring", "async_sgd")
-MOST_ASYNC = 16  # real ranks on 2 cores: three messages for each of K^2 pairs
+MOST_ASYNC = 16  # real ranks on 2 cores: three messages for each server and rank
 TENFOLD = 10.0
 
 
