@@ -257,7 +257,10 @@ def figure(folder: Path | None, name: str, columns: int = 1) -> Iterator[Any]:
     )
     yield axes[0]
     drawing.tight_layout()
-    target: Any = io.BytesIO() if folder is None else folder / f"{name}.png"
+    target: Any = io.BytesIO()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{name}.png"
     drawing.savefig(target, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(drawing)
 
