@@ -188,9 +188,10 @@ def verdict(rows: list[Row]) -> int:
         return [value / plain for value, plain in pairs if plain]
 
     shares = {way: ratios(way, "samples/s") for way in WAYS[1:]}
-    if not all(shares.values()):
-        return 0
     recovery_s = [s for row in rows for s in row["recovery (s)"]]
+    if not recovery_s or not all(shares.values()):
+        print("too few kills, or turns, for a verdict")
+        return 0
     share = statistics.median(shares["replaced"])
     middle_s = statistics.median(recovery_s)
     worse = statistics.median(ratios("replaced", "perplexity")) - 1.0
