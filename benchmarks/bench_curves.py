@@ -29,7 +29,8 @@ from network_ranks import PERIOD, STRATEGIES
 
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.simulate.curves import Stored, StoredCurve
-from mpilm.simulate.simulation import PROTOCOL_PARAMETERS, scaled_settings
+from mpilm.simulate.scaled import scaled_settings
+from mpilm.simulate.simulation import PROTOCOL_PARAMETERS
 from mpilm.strategies import find_strategy
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, VirtualWorld

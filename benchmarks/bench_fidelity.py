@@ -41,22 +41,19 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from fleets import ENVIRONMENT, answer, figure, sleeper
-from harness import (
-    one_group,
-    parser,
-    report,
-)
+from fleets import answer, figure, launch, sleeper
+from harness import parser, report
 
 from mpilm.simulate.calibrate import calibrate, spread, step_times
-from mpilm.simulate.simulation import PROTOCOL_PARAMETERS, scaled_settings
+from mpilm.simulate.scaled import scaled_settings
+from mpilm.simulate.simulation import PROTOCOL_PARAMETERS
 from mpilm.strategies import STRATEGIES, find_strategy
 from mpilm.world.base import World
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, VirtualWorld
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tools.emulated_cluster import EmulatedCluster, why_not
+from tools.emulated_cluster import why_not
 
 # issue F, "Measured"
 GOALS = {
@@ -219,18 +216,9 @@ def measured(network: str, ranks: int, args: argparse.Namespace) -> Found:
         script += ["--learner", args.learner, "--batch", args.batch]
         script += ["--result", result]
         script += ["--strategies", *args.strategies]
-        arguments = ["-n", *map(str, [ranks, *script])]
-        stack.enter_context(one_group())
-        if network == SHARED:
-            mpirun = str(Path(sys.executable).with_name("mpirun"))
-            command = [mpirun, "--oversubscribe", "--bind-to", "none", *arguments]
-            environment = {**os.environ, **ENVIRONMENT}
-        else:
-            slots = -(-ranks // nodes)
-            cluster = EmulatedCluster(nodes, rate=network, slots=slots)
-            stack.enter_context(cluster)
-            command, environment = cluster.command(arguments), cluster.environment
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        rate, slots = "" if network == SHARED else network, -(-ranks // nodes)
+        launched = launch(["-n", ranks, *script], nodes, rate, slots=slots)
+        command, environment = stack.enter_context(launched)
         process = subprocess.Popen(
             command, env=environment, start_new_session=True, stderr=subprocess.PIPE
         )

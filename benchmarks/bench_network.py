@@ -57,8 +57,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from fleets import ENVIRONMENT, figure, legend, lines
-from harness import commit, environment, one_group, parser, report
+from fleets import figure, launch, legend, lines
+from harness import commit, environment, parser, report
 from network_judge import TEXT, Judge, at, busy, characters
 from network_ranks import ALIKE, STRATEGIES, TORCH, begun
 from points import best_rate
@@ -68,7 +68,7 @@ from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, VirtualWorld
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tools.emulated_cluster import EmulatedCluster, why_not
+from tools.emulated_cluster import why_not
 
 RATES = {"10mbit": 1e7, "100mbit": 1e8, "1gbit": 1e9}  # bits/s
 # Some 100 steps of DDP on four nodes: 2 minutes at 10 Mbit/s. Uniform: 65.
@@ -151,18 +151,11 @@ class Table:
         script += ["--series", series, "--lr", lr, "--seed", seed]
         script += ["--tokens", self.folder / "tokens.npy", "--folder", snapshots]
         script += ["--interface", "lo" if self.args.smoke else "eth0"]
-        arguments = ["-n", *map(str, [nodes, *script])]
+        rate = "" if self.args.smoke else network
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, snapshots)
-            stack.enter_context(one_group())
-            if self.args.smoke:
-                mpirun = str(Path(sys.executable).with_name("mpirun"))
-                command = [mpirun, "--oversubscribe", "--bind-to", "none", *arguments]
-                settings = {**os.environ, **ENVIRONMENT}
-            else:
-                cluster = stack.enter_context(EmulatedCluster(nodes, rate=network))
-                command, settings = cluster.command(arguments), cluster.environment
-            settings["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+            launched = launch(["-n", nodes, *script], nodes, rate)
+            command, settings = stack.enter_context(launched)
             errors = stack.enter_context((self.folder / "errors").open("w+"))
             process = subprocess.Popen(
                 command, env=settings, start_new_session=True, stderr=errors

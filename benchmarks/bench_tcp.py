@@ -20,17 +20,16 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from fleets import ENVIRONMENT
-from harness import one_group, parser, report
+from fleets import launch
+from harness import parser, report
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tools.emulated_cluster import EmulatedCluster, why_not
+from tools.emulated_cluster import why_not
 
 RATES = {"10mbit": 1e7, "100mbit": 1e8, "1gbit": 1e9}  # bits/s
 PAUSE_S = 0.05
@@ -96,18 +95,9 @@ def seconds(variant: str, args: argparse.Namespace) -> list[float]:
     script = [sys.executable, __file__, "--rank-of", variant, "--bytes", args.bytes]
     script += ["--warmup", args.warmup, "--loops", args.loops]
     script += ["--late-s", args.late_s]
-    arguments = ["-n", *map(str, [args.ranks, *script])]
-    with ExitStack() as stack:
-        stack.enter_context(one_group())
-        if args.smoke:
-            mpirun = str(Path(sys.executable).with_name("mpirun"))
-            command = [mpirun, "--oversubscribe", "--bind-to", "none", *arguments]
-            settings = {**os.environ, **ENVIRONMENT}
-        else:
-            cluster = EmulatedCluster(args.ranks, rate=args.rate)
-            stack.enter_context(cluster)
-            command, settings = cluster.command(arguments), cluster.environment
-        settings["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    arguments = ["-n", args.ranks, *script]
+    rate = "" if args.smoke else args.rate
+    with launch(arguments, args.ranks, rate) as (command, settings):
         done = subprocess.run(
             command,
             env=settings,

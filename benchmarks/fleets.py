@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ from typing import Any
 from harness import one_group
 
 from mpilm.learner.quadratic import ProtocolLearner
-from mpilm.simulate.simulation import scaled_settings
+from mpilm.simulate.scaled import scaled_settings
 from mpilm.strategies import find_strategy
 from mpilm.train.signals import Agreement
 from mpilm.world.base import World
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import Simulation, VirtualWorld
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.emulated_cluster import EmulatedCluster
 
 # name of a row -> strategy and its settings; the rest as they are by default
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,8 +51,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FURTHER: dict[str, tuple[str, dict[str, Any]]] = {  # where they are asked for
     "async_sgd, ahead": ("async_sgd", {"ahead": True}),
-    "async_sgd, 4 servers": ("async_sgd", {"servers": 4}),
-    "async_sgd, 4 servers, ahead": ("async_sgd", {"servers": 4, "ahead": True}),
+    "async_sgd, 16 servers": ("async_sgd", {"servers": 16}),
 }
 ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -225,6 +227,35 @@ def mpirun(
         if code != 0:
             raise RuntimeError(f"{' '.join(command)}: exit code {code}")
         return json.loads(result.read_text())
+
+
+@contextmanager
+def launch(
+    arguments: Sequence[object], nodes: int, rate: str, *, slots: int = 1
+) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Yield a command that runs `mpirun *arguments`, and its environment.
+
+    The nodes are those of an emulated cluster that is there meanwhile; its ranks import
+    what this process can.
+
+    Args:
+        nodes: of the cluster.
+        rate: of each link; "": no cluster, all ranks on this machine.
+        slots: of a node.
+    """
+    words = list(map(str, arguments))
+    with one_group(), ExitStack() as stack:
+        if rate:
+            cluster = stack.enter_context(
+                EmulatedCluster(nodes, rate=rate, slots=slots)
+            )
+            command, environment = cluster.command(words), cluster.environment
+        else:
+            mpirun = str(Path(sys.executable).with_name("mpirun"))
+            command = [mpirun, "--oversubscribe", "--bind-to", "none", *words]
+            environment = {**os.environ, **ENVIRONMENT}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        yield command, environment
 
 
 def answer(world: World, result: Path, value: Any) -> None:

@@ -5,14 +5,7 @@ Co-simulation  the training program itself with K learners in this process: real
                gradients, the time that the declared machine would take.
 Protocol only  the strategy with a quadratic in the place of the network. Messages and
                computing take the time that they would take; the loss means nothing.
-
-Scale       A protocol of P parameters runs on P/s of them. In machine.py a message of
-            n bytes takes L + n/B: with n/s bytes and B/s the same time, so
-
-                n -> n/s,   bandwidth -> bandwidth/s,   eager_bytes -> eager_bytes/s
-
-            changes no time, but for messages that do not grow with the model (a
-            lease, an agreement): their bytes seem s times slower, some microseconds.
+               It runs on fewer parameters: scaled.py.
 """
 
 from __future__ import annotations
@@ -24,13 +17,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mpilm.config import Config
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
 from mpilm.learner.quadratic import ProtocolLearner
 from mpilm.simulate.drift import Drift
+from mpilm.simulate.scaled import scaled, scaled_settings
 from mpilm.storage.files import text_of
 from mpilm.storage.runlog import write_summary
 from mpilm.strategies import find_strategy
@@ -164,39 +157,6 @@ def simulate_protocol(
         bytes_sent=round(scale * sum(sent for _, _, sent in took)),
         drift=drift.steps(),
     )
-
-
-def scaled(layout: Layout, num_parameters: int) -> tuple[Layout, float]:
-    """Return the layout with about `num_parameters` elements, and how many fewer.
-
-    >>> small, scale = scaled(Layout.of([("w", (40, 10), "w"), ("b", (4,), "w")]), 101)
-    >>> [(s.name, s.size) for s in small], scale
-    ([('w', 100), ('b', 1)], 4.0)
-    """
-    factor = max(1.0, layout.size / num_parameters)
-    if factor == 1.0:
-        return layout, 1.0
-    parts = [(s.name, (max(1, round(s.size / factor)),), s.component) for s in layout]
-    small = Layout.of(parts)
-    return small, layout.size / small.size
-
-
-def scaled_settings(settings: Any, scale: float) -> Any:
-    """Return a strategy's settings with sizes in bytes divided by `scale`."""
-    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    sizes = _scaled_sizes(values, scale)
-    if "settings" in values:  # of the inner strategy of `hierarchical`
-        inner = values["settings"]
-        sizes["settings"] = inner | _scaled_sizes(inner, scale)
-    return dataclasses.replace(settings, **sizes)
-
-
-def _scaled_sizes(values: dict[str, Any], scale: float) -> dict[str, Any]:
-    return {
-        name: max(1, round(value / scale))
-        for name, value in values.items()
-        if name.endswith("_bytes") and value
-    }
 
 
 def model_layout(

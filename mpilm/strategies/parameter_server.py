@@ -97,6 +97,11 @@ class ParameterServer(Service):
         if self.comm.exact is not self.comm:
             self.error = zeros(self.layout.size, like=theta)
 
+    @property
+    def is_server(self) -> bool:
+        """Whether this rank holds a shard."""
+        return self.own.stop > self.own.start
+
     # for the learner
     def pull(self, out: Any, clock: int) -> None:
         """Read the whole model into `out`, (P,), before step number `clock`.
@@ -105,7 +110,7 @@ class ParameterServer(Service):
             blocking.
         """
         self.ask(out, clock)
-        if self.own.stop > self.own.start:
+        if self.is_server:
             self.wait_for_clock(clock)
             self.read_own(out)
         finish_all(self.asked)
@@ -163,7 +168,7 @@ class ParameterServer(Service):
                 self.error[self.shards[peer]] = self.comm.left_of(part)
             self.sends.append(self.comm.Isend(part, peer, PUSH))
         with self.lock:
-            if self.own.stop > self.own.start:
+            if self.is_server:
                 late = self.num_foreign - self.num_seen
                 self.staleness[min(late, NUM_BINS - 1)] += 1
             apply_(self.values, self.velocity, step[self.own], momentum=self.momentum)
@@ -224,7 +229,7 @@ class ParameterServer(Service):
 
     def end_bytes(self) -> int:
         """Return the bytes of ENDs and of their answers, sent and as many received."""
-        answered = self.comm.size - 1 if self.own.stop > self.own.start else 0
+        answered = self.comm.size - 1 if self.is_server else 0
         return 8 * self.num_ends * (len(self.peers) + answered)
 
     # the activity

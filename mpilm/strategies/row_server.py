@@ -98,8 +98,7 @@ class RowServer(ParameterServer):
     @property
     def ranks_with_shard(self) -> list[int]:
         """The others with a shard, in the order to ask them; then this one."""
-        has_own = self.own.stop > self.own.start
-        return [*self.peers, *([self.comm.rank] if has_own else [])]
+        return [*self.peers, *([self.comm.rank] if self.is_server else [])]
 
     # for the learner
     def pull_part(self, out: Any, ids: Mapping[str, Any], clock: int) -> None:
