@@ -24,7 +24,6 @@ Fixed before the table was measured, the same in every row:
                seed 1; begin with FIRST_RATE, double it, else halve it, while the
                perplexity falls; that rate at every network, number of nodes and seed.
                Torch's ways have that of the strategy that computes the same (LIKE)
-    ring       with Open MPI's segmented ring, by its own settings
     DDP        the quicker of two buckets, the default and 0.25 MB, in each network;
                gradient_as_bucket_view. fp16: with torch's own hook beside it
     seeds      of the first model and of what a strategy draws
@@ -78,7 +77,6 @@ FIRST_RATE = 0.01
 TUNED = {"ranks": 4, "steps": 100, "step_s": 0.02}
 LIKE = {  # whose rate a series has: it computes the same
     "allreduce, 0.05 MB": "allreduce",
-    "allreduce, ring": "allreduce",
     "ddp": "allreduce",
     "ddp, 0.25 MB": "allreduce",
     "ddp, fp16": "allreduce",

@@ -41,23 +41,16 @@ def eager(num_bytes: int) -> dict[str, str]:
     return dict.fromkeys(keys, str(num_bytes))
 
 
-RING = {
-    "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
-    "OMPI_MCA_coll_tuned_allreduce_algorithm": "5",
-    "OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize": "60000",
-}
+TREES = {"OMPI_MCA_coll_tuned_use_dynamic_rules": "0"}  # as Open MPI chooses
 PUT = {"OMPI_MCA_btl_tcp_flags": "put,send,inplace,need-ack,need-csum"}
 VARIANTS: dict[str, dict[str, str]] = {
-    'with "put", 64 KB': PUT | eager(65536),
-    "64 KB": eager(65536),
-    "128 KB": eager(128_000),
-    "200 KB": eager(200_000),
-    "300 KB": eager(300_000),
-    "600 KB": eager(600_000),
-    "1 MB": {},  # mpilm's own
-    "2 MB": eager(2_000_000),
-    "64 KB, ring": eager(65536) | RING,
-    "1 MB, ring": RING,
+    'with "put", 64 KB': TREES | PUT | eager(65536),
+    "64 KB": TREES | eager(65536),
+    "300 KB": TREES | eager(300_000),
+    "1 MB": TREES,
+    "2 MB": TREES | eager(2_000_000),
+    "64 KB, ring": eager(65536),
+    "1 MB, ring": {},  # mpilm's own
 }
 
 

@@ -57,15 +57,9 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hierarchical": ("hierarchical", {"inner": "bmuf", "settings": {"period": PERIOD}}),
     "allreduce": ("allreduce", {}),
     "allreduce, 0.05 MB": ("allreduce", {"bucket_bytes": 50_000}),
-    "allreduce, ring": ("allreduce", {}),
     "delay_by_one": ("delay_by_one", {}),
     "async_sgd": ("async_sgd", {}),
     "dpsgd": ("dpsgd", {}),
-}
-RING = {  # Open MPI's segmented ring, for every Allreduce of a process
-    "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
-    "OMPI_MCA_coll_tuned_allreduce_algorithm": "5",
-    "OMPI_MCA_coll_tuned_allreduce_algorithm_segmentsize": "60000",
 }
 ALIKE = ("allreduce", "ddp")  # every rank has the same model after each step
 
@@ -161,7 +155,6 @@ def mpilm_rank(args: argparse.Namespace) -> None:
     """Train by a strategy of mpilm."""
     from mpilm.world.mpi import MpiWorld, abort_on_error
 
-    os.environ.update(RING if args.series.endswith(", ring") else {})
     with MpiWorld() as world, abort_on_error(world):
         chosen, learner = begun(world, args.series, np.load(args.tokens), args)
 

@@ -237,6 +237,22 @@ def test_two_ranks_exchange_at_the_speed_of_one_direction(
     assert both_s < 1.5 * one_s, done.stdout
 
 
+def test_a_reduction_takes_little_more_than_its_bytes(
+    cluster: EmulatedCluster,
+) -> None:
+    """By the ring that mpilm's rules ask for; unless the environment has its own."""
+    program = (sys.executable, str(Path(__file__).with_name("reduction.py")))
+    took_s = []
+    for options in ((), ("-x", "OMPI_MCA_coll_tuned_use_dynamic_rules=0")):
+        arguments = [*options, "-n", "3", *program]
+        done = cluster.mpirun(arguments, map_by="node", limit_s=120.0)
+        assert done.returncode == 0, done
+        took_s.append(float(done.stdout))
+    least_s = 2 * (2 / 3) * 8e6 / 1e8  # 4/3 of 1 MB, over 100 Mbit/s
+    assert 0.95 * least_s < took_s[0] < 1.4 * least_s, took_s
+    assert took_s[1] > 1.4 * took_s[0], took_s
+
+
 def test_what_was_made_is_removed_also_after_an_error() -> None:
     if reason := why_not():
         pytest.skip(reason)

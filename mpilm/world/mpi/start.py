@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 FT_SETTING = "OMPI_MCA_mpi_ft_enable"  # set by mpirun --with-ft
@@ -15,14 +16,22 @@ FT_SETTING = "OMPI_MCA_mpi_ft_enable"  # set by mpirun --with-ft
 # must be copied in fragments has more than three under way between two polls. Over TCP
 # a long message without "put" goes in fragments: as one it holds up the other
 # direction, whose clearance to send waits behind it. And so much of it goes before the
-# clearance that the link does not rest until that comes. All measured,
-# docs/mpi-world.md; what the environment sets already is left alone.
+# clearance that the link does not rest until that comes. Long reductions go round a
+# ring (RULES; all ranks must choose alike). All measured, docs/mpi-world.md; what the
+# environment sets already is left alone.
 SETTINGS = {
     "OMPI_MCA_btl_tcp_eager_limit": "1000000",
     "OMPI_MCA_btl_tcp_flags": "send,inplace,need-ack,need-csum",
     "OMPI_MCA_btl_tcp_rndv_eager_limit": "1000000",
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "OMPI_MCA_pml_ob1_send_pipeline_depth": "256",
+}
+HAS_RULES = "OMPI_MCA_coll_tuned_use_dynamic_rules"
+RULES = {
+    HAS_RULES: "1",
+    "OMPI_MCA_coll_tuned_dynamic_rules_filename": str(
+        Path(__file__).with_name("allreduce.rules")
+    ),
 }
 
 
@@ -33,7 +42,8 @@ def has_ulfm() -> bool:
 
 def start_mpi() -> Any:
     """Return mpi4py's module MPI; start MPI if nobody has."""
-    for name, value in SETTINGS.items():
+    rules = {} if HAS_RULES in os.environ else RULES
+    for name, value in (SETTINGS | rules).items():
         os.environ.setdefault(name, value)
     if has_ulfm() and "mpi4py.MPI" not in sys.modules:
         import mpi4py
