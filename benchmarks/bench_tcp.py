@@ -3,10 +3,11 @@
     python benchmarks/bench_tcp.py --out benchmarks/results/tcp.json
 
 Open MPI's own Allreduce, in place, one rank a node, over the links of an emulated
-cluster (tools/emulated_cluster.py: root, Debian's iproute2). Each of VARIANTS is an
-mpirun of its own, in turns; a reduction begins after a pause, when all ranks are there,
-each up to --late-s late, and lasts from the last one's beginning until the slowest is
-done. Without root the benchmark is skipped; --smoke needs no cluster.
+cluster (tools/emulated_cluster.py: root, Debian's iproute2), or through shared memory.
+Each of VARIANTS is an mpirun of its own, in turns; a reduction begins after a pause,
+when all ranks are there, each up to --late-s late, and lasts from the last one's
+beginning until the slowest is done. Without root what needs a cluster is skipped, and
+--smoke needs none.
 
 Nothing else may run: a rank that waits inside MPI yields its core, and others take it.
 
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.emulated_cluster import why_not
 
 RATES = {"10mbit": 1e7, "100mbit": 1e8, "1gbit": 1e9}  # bits/s
+HERE = "shared memory"
 PAUSE_S = 0.05
 
 
@@ -89,7 +91,7 @@ def seconds(variant: str, args: argparse.Namespace) -> list[float]:
     script += ["--warmup", args.warmup, "--loops", args.loops]
     script += ["--late-s", args.late_s]
     arguments = ["-n", args.ranks, *script]
-    rate = "" if args.smoke else args.rate
+    rate = args.rate if args.rate in RATES else ""
     with launch(arguments, args.ranks, rate) as (command, settings):
         done = subprocess.run(
             command,
@@ -107,7 +109,7 @@ def seconds(variant: str, args: argparse.Namespace) -> list[float]:
 
 def main() -> None:
     arguments = parser(__doc__, warmup=1, loops=11)
-    arguments.add_argument("--rate", default="100mbit", choices=list(RATES))
+    arguments.add_argument("--rate", default="100mbit", choices=[*RATES, HERE])
     arguments.add_argument("--ranks", type=int, default=4)
     arguments.add_argument("--bytes", type=int, default=991_492, help="bench_network's")
     arguments.add_argument("--late-s", type=float, default=0.0, help="of a rank, most")
@@ -119,12 +121,11 @@ def main() -> None:
         return
     if args.smoke:
         args.loops, args.ranks, args.bytes = 2, 2, 400_000
-        args.variants = args.variants[:2]
-    if reason := "" if args.smoke else why_not():
+        args.variants, args.rate = args.variants[:2], HERE
+    if args.rate != HERE and (reason := why_not()):
         print(f"skipped: {reason}")
         return
-    bits = 8 * args.bytes
-    least_s = 2 * (args.ranks - 1) / args.ranks * bits / RATES[args.rate]
+    bits = 2 * (args.ranks - 1) / args.ranks * 8 * args.bytes
     rows: list[dict[str, Any]] = []
     for variant in args.variants:
         took = seconds(variant, args)
@@ -134,9 +135,10 @@ def main() -> None:
                 "min (ms)": min(took) * 1e3,
                 "median (ms)": median(took) * 1e3,
                 "max (ms)": max(took) * 1e3,
-                "median / least": median(took) / least_s,
             }
         )
+        if args.rate != HERE:
+            rows[-1]["median / least"] = median(took) * RATES[args.rate] / bits
     where = f"{args.ranks} ranks, {args.rate}"
     where += f", up to {args.late_s * 1e3:g} ms late" if args.late_s else ""
     report("tcp", f"Allreduce of {args.bytes:,} bytes, {where}", rows, args)
