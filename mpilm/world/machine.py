@@ -15,9 +15,9 @@ Cost        message             L + R + n/B                                    (
 E is what our own software takes to find out that all have come; L' and B' are what a
 reduction comes to, arithmetic included. `mpilm probe` measures them; without them a
 reduction costs what its messages do. A link that rested lets burst_bytes pass in no
-time (a token bucket). Ranks of a node share its link: a group with one rank of each
-node has it alone, and costs of its own (leader_...). docs/virtual-world.md tells how
-costs and ports play together.
+time (a token bucket). Where ranks of a node share its link, a group with one rank of
+each node has it alone, and costs of its own (leader_...); and messages of all share it.
+docs/virtual-world.md tells how costs, ports and links play together.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Machine:
     leader_latency_s: Time = 0.0
     """latency_s of a group with one rank of each node, alone on its link"""
     leader_bandwidth_Bps: Annotated[float, Meta(ge=0)] = 0.0
-    """bandwidth_Bps of such a group; 0: such groups cost what all others do"""
+    """bandwidth_Bps of such a group; 0: such groups cost what all others do. Above
+    bandwidth_Bps: the ranks of a node share its link, bandwidth_Bps of it each"""
     leader_rendezvous_s: Time = 0.0
     """rendezvous_s of such a group"""
     leader_enter_s: Time = 0.0
@@ -189,14 +190,26 @@ class Machine:
     def message_link(
         self, msg_bytes: int, *, same_node: bool, leaders: bool = False
     ) -> Link:
-        """Return the link of a message: R is part of its latency. Args as of `link`."""
+        """Return the link of a message: R is part of its latency. Args as of `link`.
+
+        Its bandwidth is that of a rank which sends alone.
+        """
         link = self.link(same_node=same_node, leaders=leaders)
+        if self.shares_link and not same_node:
+            link = link._replace(bandwidth_Bps=self.leader_bandwidth_Bps)
         if msg_bytes <= self.eager_bytes:
             return link
         more_s = self.node_rendezvous_s if same_node else self.rendezvous_s
         if leaders and not same_node and self.leader_bandwidth_Bps:
             more_s = self.leader_rendezvous_s
         return link.after(Link(more_s, math.inf)) if more_s else link
+
+    @property
+    def shares_link(self) -> bool:
+        """Whether a rank that sends alone has more than when all of its node do."""
+        return (
+            self.ranks_per_node > 1 and self.leader_bandwidth_Bps > self.bandwidth_Bps
+        )
 
     def scaled(self, scale: float) -> Machine:
         """Return the machine on which messages `scale` times shorter take as long.

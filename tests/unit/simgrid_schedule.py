@@ -6,7 +6,9 @@ The schedule: latency_s, bandwidth_Bps and, for each rank, phases: "to", [dest, 
 of messages to send, and "from", [source, bytes] of those to receive. A rank begins a
 phase when all of the last one has gone and come. Printed: when each rank is done.
 
-The platform is the virtual world's: an up-link and a down-link a rank, no other limit.
+The platform is the virtual world's: an up-link and a down-link a rank, no other limit;
+or, with ranks_per_node, of those between nodes also an up-link and a down-link a node,
+of node_Bps.
 """
 
 import json
@@ -39,10 +41,21 @@ def main() -> None:
         down = zone.create_link(f"down{rank}", schedule["bandwidth_Bps"])
         hosts.append(host)
         ports.append((up.seal(), down.seal()))
+    in_node = schedule.get("ranks_per_node", 1)
+    nodes = []
+    for node in range(-(-len(ranks) // in_node) if in_node > 1 else 0):
+        links = [
+            zone.create_link(f"{way}node{node}", schedule["node_Bps"]).seal()
+            for way in ("up", "down")
+        ]
+        nodes.append(links)
     for a, host in enumerate(hosts):
         for b, other in enumerate(hosts):
             if a != b:
-                route = [LinkInRoute(ports[a][0]), LinkInRoute(ports[b][1])]
+                links = [ports[a][0], ports[b][1]]
+                if nodes and a // in_node != b // in_node:
+                    links[1:1] = [nodes[a // in_node][0], nodes[b // in_node][1]]
+                route = [LinkInRoute(link) for link in links]
                 zone.add_route(host.netpoint, other.netpoint, None, None, route, False)
     zone.seal()
     ends = [0.0] * len(ranks)

@@ -1,12 +1,14 @@
 """A second opinion on the network of the virtual world: SimGrid's.
 
 The same schedules of messages in both; the makespans must agree. SimGrid shares a link
-evenly among the messages on it, the virtual world sends them one after the other:
-single messages end at other times, a busy port is as long busy.
+evenly among the messages on it, the virtual world sends those of a rank one after the
+other: single messages end at other times, a busy port is as long busy. The link of a
+node is shared in both.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -21,6 +23,15 @@ from mpilm.world.virtual import run_virtual
 PYTHON = "/usr/bin/python3"  # Debian's python3-simgrid is for the system's Python
 PROGRAM = Path(__file__).with_name("simgrid_schedule.py")
 LATENCY_S, BANDWIDTH_BPS = 1e-3, 1e7
+MACHINE = Machine(latency_s=LATENCY_S, bandwidth_Bps=BANDWIDTH_BPS, eager_bytes=10**9)
+# two ranks share a link on which one rank has its bandwidth, and both 0.6 of it each
+NODE_BPS = 1.2 * BANDWIDTH_BPS
+SHARED = dataclasses.replace(
+    MACHINE,
+    ranks_per_node=2,
+    bandwidth_Bps=NODE_BPS / 2,
+    leader_bandwidth_Bps=BANDWIDTH_BPS,
+)
 WITHIN = 0.05
 
 Phases = list[dict[str, list]]
@@ -40,8 +51,9 @@ def needs_simgrid() -> None:
         pytest.skip(f"{PYTHON} has no simgrid: apt-get install python3-simgrid")
 
 
-def simgrid_s(ranks: list[Phases]) -> float:
+def simgrid_s(ranks: list[Phases], **shared: float) -> float:
     plan = {"latency_s": LATENCY_S, "bandwidth_Bps": BANDWIDTH_BPS, "ranks": ranks}
+    plan |= shared
     done = subprocess.run(
         [PYTHON, PROGRAM],
         input=json.dumps(plan),
@@ -53,7 +65,7 @@ def simgrid_s(ranks: list[Phases]) -> float:
     return max(json.loads(done.stdout))
 
 
-def virtual_s(ranks: list[Phases]) -> float:
+def virtual_s(ranks: list[Phases], machine: Machine = MACHINE) -> float:
     def main(world):
         comm = world.comm
         for tag, one in enumerate(ranks[world.rank]):
@@ -69,9 +81,6 @@ def virtual_s(ranks: list[Phases]) -> float:
                 request.Wait()
         return world.now_s()
 
-    machine = Machine(
-        latency_s=LATENCY_S, bandwidth_Bps=BANDWIDTH_BPS, eager_bytes=10**9
-    )
     return max(run_virtual(main, len(ranks), machine=machine))
 
 
@@ -130,3 +139,38 @@ SCHEDULES = {
 def test_makespans_agree(name: str) -> None:
     ranks = schedule(*SCHEDULES[name])
     assert virtual_s(ranks) == pytest.approx(simgrid_s(ranks), rel=WITHIN)
+
+
+def between_nodes(seed: int) -> list[list[tuple[int, int, int]]]:
+    """Return a round in which six of eight ranks send to a rank of another node.
+
+    Each has a length of its own, and receives one message at most.
+    """
+    draw = random.Random(seed)
+    messages = [
+        (rank, dest, draw.randrange(100_000, 1_000_000))
+        for rank, dest, _ in ring(8, 0, draw.choice([2, 3, 4, 5, 6]))
+        if rank // 2 != dest // 2
+    ]
+    return [draw.sample(messages, 6)]
+
+
+SHARING = {
+    "both ranks of a node send": (4, [[(0, 2, 400_000), (1, 3, 400_000)]]),
+    "one of them": (4, [[(0, 2, 400_000)]]),
+    "one of them longer": (4, [[(0, 2, 400_000), (1, 3, 100_000)]]),
+    "from four servers, one a node": (
+        8,
+        [[(s, (s + k) % 8, 50_000) for s in (0, 2, 4, 6) for k in range(2, 8)]],
+    ),
+    "neighbours on other nodes": (8, [ring(8, 300_000, 2)] * 8),
+    **{f"random lengths {seed}": (8, between_nodes(seed)) for seed in range(6)},
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_makespans_agree_where_ranks_share_a_link(name: str) -> None:
+    ranks = schedule(*SHARING[name])
+    shared = {"ranks_per_node": 2, "node_Bps": NODE_BPS}
+    expected_s = simgrid_s(ranks, **shared)
+    assert virtual_s(ranks, SHARED) == pytest.approx(expected_s, rel=WITHIN)

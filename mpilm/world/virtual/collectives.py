@@ -41,6 +41,10 @@ class Group:
         self.machine, self.how, self.name = machine, how, name
         self.is_void = False
 
+    def free_s(self, state: RankState) -> float:
+        """Return when nothing of a rank is on its way any more."""
+        return max(state.send_free_s, state.receive_free_s)
+
 
 class Call(NamedTuple):
     """What a rank called; all ranks of the group must call the same."""
@@ -120,7 +124,7 @@ class Collective(ABC):
         cost = self.cost()
         start_s = engine.now_s - group.how.burst_s
         for state in states:
-            start_s = max(start_s, state.send_free_s, state.receive_free_s)
+            start_s = max(start_s, group.free_s(state))
         free_s = start_s + cost.transfer_s
         for state in states:
             state.send_free_s = state.receive_free_s = free_s

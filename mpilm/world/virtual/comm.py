@@ -1,12 +1,4 @@
-"""Communicators of the virtual world, and messages from rank to rank.
-
-    sender's port    |--n/B--|                 a next message waits for the port
-    flight           |----L----|
-    receiver's port            |--n/B--|       later, if the port is busy
-                                       delivered; matched in the order of delivery
-
-A port that has rested begins `burst_s` before its message, and ends no earlier than
-that: burst_bytes pass in no time.
+"""Communicators of the virtual world.
 
 A send buffer is copied at the call and a receive buffer written at completion: a
 program that touches a buffer too early shows wrong numbers here, as under MPI.
@@ -16,10 +8,9 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from mpilm.errors import LeftBehindError, WorldError
-from mpilm.vectors import copy_of
 from mpilm.world.base import (
     ANY_SOURCE,
     ANY_TAG,
@@ -30,9 +21,9 @@ from mpilm.world.base import (
     Op,
     Request,
 )
-from mpilm.world.buffers import described, write_
+from mpilm.world.buffers import described
 from mpilm.world.faults import Faults
-from mpilm.world.machine import Link, Machine
+from mpilm.world.machine import Machine
 from mpilm.world.profiles import NO_FAULT
 from mpilm.world.virtual.collectives import (
     Allgather,
@@ -43,24 +34,18 @@ from mpilm.world.virtual.collectives import (
     Group,
     Reduction,
 )
-from mpilm.world.virtual.engine import (
-    NETWORK,
-    Died,
-    Engine,
-    RankState,
-    VirtualRequest,
+from mpilm.world.virtual.engine import Died, Engine, RankState
+from mpilm.world.virtual.links import SharedLink
+from mpilm.world.virtual.messages import (
+    Endpoint,
+    Envelope,
+    ReceiveRequest,
+    SendRequest,
+    VirtualMessage,
+    wanted,
 )
 
 T = TypeVar("T")
-
-
-class Envelope(NamedTuple):
-    """What a message says on the outside; ranks are those of the world."""
-
-    source: int
-    dest: int
-    tag: int
-    nbytes: int
 
 
 class Network:
@@ -69,6 +54,16 @@ class Network:
     def __init__(self, engine: Engine, machine: Machine, faults: Faults) -> None:
         self.engine, self.machine, self.faults = engine, machine, faults
         self.communicators: list[Communicator] = []
+        self._links: dict[int, tuple[SharedLink, SharedLink]] = {}  # by node
+
+    def links(self, state: RankState) -> tuple[SharedLink, SharedLink]:
+        """Return the link that a rank shares, out of its node and into it."""
+        if state.node not in self._links:
+            self._links[state.node] = (
+                SharedLink(self.engine, self.machine, "send_free_s"),
+                SharedLink(self.engine, self.machine, "receive_free_s"),
+            )
+        return self._links[state.node]
 
     def undelivered(self) -> list[Envelope]:
         """Return the messages that nobody received."""
@@ -106,140 +101,23 @@ class Communicator(Group):
         self.open: dict[int, Collective] = {}
         network.communicators.append(self)
 
-
-class VirtualMessage(Message):
-    """A message on its way, or waiting for its receiver."""
-
-    def __init__(
-        self, comm: VirtualComm, source: int, tag: int, buf: Any, link: Link
-    ) -> None:
-        self.comm, self.source, self.tag = comm, source, tag
-        self.nbytes, self.dtype = described(buf)
-        self.data = copy_of(buf)
-        self.transfer_s = self.nbytes / link.bandwidth_Bps
-        self.burst_s = 0.0
-        self.tail_s = 0.0  # with a burst: when its last byte can arrive
-        self.send: SendRequest | None = None  # completed by the receiver
-
-    @property
-    def envelope(self) -> Envelope:
-        """The outside of it, in ranks of the world."""
-        source = self.comm.group.states[self.source].rank
-        return Envelope(source, self.comm.state.rank, self.tag, self.nbytes)
-
-    def arrive(self, _: Any) -> None:
-        """Take the receiver's port, in the order of arrival."""
-        if self.comm.group.is_void:
-            return
-        engine, state = self.comm.engine, self.comm.state
-        start_s = max(engine.now_s - self.burst_s, state.receive_free_s)
-        state.receive_free_s = start_s + self.transfer_s
-        end_s = max(state.receive_free_s, engine.now_s, self.tail_s)
-        engine.at(end_s, NETWORK, self.deliver, None)
-
-    def deliver(self, _: Any) -> None:
-        """Go to the first receive that wants it, or wait."""
-        comm = self.comm
-        if comm.group.is_void:
-            return
-        for index, receive in enumerate(comm.receives):
-            if wanted(self, receive.source, receive.tag):
-                del comm.receives[index]
-                try:
-                    self.put(receive.buf)
-                except WorldError as error:
-                    raise WorldError(f"rank {comm.state.rank}: {error}") from error
-                receive.complete()
-                return
-        comm.arrived.append(self)
-        comm.state.changed()
-
-    def put(self, buf: Any) -> None:
-        """Write it into a receive buffer; tell the sender if it waits for that.
-
-        Raises:
-            WorldError: it does not fit.
-        """
-        nbytes, dtype = described(buf)
-        if self.nbytes > nbytes or self.dtype != dtype:
-            raise WorldError(
-                f"a message of {self.nbytes} bytes of {self.dtype} from rank"
-                f" {self.envelope.source} (tag {self.tag}) does not fit into"
-                f" {nbytes} bytes of {dtype}"
-            )
-        write_(buf, self.data)
-        self.data = None
-        self.comm.traffic.bytes_received += self.nbytes
-        if self.send is not None:
-            late_s = self.send.late_s()
-            if late_s > 0.0:
-                engine = self.comm.engine
-                engine.at(engine.now_s + late_s, NETWORK, self.send.complete, None)
-            else:
-                self.send.complete()
-
-    def Recv(self, buf: Any) -> None:
-        comm = self.comm
-        comm.engine.active(comm.state).may_block()
-        comm.traffic.messages += 1
-        self.put(buf)
+    def free_s(self, state: RankState) -> float:
+        free_s = super().free_s(state)
+        if not self.machine.shares_link:
+            return free_s
+        links = self.network.links(state)
+        return max([free_s, *(link.free_s(state.rank) for link in links)])
 
 
-class SendRequest(VirtualRequest):
-    """A message that is being sent."""
+class VirtualComm(Endpoint, Comm):
+    """One rank's end of a communicator."""
 
-    def __init__(self, comm: VirtualComm, message: VirtualMessage) -> None:
-        super().__init__(comm.engine, comm.state)
-        self.message, self.group = message, comm.group
-
-    def is_void(self) -> bool:
-        return self.group.is_void
-
-    def late_s(self) -> float:
-        """Return how long after its time it is complete, seconds."""
-        return self.engine.rare.delay_s("late_send") if self.engine.rare else 0.0
-
-    def __str__(self) -> str:
-        envelope = self.message.envelope
-        return (
-            f"rank {envelope.dest} to receive a message"
-            f" (tag {envelope.tag}, {envelope.nbytes} bytes)"
-        )
-
-
-class ReceiveRequest(VirtualRequest):
-    """A receive that is posted."""
-
-    def __init__(self, comm: VirtualComm, buf: Any, source: int, tag: int) -> None:
-        super().__init__(comm.engine, comm.state)
-        self.comm, self.buf, self.source, self.tag = comm, buf, source, tag
-
-    def is_void(self) -> bool:
-        return self.comm.group.is_void
-
-    def __str__(self) -> str:
-        states = self.comm.group.states
-        any_source = self.source == ANY_SOURCE
-        source = "any rank" if any_source else f"rank {states[self.source].rank}"
-        tag = "any tag" if self.tag == ANY_TAG else f"tag {self.tag}"
-        return f"a message from {source} ({tag})"
-
-
-class VirtualComm(Comm):
-    """One rank's end of a communicator.
-
-    arrived    messages that nobody has asked for yet, in the order of delivery
-    receives   receives without their message yet, in the order of posting
-    """
+    group: Communicator
 
     def __init__(self, group: Communicator, rank: int) -> None:
-        self.group, self.rank, self.size = group, rank, len(group.states)
-        self.engine, self.machine = group.engine, group.machine
-        self.state = group.states[rank]
+        super().__init__(group, rank)
+        self.size = len(group.states)
         self.generation = self.state.generation
-        self.traffic = self.state.traffic
-        self.arrived: list[VirtualMessage] = []
-        self.receives: list[ReceiveRequest] = []
         self.num_collectives = 0
 
     # point to point
@@ -247,7 +125,7 @@ class VirtualComm(Comm):
         self.engine.active(self.state).catch_up()
         self._require_alive()
         self._check(dest, "dest")
-        state, engine, machine = self.state, self.engine, self.machine
+        state, machine = self.state, self.machine
         peer = self.group.comms[dest]
         nbytes, _ = described(buf)
         same_node = state.node == peer.state.node
@@ -259,26 +137,14 @@ class VirtualComm(Comm):
             link = link.after(fault)
         message = VirtualMessage(peer, self.rank, tag, buf, link)
         request = SendRequest(self, message)
-        now_s = engine.now_s
-        if machine.burst_bytes and not same_node:
-            message.burst_s = machine.burst_bytes / link.bandwidth_Bps
-        start_s = max(now_s - message.burst_s, state.send_free_s)
-        state.send_free_s = start_s + message.transfer_s
-        flight_s = link.latency_s * machine.spread(state.link_random)
-        arrival_s = max(start_s, now_s) + flight_s
-        if message.burst_s:
-            message.tail_s = max(state.send_free_s, now_s) + flight_s
-        if engine.rare is not None:
-            free_s = engine.rare.free_s(state.rank, peer.state.rank, now_s)
-            arrival_s = max(arrival_s, free_s)
-        arrival_s = max(arrival_s, state.last_arrival_s.get(peer.state.rank, 0.0))
-        state.last_arrival_s[peer.state.rank] = arrival_s  # messages do not overtake
-        engine.at(arrival_s, NETWORK, message.arrive, None)
-        if message.nbytes > machine.eager_bytes:
+        if nbytes > machine.eager_bytes:
             message.send = request
+        if same_node or not machine.shares_link:
+            message.depart(request, 0 if same_node else machine.burst_bytes)
         else:
-            left_s = max(state.send_free_s, now_s) + request.late_s()
-            engine.at(left_s, NETWORK, request.complete, None)
+            network = self.group.network
+            out, into = network.links(state)[0], network.links(peer.state)[1]
+            message.depart_together(request, out, into)
         self.traffic.bytes_sent += message.nbytes
         self.traffic.messages += 1
         return request
@@ -456,8 +322,3 @@ class Pickled:
     def copy(self) -> Any:
         """Return a copy of the value for one receiver."""
         return pickle.loads(self.data)
-
-
-def wanted(message: VirtualMessage, source: int, tag: int) -> bool:
-    """Return whether a receive from `source` with `tag`, or wildcards, matches."""
-    return source in (ANY_SOURCE, message.source) and tag in (ANY_TAG, message.tag)

@@ -23,7 +23,7 @@ from mpilm.world.base import Activity, Notify, World, require_ended
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
 from mpilm.world.parts import completion_shares
-from mpilm.world.virtual.comm import Communicator, Envelope, Network, VirtualComm
+from mpilm.world.virtual.comm import Communicator, Network, VirtualComm
 from mpilm.world.virtual.engine import (
     NETWORK,
     Died,
@@ -31,6 +31,7 @@ from mpilm.world.virtual.engine import (
     RankState,
     VirtualActivity,
 )
+from mpilm.world.virtual.messages import Envelope
 from mpilm.world.virtual.rare import Rare
 
 T = TypeVar("T")
