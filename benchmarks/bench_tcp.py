@@ -29,6 +29,8 @@ import numpy as np
 from fleets import launch
 from harness import parser, report
 
+from mpilm.world.mpi.start import RULES
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.emulated_cluster import why_not
 
@@ -51,8 +53,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "300 KB": TREES | eager(300_000),
     "1 MB": TREES,
     "2 MB": TREES | eager(2_000_000),
-    "64 KB, ring": eager(65536),
-    "1 MB, ring": {},  # mpilm's own
+    "64 KB, ring": RULES | eager(65536),
+    "1 MB, ring": RULES,  # mpilm's own between nodes
 }
 
 

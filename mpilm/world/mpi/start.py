@@ -16,9 +16,9 @@ FT_SETTING = "OMPI_MCA_mpi_ft_enable"  # set by mpirun --with-ft
 # must be copied in fragments has more than three under way between two polls. Over TCP
 # a long message without "put" goes in fragments: as one it holds up the other
 # direction, whose clearance to send waits behind it. And so much of it goes before the
-# clearance that the link does not rest until that comes. Long reductions go round a
-# ring (RULES; all ranks must choose alike). All measured, docs/mpi-world.md; what the
-# environment sets already is left alone.
+# clearance that the link does not rest until that comes. Long reductions between nodes
+# go round a ring (RULES; all ranks must choose alike). All measured, docs/mpi-world.md;
+# what the environment sets already is left alone.
 SETTINGS = {
     "OMPI_MCA_btl_tcp_eager_limit": "1000000",
     "OMPI_MCA_btl_tcp_flags": "send,inplace,need-ack,need-csum",
@@ -40,9 +40,20 @@ def has_ulfm() -> bool:
     return os.environ.get(FT_SETTING, "").lower() in {"1", "true", "yes", "ulfm"}
 
 
+def is_one_node() -> bool:
+    """Return whether all ranks are on this node, and stay there; all say the same.
+
+    A rank that joins later, which ULFM allows, may be alone in its own mpirun's eyes.
+    """
+    ranks, here = (
+        os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "LOCAL_SIZE")
+    )
+    return ranks is not None and ranks == here and not has_ulfm()
+
+
 def start_mpi() -> Any:
     """Return mpi4py's module MPI; start MPI if nobody has."""
-    rules = {} if HAS_RULES in os.environ else RULES
+    rules = {} if HAS_RULES in os.environ or is_one_node() else RULES
     for name, value in (SETTINGS | rules).items():
         os.environ.setdefault(name, value)
     if has_ulfm() and "mpi4py.MPI" not in sys.modules:
