@@ -48,6 +48,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,7 +57,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fleets import figure, launch, legend, lines
+from fleets import figure, launch, lines
 from harness import commit, environment, parser, report
 from network_judge import TEXT, Judge, at, busy, characters
 from network_ranks import ALIKE, STRATEGIES, TORCH, begun
@@ -353,7 +354,7 @@ def table_of(table: Table, network: str, nodes: int) -> list[Point]:
 
 
 def plot(tables: dict[tuple[int, str], list[Point]], folder: Path | None) -> None:
-    """Draw seconds over the rate of the links, a line for each series."""
+    """Draw seconds over the rate of the links, the series that all rates have."""
     columns = sorted({nodes for nodes, _ in tables})
     with figure(folder, "network", len(columns)) as axes:
         for axis, nodes in zip(axes, columns, strict=True):
@@ -363,12 +364,16 @@ def plot(tables: dict[tuple[int, str], list[Point]], folder: Path | None) -> Non
                 for row in rows
                 if here == nodes and not isinstance(row["seconds"], str)
             ]
-            some.sort(key=lambda row: row["Mbit/s"])
+            rates = Counter(row["series"] for row in some)
+            most = max(rates.values(), default=0)
+            some = [row for row in some if rates[row["series"]] == most]
+            some.sort(key=lambda row: (row["series"], row["Mbit/s"]))
             lines(axis, some, "Mbit/s", "seconds", by="series")
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_title(f"{nodes} nodes")
-            legend(axis, columns=2)
+            if some:
+                axis.legend(fontsize=7)
 
 
 def main() -> None:
