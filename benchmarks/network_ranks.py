@@ -60,6 +60,12 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "delay_by_one": ("delay_by_one", {}),
     "async_sgd": ("async_sgd", {}),
     "dpsgd": ("dpsgd", {}),
+    "gossip_pga": ("gossip_pga", {}),
+    "sgp": ("sgp", {}),
+    "sparta": ("sparta", {}),
+    "des_loc": ("des_loc", {}),
+    "eager_diloco": ("eager_diloco", {}),
+    "divshare": ("divshare", {}),
 }
 ALIKE = ("allreduce", "ddp")  # every rank has the same model after each step
 
