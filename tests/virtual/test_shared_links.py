@@ -30,7 +30,7 @@ def ends(
 ) -> dict[tuple[int, int], float]:
     """Send messages at 0, {source: [(dest, bytes), ...]}; return when each has come.
 
-    The key is (source, dest), the number of bytes of a pair's messages their tag.
+    The key is (source, dest): one message of a pair.
     """
     found: dict[tuple[int, int], float] = {}
 
@@ -99,19 +99,21 @@ def test_where_all_send_at_once_it_is_as_if_each_had_a_port_of_its_own() -> None
 
     def main(world):
         comm, there = world.comm, (world.rank + 2) % world.size
-        x, y, z = (np.zeros(MB, np.float32) for _ in range(3))
+        w, x, y, z = (np.zeros(MB, np.float32) for _ in range(4))
         half = MB // 2
         before = [comm.Isend(x[:half], there) for _ in range(2)]
         total = comm.Iallreduce(x, y)
         world.sleep(0.1)
         after = comm.Isend(x[:half], there)
+        second = comm.Iallreduce(x, w)  # while `after` waits for the first one
         times = []
         for _ in range(3):
             comm.Recv(z[:half], there)
             times.append(world.now_s())
-        for request in (*before, total, after):
+        for request in (*before, total, after, second):
             request.Wait()
-        return [*times, world.now_s()]
+            times.append(world.now_s())
+        return times
 
     shared = run_virtual(main, 4, machine=SHARED)
     ports = dataclasses.replace(SHARED, leader_bandwidth_Bps=0.0)

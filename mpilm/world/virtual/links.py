@@ -69,14 +69,15 @@ class SharedLink:
 
     def free_s(self, rank: int) -> float:
         """Return when all that a rank has put has passed, as it looks now."""
-        queue = self.queues[rank]
-        if not queue:
-            return 0.0
-        left_bytes = sum(flow.left_bytes for flow in queue)
-        return self.since_s + left_bytes / self._speed_Bps(queue[0])
+        num_ranks = sum(map(bool, self.queues.values()))
+        free_s = self.since_s
+        for flow in self.queues[rank]:
+            free_s = max(free_s, flow.after_s)
+            free_s += flow.left_bytes / self._speed_Bps(flow, num_ranks)
+        return free_s
 
-    def _speed_Bps(self, flow: Flow) -> float:
-        return min(flow.most_Bps, self.whole_Bps / max(1, len(self.passing)))
+    def _speed_Bps(self, flow: Flow, num_ranks: int) -> float:
+        return min(flow.most_Bps, self.whole_Bps / num_ranks)
 
     def _begin(self, state: RankState) -> None:
         """Let the first flow of a rank pass, once its time has come."""
@@ -97,7 +98,7 @@ class SharedLink:
         """Let everybody have had his share until now."""
         passed_s = self.engine.now_s - self.since_s
         for _, flow in self.passing:
-            flow.left_bytes -= passed_s * self._speed_Bps(flow)
+            flow.left_bytes -= passed_s * self._speed_Bps(flow, len(self.passing))
         self.since_s = self.engine.now_s
 
     def _plan(self) -> None:
@@ -109,7 +110,7 @@ class SharedLink:
             self.engine.at(end_s, NETWORK, self._end, self.plan)
 
     def _left_s(self, flow: Flow) -> float:
-        return flow.left_bytes / self._speed_Bps(flow)
+        return flow.left_bytes / self._speed_Bps(flow, len(self.passing))
 
     def _end(self, plan: int) -> None:
         """Take out who has passed; the next flows of their ranks begin."""
