@@ -6,10 +6,16 @@ the command leaves a request in the run folder, and rank 0 has the ranks started
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+LOOK_S = 0.5  # between two looks for who has this process started
+ALONE_S = 5.0  # without it, until this process ends; chosen, not tuned
 
 
 def ask(
@@ -17,7 +23,7 @@ def ask(
     /,
     *,
     ranks: int = 1,
-    spawned: bool = False,
+    spawned: str = "",
 ) -> int:
     """Let a run that trains have more ranks: they are taken in at a sync point.
 
@@ -26,10 +32,10 @@ def ask(
     Args:
         run: run folder
         ranks: how many
-        spawned: be one of them; the run itself has it started so
+        spawned: be one of them; the run itself has it started so, and says by whom
     """
     if spawned:
-        return train_along(run)
+        return train_along(run, spawned)
     from mpilm.errors import ConfigError
     from mpilm.train.folder import RunFolder
     from mpilm.train.joins import request_ranks
@@ -41,19 +47,50 @@ def ask(
     return 0
 
 
-def train_along(folder: Path) -> int:
+def train_along(folder: Path, asker: str) -> int:
     """Be a rank of a run that has asked for this process; return the exit code."""
-    import mpilm.learner.learner  # noqa: F401  before the others wait for this rank
-    from mpilm.errors import STOPPED_EARLY
-    from mpilm.train.folder import RunFolder
-    from mpilm.train.loop import Trainer
     from mpilm.train.signals import StopRequest
-    from mpilm.world.mpi import MpiWorld, abort_on_error
 
-    config = RunFolder(folder).read_config()
-    stop = StopRequest()
-    with stop, MpiWorld.joined() as world, abort_on_error(world, folder):
-        faults, silence_s = config.faults.of_new_rank(), config.world.silence_s
-        world.configure(faults=faults, silence_s=silence_s)
-        finished = Trainer(config, world, folder).train(stop)
+    with StopRequest() as stop:  # a signal to all ranks comes here, too
+        import mpilm.learner.learner  # noqa: F401  before the others wait for this rank
+        from mpilm.errors import STOPPED_EARLY
+        from mpilm.storage.owner import is_owned_by
+        from mpilm.train.folder import RunFolder
+        from mpilm.train.loop import Trainer
+        from mpilm.world.mpi import MpiWorld, abort_on_error
+
+        config = RunFolder(folder).read_config()
+        if not is_owned_by(folder, asker):  # it died while this process started
+            return 0
+        has_joined = threading.Event()
+        watch = threading.Thread(
+            target=leave_alone, args=(folder, asker, has_joined), daemon=True
+        )
+        watch.start()
+        joined = MpiWorld.joined()
+        has_joined.set()
+        if joined is None:  # the run has ended meanwhile
+            return 0
+        with joined as world, abort_on_error(world, folder):
+            faults, silence_s = config.faults.of_new_rank(), config.world.silence_s
+            world.configure(faults=faults, silence_s=silence_s)
+            finished = Trainer(config, world, folder).train(stop)
     return 0 if finished else STOPPED_EARLY
+
+
+def leave_alone(folder: Path, asker: str, has_joined: threading.Event) -> None:
+    """End this process when who has it started no longer owns the folder.
+
+    That one is dead, or the run is over. MPI does not tell: Open MPI 5.0.11 waits for a
+    dead one for ever, in Merge, and mpirun for this process.
+    """
+    from mpilm.storage.owner import is_owned_by
+    from mpilm.world.mpi.start import leave_launcher
+
+    seen_s = time.monotonic()
+    while not has_joined.wait(LOOK_S):
+        if is_owned_by(folder, asker):
+            seen_s = time.monotonic()
+        elif time.monotonic() > seen_s + ALONE_S:
+            leave_launcher()
+            os._exit(0)

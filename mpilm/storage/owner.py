@@ -90,6 +90,11 @@ class Record:
         except (OSError, ValueError, TypeError):
             return None
 
+    @property
+    def process(self) -> str:
+        """Which process of which machine it is."""
+        return f"{self.pid}-{self.started}@{self.host}"
+
     def to_bytes(self) -> bytes:
         """Return it as JSON, always as long: of two written at once one stands."""
         return json.dumps(asdict(self)).ljust(LENGTH).encode()
@@ -97,6 +102,17 @@ class Record:
     def __str__(self) -> str:
         job = f", {self.job}" if self.job else ""
         return f"pid {self.pid} on {self.host}{job}, since {self.since} UTC"
+
+
+def is_owned_by(folder: Path, process: str) -> bool:
+    """Return whether a process, see `Record.process`, owns a run folder, and lives.
+
+    Of one on another host that has died it is said until the next owner has come.
+    """
+    found = Record.read(folder / NAME)
+    if found is None or found.process != process:
+        return False
+    return found.boot != boot() or found.started == started(found.pid)
 
 
 class Owner:

@@ -26,6 +26,7 @@ import numpy as np
 from mpilm.errors import CheckpointError, ConfigError, WorldError
 from mpilm.storage.files import reason, replace_file, text_of
 from mpilm.storage.merged import MEAN_OF, Gathered, is_model
+from mpilm.storage.owner import Record
 from mpilm.storage.packed import length_of, packed, unpacked
 from mpilm.storage.saved import State, nested
 from mpilm.train.resume_point import ResumePoint
@@ -86,7 +87,7 @@ class Recruiting:
         command = ("-m", "mpilm", "join", str(self.folder), "--spawned")
         try:
             for _ in range(missing):
-                world.recruit((sys.executable, *command))
+                world.recruit((sys.executable, *command, Record.here().process))
         except WorldError as error:
             self.failure = str(error)
         return ready > 0

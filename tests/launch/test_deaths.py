@@ -20,6 +20,21 @@ TURNS = [
     ("model_averaging:3", "bmuf:0", "gossip_bmuf:1"),
     ("dpsgd:2", "adpsgd:1", "async_sgd:0"),
 ]
+# Rank 1 is killed; to the others MPI's next error might mean anything.
+UNCLEAR = """\
+import os, signal
+from mpi4py import MPI
+from mpilm.world.mpi import MpiWorld
+with MpiWorld() as world:
+    meaning, error = world.resources.membership.translate, MPI.Exception(MPI.ERR_OTHER)
+    is_death = [meaning(error) is not error]
+    world.comm.Barrier()
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    is_death += [meaning(error) is not error]
+    left = world.shrink()
+    print(f"rank {world.rank}: {is_death}, left: {left}", flush=True)
+"""
 
 
 @pytest.mark.parametrize("turns", TURNS, ids="-".join)
@@ -54,3 +69,12 @@ def test_the_others_go_on(inputs: Path, tmp_path: Path, turns: tuple[str, ...]) 
         assert found is not None, run
         assert int(found[1]) in range(STEPS - 10, 150, 5)
     assert list(tmp_path.glob("traceback*")) == []
+
+
+def test_an_unclear_error_is_a_death_if_a_rank_has_died() -> None:
+    """Open MPI's nonblocking collectives report some deaths as MPI_ERR_OTHER."""
+    program = (sys.executable, "-c", UNCLEAR)
+    run = mpirun(3, program=program, options=("--with-ft", "ulfm"))
+    assert run.code == 0, run
+    said = sorted(line for line in run.out.splitlines() if line.startswith("rank "))
+    assert said == [f"rank {n}: [False, True], left: [0, 2]" for n in (0, 1)]

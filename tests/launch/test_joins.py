@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from mpilm.storage.checkpoint import load_shared
+from mpilm.train.joins import request_ranks
 
 from .conftest import Running, mpirun, wait_for
 
@@ -51,3 +53,45 @@ def test_a_rank_that_is_killed_is_replaced(
     assert len([*newest.glob("rank-*.h5")]) == 3
     at = int(joined[0].replace(",", ""))
     assert load_shared(folder / "checkpoints")["samples"] >= at > 0
+
+
+def test_mpirun_ends_though_ranks_that_were_to_join_are_not_taken_in(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """Who has one started dies while it starts; the run stops while another starts."""
+    folder = tmp_path / "run"
+
+    def ask(running: Running) -> None:
+        wait_for(lambda: [*folder.glob("checkpoints/step-?????????")], "checkpoint")
+        first = running.ranks
+
+        def more() -> int:
+            new = {*running.ranks} - {*first}
+            return sum(catches(pid, signal.SIGUSR1) for pid in new)
+
+        request_ranks(folder, 1)
+        wait_for(lambda: more() == 1, "rank that was asked for")
+        os.kill(first[0], signal.SIGKILL)
+        wait_for(lambda: more() == 2, "rank in its place")
+        running.signal(signal.SIGUSR1)
+
+    run = mpirun(
+        *(3, "train", inputs / "tiny.toml", "--out", folder),
+        *("--set", "strategy.name=model_averaging", "--set", "train.samples=900_000_000"),
+        *("--set", 'world.on_death="replace"'),
+        options=("--with-ft", "ulfm"),
+        during=ask,
+        limit_s=300,
+    )
+    assert run.code == 75, run
+    assert "rank 0 died; 2 go on from the mean" in run.out
+    assert " joined; " not in run.out
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Return whether a process has a handler of a signal."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False

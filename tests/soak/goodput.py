@@ -94,6 +94,13 @@ class Launch:
         return [at_s for at_s, line in self.said if word in line]
 
 
+def ended(launch: Launch, folder: Path) -> str:
+    """Return what a run that should have gone on has left to be read."""
+    lines = [line for _, line in launch.said]
+    lines += [path.read_text() for path in folder.glob("traceback-*.txt")]
+    return "".join(lines)
+
+
 def train(way: str, turn: int, folder: Path, corpus: Path, options: Any) -> Row:
     """Train one way; return what was seen."""
     draw = random.Random(f"{way} {turn}")
@@ -107,7 +114,7 @@ def train(way: str, turn: int, folder: Path, corpus: Path, options: Any) -> Row:
     began_s = time.monotonic()
     while not complete_checkpoints(folder / "checkpoints"):
         if time.monotonic() > began_s + GIVE_UP_S or launch.process.poll() is not None:
-            raise SystemExit("".join(line for _, line in launch.said))
+            raise SystemExit(ended(launch, folder))
         time.sleep(0.05)
     first_s, first = time.monotonic(), samples_of(folder)
     killed_s: list[float] = []
@@ -118,7 +125,7 @@ def train(way: str, turn: int, folder: Path, corpus: Path, options: Any) -> Row:
             if code == 0 or (folder / "summary.json").exists():
                 break
             if way != "restarted":
-                raise SystemExit("".join(line for _, line in launch.said))
+                raise SystemExit(ended(launch, folder))
             restarts += 1
             launch = Launch("resume", folder, ulfm=False)
         is_due = time.monotonic() >= first_s + options.every * (len(killed_s) + 1)
@@ -153,7 +160,7 @@ def main() -> int:
     """Do as the header says; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=float, default=30.0, help="seconds")
-    parser.add_argument("--turns", type=int, default=6, help="of each way")
+    parser.add_argument("--turns", type=int, default=7, help="of each way")
     parser.add_argument("--steps", type=int, default=5_000, help="of each rank")
     parser.add_argument("--period", type=int, default=60, help="steps to a checkpoint")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)

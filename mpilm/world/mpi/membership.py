@@ -2,7 +2,8 @@
 
 Needs ULFM (User-Level Failure Mitigation, MPI's proposal, in Open MPI 5): `mpirun
 --with-ft ulfm`. There a call that needs a dead rank fails with MPI_ERR_PROC_FAILED,
-and goes on to fail on that communicator.
+and goes on to fail on that communicator. A nonblocking collective may forget which
+error it was: Open MPI's NBC_Start_round turns any into MPI_ERR_OTHER.
 
     rank 0 (dead)
     rank 1  Wait: PROC_FAILED | Revoke all ............ | Shrink |
@@ -20,7 +21,9 @@ fails afterwards is no death: it must not revoke the communicators of today.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -30,6 +33,11 @@ from mpilm.errors import LeftBehindError, RanksDiedError, WorldError
 from mpilm.world.mpi.start import has_ulfm
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+OF_DEATH = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
+UNCLEAR = (MPI.ERR_OTHER, MPI.ERR_INTERN, MPI.ERR_UNKNOWN)
+LATE_S = 2.0  # that a death may be known after an unclear error; chosen, not tuned
+LOOK_S = 0.01  # between two looks for it
 
 
 class Membership:
@@ -53,14 +61,29 @@ class Membership:
         """Return what an error means: a death, or itself; revoke all after a death."""
         if not isinstance(error, MPI.Exception) or not has_ulfm():
             return error
-        of_death = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
-        if error.Get_error_class() not in of_death:
+        if not self.is_of_death(error):
             return error
         if self.death is None:
             sign = f"{error}, generation {self.generation}"
             self.death = RanksDiedError(self.dead(), sign=sign)
             self.revoke(sign)
         return self.death
+
+    def is_of_death(self, error: MPI.Exception) -> bool:
+        """Return whether a call has failed since a rank has died.
+
+        After an error that may mean anything it waits some time for news of a death.
+        """
+        kind, began_s = error.Get_error_class(), time.monotonic()
+        if kind not in UNCLEAR:
+            return kind in OF_DEATH
+        while not (self.death or self.control.Is_revoked() or self.dead()):
+            if time.monotonic() > began_s + LATE_S:
+                return False
+            with suppress(MPI.Exception):
+                self.control.Iprobe()  # lets MPI look for news
+            time.sleep(LOOK_S)
+        return True
 
     def dead(self) -> list[int]:
         """Return the ranks that are known to have died."""

@@ -5,9 +5,10 @@
     new one            import, connect  READY | <- port | Connect| Merge | new world
 
 Rank 0 spawns it alone, so nobody waits while a program starts. Then all accept it on a
-port, which takes a fraction of a second. Seen with Open MPI 5.0.11 under `mpirun
---with-ft ulfm`, after deaths of any rank, rank 0 and those that joined among them. What
-does not work there stands in docs/log.md.
+port, which takes a fraction of a second. If the run ends before, rank 0 waits until it
+is ready, and sends it home: mpirun waits for every process that it has started. Seen
+with Open MPI 5.0.11 under `mpirun --with-ft ulfm`, after deaths of any rank, rank 0 and
+those that joined among them. What does not work there stands in docs/log.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-READY = b"ready"
+READY, GO_HOME = b"ready", ""
 LOOK_S = 0.05  # between two looks for a message; chosen, not tuned
 
 
@@ -73,19 +74,33 @@ class Recruits:
             MPI.Close_port(port)
         return united(joined, high=False)
 
+    def dismiss(self) -> None:
+        """Send home those that nobody takes in any more, once they have been started.
 
-def await_ranks() -> MPI.Intracomm:
+        Communicates: with each of them; blocks until it is ready and has heard of it.
+        """
+        while self.num_under_way:
+            time.sleep(LOOK_S)
+        while self._ready:
+            with suppress(MPI.Exception):  # it has died
+                self._ready.pop().ssend(GO_HOME, 1)
+
+
+def await_ranks() -> MPI.Intracomm | None:
     """Return the communicator of the ranks that have asked for this process, and it.
 
-    Blocks until they take it in.
+    Blocks until they take it in. None: they have ended, or who has asked has died.
     """
     parent = MPI.Comm.Get_parent()
     parent.Set_errhandler(MPI.ERRORS_RETURN)
-    pair = parent.Merge(high=True)
-    pair.Set_errhandler(MPI.ERRORS_RETURN)
-    pair.send(READY, 0)
-    port = receive(pair, 0)
-    return united(MPI.COMM_SELF.Connect(port), high=True)
+    try:
+        pair = parent.Merge(high=True)
+        pair.Set_errhandler(MPI.ERRORS_RETURN)
+        pair.send(READY, 0)
+        port = receive(pair, 0)
+    except MPI.Exception:
+        return None
+    return united(MPI.COMM_SELF.Connect(port), high=True) if port else None
 
 
 def united(joined: MPI.Intercomm, *, high: bool) -> MPI.Intracomm:

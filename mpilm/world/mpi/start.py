@@ -6,10 +6,13 @@ Nothing here imports mpi4py before it is asked to: to import it starts MPI.
 from __future__ import annotations
 
 import atexit
+import ctypes
+import faulthandler
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FT_SETTING = "OMPI_MCA_mpi_ft_enable"  # set by mpirun --with-ft
 # Open MPI: a thread that waits inside MPI lets others have its core; and a message that
@@ -68,6 +71,18 @@ def start_mpi() -> Any:
     return MPI
 
 
+def start_mpi_within(limit_s: float) -> None:
+    """Start MPI, or end this process: MPI_Init holds Python's lock while it waits."""
+    faulthandler.dump_traceback_later(limit_s, exit=True, file=nowhere())
+    start_mpi()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def nowhere() -> IO[str]:
+    """Return a file that keeps nothing, open until the process ends."""
+    return open(os.devnull, "w", encoding="utf-8")
+
+
 def leave_out_finalize() -> None:
     """End without MPI_Finalize: ranks that joined have a COMM_WORLD of their own."""
     global _ends_in_order  # noqa: PLW0603  of the process, as MPI is
@@ -91,3 +106,15 @@ def _finalize() -> None:
         failed.Free()
         if num_failed == 0 and _ends_in_order:
             MPI.Finalize()
+        else:
+            leave_launcher()
+
+
+def leave_launcher() -> None:
+    """Tell the launcher that this process ends well, without MPI_Finalize.
+
+    By PMIx, which Open MPI speaks: else a spawned process would have failed there.
+    """
+    with suppress(OSError):  # another MPI
+        pmix = ctypes.CDLL("libpmix.so.2", mode=os.RTLD_NOLOAD)
+        pmix.PMIx_Finalize(None, ctypes.c_size_t(0))

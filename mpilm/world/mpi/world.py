@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpilm.errors import (
     BAD_INPUT,
@@ -37,7 +37,13 @@ from mpilm.world.mpi.abort import abort_on_error
 from mpilm.world.mpi.activities import NotifyingLock, ThreadActivity
 from mpilm.world.mpi.clock import clock, pause_s
 from mpilm.world.mpi.stall import Waiting
-from mpilm.world.mpi.start import has_ulfm, leave_out_finalize, start_mpi
+from mpilm.world.mpi.start import (
+    has_ulfm,
+    leave_out_finalize,
+    nowhere,
+    start_mpi,
+    start_mpi_within,
+)
 from mpilm.world.parts import completion_shares
 
 if TYPE_CHECKING:  # to import it starts MPI
@@ -52,6 +58,7 @@ LEAVE_S = 10.0  # how long a rank that exits without close() waits for the other
 CRASH_S = 1.0  # the same after an uncaught exception
 JOIN_S = 5.0  # for threads at the end
 ABORT_S = 10.0  # for mpirun to end us when asked to; then we end by ourselves
+INIT_S = 60.0  # of a process that joins: MPI waits for ever for one that has died
 SETTLE_S = 1.0  # for requests under way when a rank has died
 
 
@@ -108,17 +115,22 @@ class MpiWorld(World):
         self._start_s = clock()
 
     @classmethod
-    def joined(cls) -> MpiWorld:
+    def joined(cls) -> MpiWorld | None:
         """Return the world of ranks at work, who have asked for this process.
+
+        None: they have ended before they took it in.
 
         Communicates: collective with `grow` of the others; blocks until then.
         """
-        start_mpi()
+        start_mpi_within(INIT_S)
         from mpilm.world.mpi.recruits import await_ranks
 
-        world = cls(await_ranks())
-        world.joins = True
         leave_out_finalize()
+        comm = await_ranks()
+        if comm is None:
+            return None
+        world = cls(comm)
+        world.joins = True
         return world
 
     def _begin(
@@ -293,6 +305,7 @@ class MpiWorld(World):
                 if not isinstance(self.progress.meaning(error), RanksDiedError):
                     raise
                 self.shrink()
+        self._recruits.dismiss()
         self._closed = True
         atexit.unregister(self._leave)
         self.progress.stop(JOIN_S)
@@ -397,7 +410,7 @@ class MpiWorld(World):
         sys.stderr.flush()
         time.sleep(FORWARD_S)
         # where mpirun cannot be reached Abort waits for it, with Python's lock held
-        faulthandler.dump_traceback_later(ABORT_S, exit=True, file=_nowhere())
+        faulthandler.dump_traceback_later(ABORT_S, exit=True, file=nowhere())
         self.control.Abort(code)
 
     def _leave(self) -> None:
@@ -443,11 +456,6 @@ def run_mpi(main: Callable[[MpiWorld], T], *, faults: Faults | None = None) -> T
     """
     with MpiWorld(faults=faults) as world, abort_on_error(world):
         return main(world)
-
-
-def _nowhere() -> IO[str]:
-    """Return a file that keeps nothing, open until the process ends."""
-    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _ignore(part: Any) -> None:
