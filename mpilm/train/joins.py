@@ -35,6 +35,8 @@ from mpilm.world.base import Comm, World
 
 LOOK_S = 1.0  # between two looks for a request in the folder; chosen, not tuned
 STATE_TAG = 11
+# A signal to all ranks comes to a process as it starts, too: it has no handlers yet.
+DEAF = ("sh", "-c", 'trap "" INT TERM USR1; exec "$@"', "sh")
 
 
 class Recruiting:
@@ -84,10 +86,10 @@ class Recruiting:
             own = "a new process does not know this model of your own"
             self.failure = f"no rank is added: {own}"
             return False
-        command = ("-m", "mpilm", "join", str(self.folder), "--spawned")
+        command = (*DEAF, sys.executable, "-m", "mpilm", "join", str(self.folder))
         try:
             for _ in range(missing):
-                world.recruit((sys.executable, *command, Record.here().process))
+                world.recruit((*command, "--spawned", Record.here().process))
         except WorldError as error:
             self.failure = str(error)
         return ready > 0
