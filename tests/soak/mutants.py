@@ -8,8 +8,10 @@ the tree, and looked for in steps, each only for what the one before left alive:
 
     schedules   up to --seeds random schedules of the strategies that reach the module
     tests       the test files of its name, of those of the strategies that need it,
-                and what imports it; tests/virtual for the worlds
+                what imports it or speaks of these strategies; tests/virtual and those
+                of deaths and joins for the worlds
     battery     of these strategies
+    others      all other tests of the strategies but for the long ones
 
 What all leave alive is listed, to be read: some mutants change nothing that can be
 seen (a bound that is never reached, the order of equal things). A step that does not
@@ -44,7 +46,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("mpilm/strategies", "mpilm/world", "mpilm/world/virtual")
-COPIED = ("mpilm", "tests", "pyproject.toml", "setup.py")
+COPIED = ("mpilm", "tests", "docs", "jobs", "examples", "pyproject.toml", "setup.py")
 # nothing of them runs in virtual time
 LEFT_OUT = {"mpilm/strategies/__init__.py", "mpilm/world/__init__.py"}
 SWAPS = {
@@ -68,10 +70,10 @@ OPERATORS = [
     "core/NumberReplacer",
     "core/ZeroIterationForLoop",
 ]
-STEPS = ("schedules", "tests", "battery")
+STEPS = ("schedules", "tests", "battery", "others")
 LIMIT_S = 1800.0  # of a step; what hangs in it has limits of its own
 NO_TESTS = 5  # pytest's exit code where none is left to run
-MANY = "test_relatives.py"  # of strategies that have no file of their own
+MEMBERS = ("tests/strategies/test_deaths.py", "tests/strategies/test_joins.py")
 BATTERY = "tests/strategies/test_battery.py"
 
 
@@ -152,31 +154,30 @@ def is_strategy(source: str, name: str) -> bool:
 
 def tests_of(module: str, tree: Path) -> list[str]:
     """Return the test files of a module, those of its own name first."""
-    if module.startswith("mpilm/world/virtual"):
-        return ["tests/virtual"]
     dotted = module.removesuffix(".py").replace("/", ".")
     package, _, stem = dotted.rpartition(".")
     package, dotted = re.escape(package), re.escape(dotted)
     imports = re.compile(
         rf"(from|import) {dotted}\b|from {package} import [^\n]*\b{stem}\b"
     )
-    files = [*tree.glob("tests/unit/test_*.py")]
-    if not module.startswith("mpilm/world"):
-        files += tree.glob("tests/strategies/test_*.py")
     names = strategies_of(module)
 
     def is_own(file: Path) -> bool:
         text = file.read_text()
         if file.name in {f"test_{name}.py" for name in (stem, *names)}:
             return True
-        is_about = file.name == MANY and any(f'"{name}"' in text for name in names)
+        is_about = any(f'"{name}"' in text for name in names)
         return is_about or imports.search(text) is not None
 
     left_out = {"test_schedules.py", Path(BATTERY).name}
+    files = [*tree.glob("tests/unit/test_*.py")]
+    files += tree.glob("tests/strategies/test_*.py")
     own = [file for file in files if file.name not in left_out and is_own(file)]
     own.sort(key=lambda file: (file.name != f"test_{stem}.py", file.name))
     found = [str(file.relative_to(tree)) for file in own]
-    return [*(["tests/virtual"] if module.startswith("mpilm/world") else []), *found]
+    if not module.startswith("mpilm/world"):
+        return found
+    return ["tests/virtual", *found, *(name for name in MEMBERS if name not in found)]
 
 
 class Tree:
@@ -227,10 +228,10 @@ class Tree:
             shutil.rmtree(left, ignore_errors=True)
         return has_passed, said.read_text(errors="replace")
 
-    def test(self, *words: str) -> tuple[bool | None, str]:
+    def test(self, *words: str, long: bool = True) -> tuple[bool | None, str]:
         """Return whether tests pass, and the first that does not."""
         command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
-        command += ["-m", "long or not long"]
+        command += ["-m", "long or not long" if long else "not long"]
         command += [word for name in self.left_out for word in ("--deselect", name)]
         has_passed, said = self.run(*command, *words)
         found = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
@@ -256,6 +257,7 @@ class Tree:
             "battery": lambda: self.test(
                 BATTERY, *(["-k", " or ".join(names)] if names else [])
             ),
+            "others": lambda: self.test("tests/strategies", long=False),
         }
         for who, step in steps.items():
             while True:

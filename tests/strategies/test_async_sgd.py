@@ -128,7 +128,7 @@ def test_ahead_is_refused_beside_what_it_cannot_know(other, said):
         run_virtual(main, 2)
 
 
-@pytest.mark.parametrize("servers", [1, 3])
+@pytest.mark.parametrize("servers", [1, 3, 5])
 def test_few_ranks_hold_the_model(servers):
     ranks = train(
         5, 6, settings={"servers": servers, "staleness_bound": 2},

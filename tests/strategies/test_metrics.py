@@ -75,6 +75,34 @@ def test_adpsgd_on_a_ring_in_step_realises_the_ring_of_the_papers(size):
     assert realised_gap(metrics) == pytest.approx(spectral_gap(expected))
 
 
+def test_means_are_counted_once():
+    for rank in fleet("des_loc", 3, steps=9, period=4):
+        found = rank.strategy.metrics()
+        assert (found["rounds"], found["mixes"]) == (2, 2)
+
+
+def test_sparta_mixes_the_share_that_it_sends():
+    (one, two, three) = metrics_of(fleet("sparta", 3, steps=1, share=0.3))
+    share = round(0.3 * 40) / 40 / 3
+    np.testing.assert_allclose(one["weights"], [0.0, share, share])
+    np.testing.assert_allclose(two["weights"], [share, 0.0, share])
+    np.testing.assert_allclose(three["weights"], [share, share, 0.0])
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_few_nodes_are_counted_by_their_ranks(nodes):
+    """One node has a mean of all in every step; two mix every other step, by half."""
+    settings = {"inner": "dpsgd", "settings": {"topology": "fixed_ring"}}
+    ranks = fleet("hierarchical", 2 * nodes, steps=6, node_size=2, **settings)
+    for number, found in enumerate(metrics_of(ranks)):
+        want = np.full(2 * nodes, 6 / (2 * nodes))
+        if nodes == 1:
+            want[number] = 0.0
+        else:
+            assert found["rounds"] == 6
+        np.testing.assert_allclose(found["weights"], want)
+
+
 @pytest.mark.parametrize("mixing", ["fixed_ring", "random_ring", "random_pairs"])
 def test_adpsgd_realises_a_doubly_stochastic_matrix_whoever_is_slow(mixing):
     machine = Machine(step_s=1.0, latency_s=1e-3, jitter=0.3)

@@ -148,6 +148,16 @@ def test_the_examples_of_the_docs_are_understood(tmp_path):
             {"kind": "periodic", "factor": 2.0, "every_s": 1.0, "for_steps": 1},
             "a period is",
         ),
+        *(
+            (
+                {
+                    **{"kind": "periodic", "factor": 2.0, "every_steps": 4},
+                    **{"for_steps": 1, "every_s": 4.0, "for_s": 1.0, left_out: 0},
+                },
+                "a period is",
+            )
+            for left_out in ("every_steps", "for_steps", "every_s", "for_s")
+        ),
         ({"kind": "slow_link", "bandwidth_Bps": 0.0}, "bandwidth_Bps: Expected"),
         ({"kind": "fail_at", "rank": 1}, "missing required field `step`"),
     ],

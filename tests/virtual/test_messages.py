@@ -1,5 +1,7 @@
 """Messages: what they cost, in which order they match, what a buffer may hold."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,26 @@ def test_messages_to_one_receiver_queue_at_its_port():
 
     expected = [(1.0, 2.125), (2.0, 3.125), (3.0, 4.125)]
     assert run_virtual(main, 4, machine=SLOW)[0] == expected
+
+
+def test_a_port_that_has_rested_passes_a_burst_at_once():
+    """Of 8 s two are saved at either end, of the message that follows none."""
+
+    def main(world):
+        if world.rank == 0:
+            world.sleep(10.0)
+            sends = [world.comm.Isend(doubles(8), 1) for _ in range(2)]
+            for send in sends:
+                send.Wait()
+            return None
+        times = []
+        for _ in range(2):
+            world.comm.Recv(doubles(8), 0)
+            times.append(world.now_s() - 10.0)
+        return times
+
+    machine = replace(SLOW, burst_bytes=16)
+    assert run_virtual(main, 2, machine=machine)[1] == [7.0, 15.0]
 
 
 def test_both_ports_work_at_once():

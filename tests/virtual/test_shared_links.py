@@ -120,6 +120,18 @@ def test_where_all_send_at_once_it_is_as_if_each_had_a_port_of_its_own() -> None
     assert np.allclose(shared, run_virtual(main, 4, machine=ports))
 
 
+def test_one_message_alone_takes_as_long_as_by_a_port_of_its_own() -> None:
+    machine = dataclasses.replace(SHARED, jitter=0.5, leader_bandwidth_Bps=2e6)
+    shared = dataclasses.replace(machine, leader_bandwidth_Bps=2.000001e6)
+    assert shared.shares_link
+    assert not machine.shares_link
+    (found,), (expected,) = (
+        ends(kind, {0: [(2, MB)]}).values() for kind in (shared, machine)
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(1.0, rel=1e-2)  # without jitter
+
+
 def test_messages_of_a_pair_do_not_overtake_whatever_the_latency() -> None:
     machine = dataclasses.replace(SHARED, jitter=1.0)
     order = []
