@@ -234,7 +234,7 @@ class Tree:
         command += ["-m", "long or not long" if long else "not long"]
         command += [word for name in self.left_out for word in ("--deselect", name)]
         has_passed, said = self.run(*command, *words)
-        found = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+        found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, re.MULTILINE)
         return has_passed, found[1] if found else ""
 
     def survives(self, mutant: Mutant, seeds: int) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from mpilm.strategies.sparse_codes import SparseCodes
 from mpilm.strategies.sparta import index_set
 from mpilm.world.machine import Machine
 from mpilm.world.virtual import run_virtual
-from tests.strategies.fleets import fleet, thetas
+from tests.strategies.fleets import fleet, targets, thetas
 from tests.strategies.modules import Mixed, Points
 
 NOISY = {"noise": 0.5, "momentum": 0.5}
@@ -175,6 +175,32 @@ def test_eager_updates_hide_a_reduction_behind_a_whole_block():
     assert blocking[0].seconds > 50.0
     assert hidden[0].seconds == pytest.approx(30.0, rel=0.01)
     assert hidden[0].bytes_sent == blocking[0].bytes_sent
+
+
+# (ranks, outer momentum) -> zeta h up to which it is stable, where a block brings a
+# rank by the share h to its minimum: the roots of the recursion, docs/eager_diloco.md
+STABLE = {
+    **{(4, 0.9): 0.42, (4, 0.6): 0.68, (4, 0.4): 0.86, (4, 0.2): 1.08},
+    **{(16, 0.9): 0.28, (16, 0.6): 0.53, (16, 0.4): 0.68, (16, 0.2): 0.86},
+}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+@pytest.mark.parametrize(("size", "eta"), STABLE)
+def test_late_updates_want_a_small_outer_step(size, eta, share):
+    def grows(limit):
+        """Return whether the model goes away from the mean minimum."""
+        far = []
+        for steps in (60, 240):
+            ranks = fleet(
+                "eager_diloco", size, steps=steps, learner={"lr": share},
+                period=1, eta=eta, zeta=limit / share,
+            )  # fmt: skip
+            far.append(np.abs(ranks[0].final - targets(ranks).mean(axis=0)).max())
+        return far[1] > max(far[0], 1e-4)  # rounding
+
+    assert not grows(0.93 * STABLE[size, eta])
+    assert grows(1.07 * STABLE[size, eta])
 
 
 def test_a_mix_of_divshare_is_the_mean_of_what_is_there():
