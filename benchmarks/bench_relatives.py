@@ -104,6 +104,7 @@ ENTRIES = {
     "diloco": Entry("bmuf", OUTER),
     "streaming_diloco": Entry("bmuf", {**OUTER, "stagger": True, "delay": 5}),
     "eager_diloco": Entry("eager_diloco"),
+    "eager_diloco, 0.9": Entry("eager_diloco", {"eta": 0.9, "zeta": 0.7}),
     "muloco": Entry("bmuf", OUTER, optim="muon"),
     "noloco": Entry("noloco"),
     "des_loc": Entry("des_loc"),

@@ -65,6 +65,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sparta": ("sparta", {}),
     "des_loc": ("des_loc", {}),
     "eager_diloco": ("eager_diloco", {}),
+    "eager_diloco, 0.9": ("eager_diloco", {"eta": 0.9, "zeta": 0.7}),
     "divshare": ("divshare", {}),
 }
 ALIKE = ("allreduce", "ddp")  # every rank has the same model after each step

@@ -48,9 +48,9 @@ class EagerDilocoConfig(WireConfig):
 
     period: Annotated[int, Meta(ge=1)] = 30
     """minibatches in a block"""
-    eta: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.9
+    eta: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.2
     """outer momentum"""
-    zeta: Annotated[float, Meta(gt=0.0)] = 0.7
+    zeta: Annotated[float, Meta(gt=0.0)] = 0.8
     """outer learning rate"""
     momentum: Literal["classical", "nesterov"] = "nesterov"
     """where the next block starts: at the filtered model, or ahead of it"""
