@@ -215,3 +215,12 @@ def test_a_bad_model_is_left_out_of_an_average(run, monkeypatch, factor):
         torch.testing.assert_close(seen[rank, "after"], mean)
     assert [t.strategy.metrics()["left_out"] for t in trainers] == [0, 1, 0]
     assert torch.isfinite(trainers[1].learner.theta).all()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["model_averaging", "bmuf", "gossip_bmuf"])
+def test_the_bytes_of_losses_are_those_that_the_world_counts(run, name):
+    for trainer in run(3, name, steps=7, strategy={"period": 2, "leave_out": 1.0}):
+        declared = trainer.strategy.moved_bytes(trainer.learner.layout)
+        totals = trainer.totals
+        assert (totals.bytes_sent, totals.bytes_received) == declared
