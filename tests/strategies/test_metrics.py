@@ -96,7 +96,7 @@ def test_few_nodes_are_counted_by_their_ranks(nodes, rounds):
     ranks = fleet("hierarchical", 2 * nodes, steps=6, node_size=2, **settings)
     for number, found in enumerate(metrics_of(ranks)):
         want = np.full(2 * nodes, rounds / (2 * nodes))
-        want[number] = found["weights"][number]  # what a rank keeps is not counted alike
+        want[number] = found["weights"][number]  # a rank's own: not counted alike
         assert found["rounds"] == rounds
         np.testing.assert_allclose(found["weights"], want)
 
