@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -82,12 +83,8 @@ def test_mpirun_ends_though_ranks_that_were_to_join_are_not_taken_in(
 
     run = mpirun(
         *(3, "train", inputs / "tiny.toml", "--out", folder),
-        *(
-            "--set",
-            "strategy.name=model_averaging",
-            "--set",
-            "train.samples=900_000_000",
-        ),
+        *("--set", "strategy.name=model_averaging"),
+        *("--set", "train.samples=900_000_000"),
         *("--set", 'world.on_death="replace"'),
         options=("--with-ft", "ulfm"),
         during=ask,
@@ -97,3 +94,19 @@ def test_mpirun_ends_though_ranks_that_were_to_join_are_not_taken_in(
     assert "rank 3 joined; 4 go on from the mean" in run.out
     assert "rank 0 died; 3 go on from the mean" in run.out
     assert run.out.count(" joined; ") == 1
+
+
+def test_a_process_that_never_starts_mpi_holds_nobody_up_for_long() -> None:
+    program = """
+from mpilm.world.mpi import MpiWorld, recruits
+recruits.START_S = 2.0
+with MpiWorld() as world:
+    if world.rank == 0:
+        world.recruit(("sh", "-c", "exit 3"))
+    world.comm.Barrier()
+print(f"rank {world.rank} has left", flush=True)
+"""
+    start = (sys.executable, "-c", program)
+    run = mpirun(2, program=start, options=("--with-ft", "ulfm"), limit_s=60)
+    assert run.code == 3, run  # that process's own
+    assert run.out.count(" has left") == 2, run

@@ -23,6 +23,7 @@ from mpi4py import MPI
 
 READY, GO_HOME = b"ready", ""
 LOOK_S = 0.05  # between two looks for a message; chosen, not tuned
+START_S = 60.0  # that a process may take to start when the run is over; chosen, too
 
 
 class Recruits:
@@ -74,16 +75,22 @@ class Recruits:
             MPI.Close_port(port)
         return united(joined, high=False)
 
-    def dismiss(self) -> None:
+    def dismiss(self) -> bool:
         """Send home those that nobody takes in any more, once they have been started.
 
-        Communicates: with each of them; blocks until it is ready and has heard of it.
+        Return whether none is under way any more: Spawn waits for ever for a process
+        that has ended before it started MPI (Open MPI 5.0.11).
+
+        Communicates: with each of them; blocks until it is ready and has heard of it,
+        or START_S are over.
         """
-        while self.num_under_way:
+        began_s = time.monotonic()
+        while self.num_under_way and time.monotonic() < began_s + START_S:
             time.sleep(LOOK_S)
         while self._ready:
             with suppress(MPI.Exception):  # it has died
                 self._ready.pop().ssend(GO_HOME, 1)
+        return not self.num_under_way
 
 
 def await_ranks() -> MPI.Intracomm | None:

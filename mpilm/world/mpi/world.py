@@ -305,7 +305,8 @@ class MpiWorld(World):
                 if not isinstance(self.progress.meaning(error), RanksDiedError):
                     raise
                 self.shrink()
-        self._recruits.dismiss()
+        if not self._recruits.dismiss():
+            leave_out_finalize()
         self._closed = True
         atexit.unregister(self._leave)
         self.progress.stop(JOIN_S)
