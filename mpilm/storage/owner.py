@@ -91,6 +91,16 @@ class Record:
             return None
 
     @property
+    def is_of_here(self) -> bool:
+        """Whether it was written since this machine's kernel has started."""
+        return bool(self.boot) and self.boot == boot()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its process is there; to be asked where it is of here."""
+        return self.started == started(self.pid)
+
+    @property
     def process(self) -> str:
         """Which process of which machine it is."""
         return f"{self.pid}-{self.started}@{self.host}"
@@ -112,7 +122,7 @@ def is_owned_by(folder: Path, process: str) -> bool:
     found = Record.read(folder / NAME)
     if found is None or found.process != process:
         return False
-    return found.boot != boot() or found.started == started(found.pid)
+    return found.is_there if found.is_of_here else True
 
 
 class Owner:
@@ -194,8 +204,8 @@ class Owner:
         found = Record.read(self.path)
         if found is None:
             return  # a new file, or a run that died before it had written its name
-        if found.boot and found.boot == self.record.boot:
-            if not has_lock and found.started == started(found.pid):
+        if found.is_of_here:
+            if not has_lock and found.is_there:
                 raise self._in_use()
             return
         silent_s = self._now_s() - os.fstat(self._descriptor).st_mtime
