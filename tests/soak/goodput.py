@@ -119,7 +119,10 @@ def train(way: str, turn: int, folder: Path, corpus: Path, options: Any) -> Row:
     first_s, first = time.monotonic(), samples_of(folder)
     killed_s: list[float] = []
     recovery_s, full_s, restarts = [], [], 0
-    while time.monotonic() < first_s + GIVE_UP_S:
+    while True:
+        if time.monotonic() > first_s + GIVE_UP_S:
+            launch.process.kill()
+            raise SystemExit(f"{folder.name} does not end\n{ended(launch, folder)}")
         if (code := launch.process.poll()) is not None:
             # of a rank that joined and was killed mpirun keeps the exit code
             if code == 0 or (folder / "summary.json").exists():
