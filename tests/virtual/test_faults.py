@@ -122,6 +122,10 @@ def test_the_examples_of_the_docs_are_understood(tmp_path):
     ]
 
 
+PERIODS = {"every_steps": 4, "for_steps": 1, "every_s": 4.0, "for_s": 1.0}
+BOTH_PERIODS = {"kind": "periodic", "factor": 2.0, **PERIODS}
+
+
 @pytest.mark.parametrize(
     ("profile", "line"),
     [
@@ -148,16 +152,7 @@ def test_the_examples_of_the_docs_are_understood(tmp_path):
             {"kind": "periodic", "factor": 2.0, "every_s": 1.0, "for_steps": 1},
             "a period is",
         ),
-        *(
-            (
-                {
-                    **{"kind": "periodic", "factor": 2.0, "every_steps": 4},
-                    **{"for_steps": 1, "every_s": 4.0, "for_s": 1.0, left_out: 0},
-                },
-                "a period is",
-            )
-            for left_out in ("every_steps", "for_steps", "every_s", "for_s")
-        ),
+        *(({**BOTH_PERIODS, name: 0}, "a period is") for name in PERIODS),
         ({"kind": "slow_link", "bandwidth_Bps": 0.0}, "bandwidth_Bps: Expected"),
         ({"kind": "fail_at", "rank": 1}, "missing required field `step`"),
     ],
