@@ -86,7 +86,7 @@ gpu-wheels: .venv/demo.stamp
 
 soak: .venv/test.stamp
 	$(BIN)/python -m tests.fuzz.readers all 0 1000
-	$(BIN)/pip install -q atheris
+	-$(BIN)/pip install -q atheris
 	$(BIN)/python -m tests.fuzz.guided all --minutes $$(($(MINUTES) / 30 + 1)) --out build/fuzz
 	MPILM_MINUTES=1 $(BIN)/python -m pytest -q -m 'long or not long' \
 	    tests/unit/test_signalled.py tests/strategies/test_change_pairs.py

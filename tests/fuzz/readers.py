@@ -289,11 +289,16 @@ def ring(*_: object) -> None:
     raise Hung
 
 
-def run_batch(kind: str, seeds: range, out: Path) -> None:
-    """Read damaged files; write a line on each. In a child process."""
+def be_ready() -> None:
+    """Let a reader that hangs be ended, and warnings be silent, in this process."""
     signal.signal(signal.SIGALRM, ring)
     warnings.simplefilter("ignore")
     np.seterr(all="ignore")
+
+
+def run_batch(kind: str, seeds: range, out: Path) -> None:
+    """Read damaged files; write a line on each. In a child process."""
+    be_ready()
     with tempfile.TemporaryDirectory() as folder, out.open("a") as lines:
         files = READERS[kind][0](Path(folder))
         whole = [(path, path.read_bytes()) for path in files]
