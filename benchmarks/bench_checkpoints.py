@@ -3,7 +3,7 @@
     python benchmarks/bench_checkpoints.py --out benchmarks/results/checkpoints.json
 
 One rank trains a language model of 98 million parameters (V = 33,278, two layers of
-1,150, as in AWD-LSTM on WikiText-2) on a CPU, by real steps of 20 x 35 samples. Ways,
+1,150, as in AWD-LSTM on WikiText-2) on --device, by real steps of 20 x 35 samples. Ways,
 in turns: no checkpoint; one every --every steps, written beside training; the same, and
 training waits. Held up is how long a call to save lasts: the copy, or the writing; the
 first one also asks for the memory. Its share is of the seconds of all steps and saves.
@@ -88,7 +88,7 @@ def settings(args: Any, corpus: Path, way: str) -> dict[str, Any]:
             "samples": samples * (args.every * args.saves + args.every + 1),
             "test": False,
             "worst_rank": False,
-            "device": "cpu",
+            "device": args.device,
         },
         "checkpoint": {
             "every": 0 if way == "none" else samples * args.every,
@@ -168,6 +168,7 @@ if __name__ == "__main__":
     arguments.add_argument("--optim", default="sgd")
     arguments.add_argument("--every", type=int, default=10, help="steps")
     arguments.add_argument("--saves", type=int, default=2)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments.add_argument("--disk", type=Path, help="folder for the checkpoints")
     arguments = arguments.parse_args()
     if arguments.smoke:

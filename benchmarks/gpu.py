@@ -66,6 +66,8 @@ SECTIONS = (
     Section("autocast", "bfloat16", 60),
     Section("ng", "Natural gradient, 6 x 2048", 60),
     Section("train", "mpilm train, resume, --profile and doctor", 90),
+    Section("deaths", "A rank is killed, another joins; 4 ranks on the card", 120),
+    Section("checkpoints", "Checkpoints of 98 million parameters", 120),
     Section("tests", "Tests that are skipped without a GPU", 100),
     Section("strategies-4", "Strategies, 4 ranks on the card", 110, 4),
     Section("optimiser", "An update of 60 million parameters", 40),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -133,6 +134,107 @@ def train(args: Any, path: Path) -> None:
         for line in doctor.splitlines():
             if "GPU" in line or "CUDA" in line:
                 add(doctor=line.strip())
+
+
+LIVING = """
+[data]
+corpus = "{corpus}"
+[model]
+embed = {size}
+hidden = {size}
+[optim]
+name = "adamw"
+lr = 0.002
+[strategy]
+name = "{strategy}"
+[train]
+device = "{device}"
+batch = 16
+unroll = 20
+samples = 4_000_000_000
+test = false
+[checkpoint]
+every = {every}
+[world]
+on_death = "replace"
+"""
+
+
+def deaths(args: Any, path: Path) -> None:
+    """Of four ranks on the card one is killed, and another joins in its place."""
+    from mpilm.data.synthetic import prepare_synthetic
+    from mpilm.storage.checkpoint import complete_checkpoints
+    from tests.soak.goodput import Launch, ended
+    from tests.soak.kills import ranks_of
+
+    add = Rows(path)
+    with tempfile.TemporaryDirectory() as name:
+        corpus = Path(name) / "c.h5"
+        vocab, size = (40, 8) if args.smoke else (5000, 256)
+        prepare_synthetic(corpus, vocab=vocab, tokens=200_000, seed=3, branching=4)
+        for strategy in ("model_averaging", "gossip_bmuf", "adpsgd"):
+            folder = Path(name) / strategy
+            own = {"device": args.device, "size": size, "strategy": strategy}
+            own |= {"corpus": corpus, "every": 16 * 20 * 4 * 100}
+            folder.with_suffix(".toml").write_text(LIVING.format(**own))
+            config = folder.with_suffix(".toml")
+            launch = Launch("train", config, "--out", folder, ulfm=True)
+
+            def until(ready: Any, launch: Any = launch, folder: Path = folder) -> float:
+                """Return when it is; give up after a while."""
+                give_up_s = time.monotonic() + (300.0 if args.smoke else 40.0)
+                while not ready():
+                    is_over = launch.process.poll() is not None
+                    if is_over or time.monotonic() > give_up_s:
+                        launch.process.kill()
+                        raise SystemExit(ended(launch, folder))
+                    time.sleep(0.01)
+                return time.monotonic()
+
+            until(lambda folder=folder: complete_checkpoints(folder / "checkpoints"))
+            before = ranks_of(launch.process.pid)
+            os.kill(before[1], signal.SIGKILL)
+            killed_s = time.monotonic()
+            died_s = until(lambda launch=launch: launch.times(" died; "))
+            joined_s = until(lambda launch=launch: launch.times(" joined; "))
+            launch.process.send_signal(signal.SIGUSR1)
+            code = launch.process.wait(60)
+            checkpoints = complete_checkpoints(folder / "checkpoints")
+            add(
+                strategy=strategy,
+                code=code,
+                **{"recovery (s)": died_s - killed_s},
+                **{"full strength (s)": joined_s - killed_s},
+                finite=all(map(is_finite, checkpoints[0].glob("rank-*.h5"))),
+            )
+
+
+def is_finite(path: Path) -> bool:
+    """Return whether the model of a rank's state is finite."""
+    import numpy as np
+
+    from mpilm.storage.state_file import read_state
+
+    return bool(np.isfinite(np.asarray(read_state(path)["learner/theta"])).all())
+
+
+def checkpoints(args: Any, path: Path) -> None:
+    """One every 10 and every 200 steps of 98 million parameters."""
+    add = Rows(path)
+    for every, saves in ((10, 4), (200, 3)):
+        with tempfile.TemporaryDirectory() as name:
+            out = Path(name) / "out.json"
+            program = [sys.executable, "benchmarks/bench_checkpoints.py"]
+            own = ["--every", str(every), "--saves", str(saves), "--out", str(out)]
+            own += ["--device", args.device, *(["--smoke"] * args.smoke)]
+            code, text = call([*program, *own], 600.0 if args.smoke else 80.0)
+            if code:
+                last = (text.splitlines() or ["no output"])[-1]
+                add(every=every, code=code, said=last[:150])
+                continue
+            for table in json.loads(out.read_text())["tables"]:
+                for row in table["rows"]:
+                    add(every=every, **row)
 
 
 def equal(one: Any, other: Any) -> bool:

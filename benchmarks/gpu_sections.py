@@ -32,6 +32,8 @@ OTHER = {
     "strategies-4": "gpu_ranks:strategies",
     "messages": "gpu_ranks:messages",
     "train": "gpu_programs:train",
+    "deaths": "gpu_programs:deaths",
+    "checkpoints": "gpu_programs:checkpoints",
     "tests": "gpu_programs:tests",
 }
 

@@ -80,8 +80,7 @@ class Learner:
     compute  runs the work of a gradient
     spent    where the time of its gradients went
     used     samples until the last `update`
-    skipped  whether `update` did nothing, as the last gradient was not finite. On a GPU
-             it is not looked at: that would wait for it
+    skipped  whether `update` did nothing, as the last gradient was not finite
     refresh  called when a gradient is complete and before an update: the trainer sets
              `lr` there to what it is now (a slow rank's minibatch may have taken long)
 
@@ -289,8 +288,7 @@ class Learner:
             self._row_optimizer.step(self.rows)
 
     def _has_finite_gradient(self) -> bool:
-        if self.device.type != "cpu":
-            return True  # not known before the device has come so far
+        """Look at it: a pass over memory; a GPU's kernels of the step are waited for."""
         parts = (self.grad, *(rows.values for rows in self.rows.values()))
         return all(map(is_finite, parts))
 

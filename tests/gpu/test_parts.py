@@ -96,6 +96,33 @@ def test_rows_and_lazy_updates_are_those_of_the_cpu(
     assert difference < 0.02 * cpu.theta.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("where", ["dense", "rows"])
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    cuda: str, kind: str, sparse: bool, where: str
+) -> None:
+    if where == "rows" and not sparse:
+        pytest.skip("there are no rows")
+    learner = make_learner(cuda, kind, sparse=sparse)
+    train(learner, 2)
+    before = learner.state()
+    learner.gradient()
+    spoilt = learner.grad
+    if where == "rows":
+        spoilt = next(iter(learner.rows.values())).values.view(-1)
+    spoilt[len(spoilt) // 2] = torch.inf if kind == "sgd" else torch.nan
+    learner.update()
+    assert learner.skipped
+    after = learner.state()
+    may_move = ("samples", "batches/", "random/", "carried/")
+    for key in before:
+        if not key.startswith(may_move):
+            assert np.array_equal(before[key], after[key]), key
+    assert all(map(np.isfinite, train(learner, 2)))
+    assert not learner.skipped
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_gradients_taken_at_once_are_those_taken_one_by_one(
