@@ -3,9 +3,9 @@
     python benchmarks/bench_checkpoints.py --out benchmarks/results/checkpoints.json
 
 One rank trains a language model of 98 million parameters (V = 33,278, two layers of
-1,150, as in AWD-LSTM on WikiText-2) on --device, by real steps of 20 x 35 samples. Ways,
-in turns: no checkpoint; one every --every steps, written beside training; the same, and
-training waits. Held up is how long a call to save lasts: the copy, or the writing; the
+1,150, as in AWD-LSTM on WikiText-2) by real steps of 20 x 35 samples. Ways, in turns:
+no checkpoint; one every --every steps, written beside training; the same, and training
+waits. Held up is how long a call to save lasts: the copy, or the writing; the
 first one also asks for the memory. Its share is of the seconds of all steps and saves.
 Steps beside a writer may be longer, the others have a median of their own. Resume: to
 find, check and load the last one.
@@ -132,7 +132,7 @@ def main(world: World, args: Any) -> None:
         corpus = folder / "corpus.h5"
         tokens = args.batch * (args.unroll * args.every * (args.saves + 2) + 1) * 2
         prepare_synthetic(corpus, vocab=args.vocab, tokens=max(tokens, 20_000))
-        for way in WAYS:
+        for way in args.ways:
             config = resolve(settings(args, corpus, way))
             trainer = Watched(config, world, folder / way)
             num_parameters = trainer.learner.layout.size
@@ -169,6 +169,7 @@ if __name__ == "__main__":
     arguments.add_argument("--every", type=int, default=10, help="steps")
     arguments.add_argument("--saves", type=int, default=2)
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     arguments.add_argument("--disk", type=Path, help="folder for the checkpoints")
     arguments = arguments.parse_args()
     if arguments.smoke:

@@ -64,7 +64,7 @@ def peak(args: Any, add: Add) -> None:
 
 def unlooked(learner: Any) -> Any:
     """Let a learner take every gradient for finite, so that it waits for no kernel."""
-    learner._has_finite_gradient = lambda: True
+    learner.checked.passes = lambda gradients: True
     return learner
 
 

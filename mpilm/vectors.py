@@ -65,7 +65,8 @@ def lending() -> Iterator[None]:
 def to_array(vector: Any) -> Any:
     """Return a numpy array or a tensor as a numpy array of its own memory.
 
-    Under `lending` it is the vector's memory, if that is a CPU's.
+    Under `lending` it is the vector's memory, if that is a CPU's. What lies on a GPU
+    comes in pinned memory.
 
     >>> import numpy as np
     >>> vector = np.zeros(2)
@@ -74,8 +75,10 @@ def to_array(vector: Any) -> Any:
     >>> lent is vector, to_array(vector) is vector
     (True, False)
     """
-    is_tensor = hasattr(vector, "detach")
-    array = vector.detach().cpu().numpy() if is_tensor else vector
+    if getattr(vector, "is_cuda", False):  # a GPU writes into pinned memory directly
+        host = vector.new_empty(vector.shape, device="cpu", pin_memory=True)
+        return host.copy_(vector.detach()).numpy()
+    array = vector.detach().numpy() if hasattr(vector, "detach") else vector
     lends = LENDING.get() and isinstance(array, np.ndarray)
     return array if lends else array.copy()
 

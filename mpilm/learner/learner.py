@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from mpilm.errors import CheckpointError, ModelError
 from mpilm.learner.evaluation import Sums, carried_by, carry, evaluating, sum_up
+from mpilm.learner.finite_check import FiniteCheck
 from mpilm.learner.flat import Rows, Segment
 from mpilm.learner.malloc import keep_freed_memory
 from mpilm.learner.minibatch import moved
@@ -34,7 +35,6 @@ from mpilm.learner.row_optimizer import RowOptimizer, make_row_optimizer
 from mpilm.learner.spent import Spent
 from mpilm.storage.merged import Merged
 from mpilm.storage.saved import nested, under
-from mpilm.vectors import is_finite
 
 T = TypeVar("T")
 Notify = Callable[[Any], None]
@@ -80,7 +80,9 @@ class Learner:
     compute  runs the work of a gradient
     spent    where the time of its gradients went
     used     samples until the last `update`
-    skipped  whether `update` did nothing, as the last gradient was not finite
+    skipped  whether the last `update` did nothing, as its gradient was not finite. On a
+             GPU: the last one of which that is known, see `settle`
+    checked  how many did so, see finite_check.py
     refresh  called when a gradient is complete and before an update: the trainer sets
              `lr` there to what it is now (a slow rank's minibatch may have taken long)
 
@@ -113,7 +115,6 @@ class Learner:
         self.model = model.to(self.device)
         self.batches = batches
         self.samples = self.used = 0
-        self.skipped = False
         self.spent = Spent()
         self._clock = clock
         self.refresh: Callable[[], None] = keep_lr
@@ -139,6 +140,12 @@ class Learner:
                     "sparse = True with momentum or weight decay, or AdamW: the model"
                     " needs a method rows_read(minibatch), row table -> ids"
                 )
+        self.checked = FiniteCheck(
+            self.optimizer,
+            self.device,
+            waits=self.device.type != "cuda" or not self.rows_rest,
+            on_bad=lambda: carry(model, ()),  # it may be what is not finite
+        )
 
     def _table(self, segment: Segment) -> Tensor:
         return self.theta[segment.slice].view(-1, segment.row_width)
@@ -196,7 +203,7 @@ class Learner:
         """
         if self._drawn is None:
             self._drawn = self._next()
-        drawn, self._drawn, self.skipped = self._drawn, None, False
+        drawn, self._drawn = self._drawn, None
         parts = drawn if isinstance(drawn, Parts) else [drawn]
         counts = [self._objective.samples(part) for part in parts]
 
@@ -276,21 +283,30 @@ class Learner:
         """
         self.refresh()
         self.used = self.samples
-        if not self._has_finite_gradient():
-            self.skipped = True
-            carry(self.model, ())  # it may be what is not finite
+        if not self.checked.passes(self._gradients):
             return
         self._parameters.attach_grad()
         if THETA in self._optimizer.parameters:
             self._optimizer.parameters[THETA].grad = self.grad
         self._optimizer.step([rows.values for rows in self.rows.values()])
         if self._row_optimizer is not None:
+            if (is_bad := self.checked.is_bad) is not None:
+                for rows in self.rows.values():
+                    rows.values.masked_fill_(is_bad, 0.0)
             self._row_optimizer.step(self.rows)
 
-    def _has_finite_gradient(self) -> bool:
-        """Look at it: a pass over memory; a GPU's kernels of the step are waited for."""
-        parts = (self.grad, *(rows.values for rows in self.rows.values()))
-        return all(map(is_finite, parts))
+    @property
+    def _gradients(self) -> list[Tensor]:
+        return [self.grad, *(rows.values for rows in self.rows.values())]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last update did nothing; see above."""
+        return self.checked.num_in_a_row > 0
+
+    def settle(self) -> None:
+        """Block until it is known of the last update whether it did anything."""
+        self.checked.settle()
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -299,7 +315,8 @@ class Learner:
         Hooks of the optimiser (clipping) are something else, and so is a gradient that
         is not finite.
         """
-        return self._optimizer.is_plain_sgd and self._has_finite_gradient()
+        plain = self._optimizer.is_plain_sgd
+        return plain and self.checked.looks_good(self._gradients)
 
     def moments(self) -> dict[str, Tensor]:
         """Return the optimiser's state vectors (momentum, ...), 1-D, by name.
@@ -381,6 +398,7 @@ class Learner:
                 on.
         """
         self._parameters.check()
+        self.settle()
         state = {"theta": stored(self.theta), "samples": self.samples}
         state |= nested("optimizer", self._optimizer.state())
         if self._row_optimizer is not None:

@@ -192,7 +192,7 @@ def from_bytes(content: Tensor, like: Tensor) -> Tensor:
 
 def stored(tensor: Tensor) -> Any:
     """Return a tensor as an array that a state file holds, as `to_array` does."""
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach()
     return to_array(tensor if tensor.dtype in STORABLE else as_bytes(tensor))
 
 

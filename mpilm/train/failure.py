@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpilm.errors import DivergenceError, MpilmError
+from mpilm.learner.finite_check import FiniteCheck
 from mpilm.train.metrics import Totals
 from mpilm.world.base import World
 
@@ -41,26 +42,32 @@ class Failure:
         self._checkpoints = checkpoints
         self._max_bad_steps, self._max_bad_rounds = max_bad_steps, max_bad_rounds
         self._most = LARGEST_LOSS if is_nats else math.inf
-        self._num_bad = 0  # steps in a row that were skipped
+        self._num_skipped = 0  # of those that the learner knows of, counted
 
     def note(self, error: MpilmError) -> None:
         """Remember it, unless something failed before. No communication."""
         self.error = self.error or error
 
-    def count(self, loss: Any, *, is_skipped: bool) -> None:
-        """Count a step if it was skipped; too many in a row are a failure."""
-        if not is_skipped:
-            self._num_bad = 0
-            return
-        self._num_bad += 1
-        self._totals.skipped += 1
-        if self._num_bad >= self._max_bad_steps:
+    def count(self, checked: FiniteCheck, loss: Any) -> None:
+        """Count the steps that were skipped; too many in a row are a failure.
+
+        Args:
+            checked: the learner's; on a GPU it may not know of the last step yet.
+            loss: of the last step.
+        """
+        self.count_skipped(checked)
+        if checked.num_in_a_row >= self._max_bad_steps:
             self.note(
                 self.diverged(
                     f"the loss is {float(loss):.3g}, the gradient was not finite"
-                    f" {self._num_bad} times in a row"
+                    f" {checked.num_in_a_row} times in a row"
                 )
             )
+
+    def count_skipped(self, checked: FiniteCheck) -> None:
+        """Add to the totals the skipped steps that the learner has come to know of."""
+        self._totals.skipped += checked.num_left_out - self._num_skipped
+        self._num_skipped = checked.num_left_out
 
     def count_rounds(self, leaving: Any) -> None:
         """Note a failure if the model was left out of too many rounds in a row."""

@@ -147,9 +147,12 @@ class Trainer(Assembly):
                 totals.step += 1
                 samples = strategy.pace.agree(self.samples)
                 self.is_validated = self.is_saved = False
-                self.failure.count(loss, is_skipped=learner.skipped)
+                is_logged = totals.step % config.train.log_every == 0
+                if is_logged:
+                    learner.settle()
+                self.failure.count(learner.checked, loss)
                 self.failure.count_rounds(strategy.leaving)
-                if totals.step % config.train.log_every == 0:
+                if is_logged:
                     self.record(samples, float(loss))
                 self.look_after_saving()
                 is_due = self.validations.due(samples) or self.savings.due(samples)
@@ -377,6 +380,8 @@ class Trainer(Assembly):
                 self.log.flush()  # what is saved is logged
             except CheckpointError as error:
                 self.failure.note(error)
+            self.learner.settle()
+            self.failure.count_skipped(self.learner.checked)
             of_run = self.parts, self.totals, self.samples
             with self.saving.writing(*of_run, beside=beside) as write_models:
                 average = State()

@@ -99,8 +99,9 @@ def test_rows_and_lazy_updates_are_those_of_the_cpu(
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("where", ["dense", "rows"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(
-    cuda: str, kind: str, sparse: bool, where: str
+    cuda: str, kind: str, sparse: bool, where: str, value: float
 ) -> None:
     if where == "rows" and not sparse:
         pytest.skip("there are no rows")
@@ -111,16 +112,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     spoilt = learner.grad
     if where == "rows":
         spoilt = next(iter(learner.rows.values())).values.view(-1)
-    spoilt[len(spoilt) // 2] = torch.inf if kind == "sgd" else torch.nan
+    spoilt[len(spoilt) // 2] = value
     learner.update()
-    assert learner.skipped
     after = learner.state()
+    assert learner.skipped
     may_move = ("samples", "batches/", "random/", "carried/")
     for key in before:
         if not key.startswith(may_move):
             assert np.array_equal(before[key], after[key]), key
     assert all(map(np.isfinite, train(learner, 2)))
+    learner.settle()
     assert not learner.skipped
+    assert learner.checked.num_left_out == 1
 
 
 @pytest.mark.parametrize("sparse", [False, True])

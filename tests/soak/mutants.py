@@ -46,7 +46,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("mpilm/strategies", "mpilm/world", "mpilm/world/virtual")
-COPIED = ("mpilm", "tests", "docs", "jobs", "examples", "pyproject.toml", "setup.py")
+COPIED = ("mpilm", "tests", "docs", "jobs", "examples", "benchmarks", "tools")
+COPIED += ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", "Makefile")
+COPIED += ("constraints.txt", "pyproject.toml", "setup.py")
 # nothing of them runs in virtual time
 LEFT_OUT = {"mpilm/strategies/__init__.py", "mpilm/world/__init__.py"}
 SWAPS = {

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from mpilm.errors import MpilmError
+from mpilm.learner.finite_check import FiniteCheck
 from mpilm.storage.checkpoint import load_shared
 from mpilm.strategies import STRATEGIES
 from mpilm.strategies.model_averaging import ModelAveraging
 from mpilm.train.loop import Trainer
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TOGETHER = {"allreduce": 2}  # ranks that skip what one of them cannot use
 NAMES = ["allreduce", "model_averaging", "bmuf", "dpsgd", "delay_by_one"]
 
@@ -72,6 +74,71 @@ def test_a_skipped_step_changes_nothing(run, spoiled, optim):
     assert moments
     for name, moment in trainer.learner.moments().items():
         assert torch.equal(moment, moments[name])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_a_bad_step_may_be_known_a_step_late(
+    run, spoiled, monkeypatch, kind, log_every
+):
+    """As on a GPU: torch's fused optimisers look at the flag themselves."""
+    settings = on_gpu(kind, device="cpu", log_every=log_every)
+    spoiled(0, {0, 3, 4, 9})
+    (waited,) = run(1, "local", steps=10, **settings)
+    assert waited.totals.skipped == 4
+    monkeypatch.setattr(
+        "mpilm.learner.learner.FiniteCheck",
+        lambda optimizer, device, *, waits, on_bad: FiniteCheck(
+            optimizer, device, waits=False, on_bad=on_bad
+        ),
+    )
+    (late,) = run(1, "local", steps=10, **settings)
+    assert late.totals.skipped >= 4  # what is carried begins anew a step late, too
+    assert torch.isfinite(late.learner.theta).all()
+    assert math.isfinite(late.totals.loss_sum)
+
+
+def on_gpu(kind, **train):
+    """Settings of a run on a card, where a bad step is known a step late."""
+    optim = {"momentum": {"momentum": 0.9}, "adamw": {"name": "adamw", "lr": 0.01}}
+    return {"optim": optim.get(kind, {}), "train": {"device": "cuda", **train}}
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("log_every", [1, 7])
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("name", ["allreduce", "model_averaging", "async_sgd"])
+def test_bad_steps_on_a_card(run, spoiled, name, kind, log_every):
+    spoiled(1, {0, 3, 7, 49})  # the first and the last, too
+    trainers = run(2, name, **on_gpu(kind, test=False, log_every=log_every))
+    skipped = [trainer.totals.skipped for trainer in trainers]
+    assert skipped == ([4, 4] if name in TOGETHER else [0, 4])
+    for trainer in trainers:
+        assert torch.isfinite(trainer.learner.theta).all()
+        assert math.isfinite(trainer.totals.loss_sum)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
+def test_a_skipped_step_changes_nothing_on_a_card(run, spoiled, kind):
+    (one_less,) = run(1, "local", steps=5, **on_gpu(kind))
+    spoiled(0, {5})
+    (trainer,) = run(1, "local", steps=6, **on_gpu(kind))
+    assert trainer.totals.skipped == 1
+    assert torch.equal(trainer.learner.theta, one_less.learner.theta)
+    for name, moment in trainer.learner.moments().items():
+        assert torch.equal(moment, one_less.learner.moments()[name])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_too_many_in_a_row_end_all_ranks_on_a_card(run, spoiled):
+    spoiled(1, range(20, 1_000_000))
+    settings = on_gpu("adamw", max_bad_steps=4, log_every=100)
+    with pytest.raises(MpilmError, match=r"not finite 4 times in a row at step 2[45]"):
+        run(2, "model_averaging", steps=1000, **settings)
 
 
 @pytest.mark.long
