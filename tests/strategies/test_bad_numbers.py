@@ -93,7 +93,7 @@ def test_a_bad_step_may_be_known_a_step_late(
         ),
     )
     (late,) = run(1, "local", steps=10, **settings)
-    assert late.totals.skipped >= 4  # what is carried begins anew a step late, too
+    assert late.totals.skipped == 4
     assert torch.isfinite(late.learner.theta).all()
     assert math.isfinite(late.totals.loss_sum)
 
