@@ -7,7 +7,7 @@ torch's fused optimisers change neither theta nor their state where `found_inf` 
 torch.amp.GradScaler uses that. So the host learns a step late whether an update did
 anything. What cannot go so is looked at before the update: gradients on a CPU, other
 optimisers, momentum before it has begun (torch would leave it undefined), and row
-tables with momentum or AdamW, whose updates wait for the GPU anyway.
+tables, whose steps wait for the GPU anyway.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class FiniteCheck:
 
         Blocks until it is known of the update before.
         """
-        if self._may_be_late and self._has_begun():
+        if self._may_be_late and len(gradients) == 1 and self._has_begun():
             self.settle()
-            self._begin(gradients)
+            self._begin(gradients[0])
             return True
         self._optimizer.__dict__.pop("found_inf", None)
         if self.looks_good(gradients):
@@ -73,10 +73,15 @@ class FiniteCheck:
     def looks_good(self, gradients: Sequence[Tensor]) -> bool:
         """Return whether a gradient is finite; blocks until it has been computed."""
         self.settle()
-        if not all(map(is_finite, gradients)):
-            return False
-        self.num_in_a_row = 0
-        return True
+        if gradients[0].is_cuda:
+            parts = [gradient for gradient in gradients if gradient.numel()]
+            most = torch.stack(torch._foreach_norm(parts, math.inf)).max()
+            is_good = bool(most < math.inf)
+        else:
+            is_good = all(map(is_finite, gradients))
+        if is_good:
+            self.num_in_a_row = 0
+        return is_good
 
     def _has_begun(self) -> bool:
         """Return whether every momentum has a value."""
@@ -87,21 +92,15 @@ class FiniteCheck:
             for parameter in group["params"]
         )
 
-    def _begin(self, gradients: Sequence[Tensor]) -> None:
+    def _begin(self, gradient: Tensor) -> None:
         """Let the GPU find out; its update goes by it."""
-        parts = [gradient for gradient in gradients if gradient.numel()]
-        most = torch.stack(torch._foreach_norm(parts, math.inf)).max()
+        most = torch.linalg.vector_norm(gradient, math.inf)
         torch.logical_not(most < math.inf, out=self._flag)  # NaN < inf is false
         self._on_host.copy_(self._flag, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         self._optimizer.__dict__["found_inf"] = self._flag
         self._pending = True
-
-    @property
-    def is_bad(self) -> Tensor | None:
-        """Whether the update under way is left out, 0-d bool on the GPU; None: no."""
-        return self._flag.bool() if self._pending else None
 
     def settle(self) -> None:
         """Block until it is known of the last update whether it was left out."""

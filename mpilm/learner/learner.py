@@ -143,7 +143,7 @@ class Learner:
         self.checked = FiniteCheck(
             self.optimizer,
             self.device,
-            waits=self.device.type != "cuda" or not self.rows_rest,
+            waits=self.device.type != "cuda",
             on_bad=lambda: carry(model, ()),  # it may be what is not finite
         )
 
@@ -290,9 +290,6 @@ class Learner:
             self._optimizer.parameters[THETA].grad = self.grad
         self._optimizer.step([rows.values for rows in self.rows.values()])
         if self._row_optimizer is not None:
-            if (is_bad := self.checked.is_bad) is not None:
-                for rows in self.rows.values():
-                    rows.values.masked_fill_(is_bad, 0.0)
             self._row_optimizer.step(self.rows)
 
     @property
