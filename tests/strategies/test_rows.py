@@ -17,6 +17,7 @@ from mpilm.strategies.shared_rows import SharedRows
 from mpilm.testing.fleet import with_tables
 from mpilm.train.notes import introduction
 from mpilm.world.virtual import run_virtual
+from mpilm.world.wire import WireComm
 
 SAMPLED = {"softmax": "sampled", "sampled_frequent": 4, "sampled_random": 16}
 MOMENTUM = {"optim": {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3}}
@@ -280,6 +281,18 @@ def drawn_rows(share, *, same=False):
         return found
 
     return rows_of
+
+
+@pytest.mark.parametrize("way", ["union", "gather", "dense"])
+def test_rows_that_travel_rounded_are_united_whatever_is_asked_for(way):
+    """Only there what rounding takes off is kept."""
+    layout = with_tables(Layout.of([("table", (9, 2), "table")]), {"table"})
+
+    def main(world):
+        rounded = WireComm(world.comm, "bfloat16")
+        return [RowSum(comm, layout, way).way() for comm in (world.comm, rounded)]
+
+    assert run_virtual(main, 2) == [[way, "union"]] * 2
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])

@@ -196,6 +196,18 @@ def test_improbe_returns_messages_in_the_order_of_delivery():
     ]
 
 
+@pytest.mark.parametrize("asks", ["Improbe", "Test"])
+def test_who_asks_for_ever_while_time_stands_still_is_told_so(asks):
+    def main(world):
+        request = world.comm.Irecv(np.zeros(1), 0, tag=1)
+        while True:
+            if world.comm.Improbe() if asks == "Improbe" else request.Test():
+                return
+
+    with pytest.raises(WorldError, match="asks again and again without letting time"):
+        run_virtual(main, 1)
+
+
 def test_wait_with_improbe_is_woken_by_the_message():
     def main(world):
         if world.rank == 0:

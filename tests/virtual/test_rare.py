@@ -63,22 +63,24 @@ def test_a_clogged_link_keeps_the_order() -> None:
 
 def test_test_says_no_some_times_and_yes_in_the_end() -> None:
     def main(world):
-        buf, asked = np.zeros(1), 0
+        buf, asked_s = np.zeros(1), []
         request = world.comm.Irecv(buf, 1 - world.rank)
         world.comm.Send(buf, 1 - world.rank)
         world.sleep(1.0)  # it is there by now
 
         def ready() -> bool:
-            nonlocal asked
-            asked += 1
+            asked_s.append(world.now_s())
             return request.Test()
 
         world.wait(ready, "a message")
         assert request.Test(), "what is done stays done"
-        return asked
+        return asked_s
 
-    assert run(main, 2, None) == [1, 1]
-    assert max(run(main, 2, only("not_yet", likely=0.7))) > 1
+    assert run(main, 2, None) == [[1.0], [1.0]]
+    asked_s = max(run(main, 2, only("not_yet", likely=0.7)), key=len)
+    assert len(asked_s) > 1
+    assert 1.0 == asked_s[0] < asked_s[-1]
+    assert asked_s == sorted(asked_s), "time does not go back"
 
 
 def test_messages_of_several_ranks_are_found_in_any_order_but_of_one_in_its_own() -> (
