@@ -55,6 +55,13 @@ def test_a_rank_that_is_killed_is_replaced(
     assert load_shared(folder / "checkpoints")["samples"] >= at > 0
 
 
+def is_deaf(pid: int) -> bool:
+    """Return whether a process ignores SIGUSR1: some ms after its start, or later."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    ignored = int(re.findall(r"SigIgn:\s*(\w+)", status)[0], 16)
+    return bool(ignored >> (signal.SIGUSR1 - 1) & 1)
+
+
 def test_mpirun_ends_though_ranks_that_were_to_join_are_not_taken_in(
     inputs: Path, tmp_path: Path
 ) -> None:
@@ -66,15 +73,18 @@ def test_mpirun_ends_though_ranks_that_were_to_join_are_not_taken_in(
         ranks = {*running.ranks}
 
         def another() -> bool:
-            more = {*running.ranks} - ranks
+            more = {pid for pid in running.ranks if pid not in ranks and is_deaf(pid)}
             ranks.update(more)
             return bool(more)
+
+        def joined() -> bool:
+            return (folder / "log" / "rank-0003.h5").exists()
 
         first = running.ranks[0]
         # mpirun itself ends what it has started for ranks that have all gone: one joins
         request_ranks(folder, 1)
-        wait_for((folder / "log" / "rank-0003.h5").exists, "rank that joined", 200.0)
-        assert another()
+        wait_for(another, "rank that was asked for first")
+        wait_for(joined, "rank that joined", 200.0)
         request_ranks(folder, 1)
         wait_for(another, "rank that was asked for")
         os.kill(first, signal.SIGKILL)
@@ -97,16 +107,44 @@ def test_mpirun_ends_though_ranks_that_were_to_join_are_not_taken_in(
 
 
 def test_a_process_that_never_starts_mpi_holds_nobody_up_for_long() -> None:
+    """Another is asked for; after three of them none any more."""
     program = """
+import sys, time
+from mpilm.errors import WorldError
 from mpilm.world.mpi import MpiWorld, recruits
-recruits.START_S = 2.0
+recruits.START_S, recruits.LATE_S = 2.0, 1.5
+JOIN = '''
+from mpilm.world.mpi.world import start_mpi
+from mpilm.world.mpi.recruits import await_ranks
+start_mpi()
+assert await_ranks() is None
+'''
 with MpiWorld() as world:
     if world.rank == 0:
-        world.recruit(("sh", "-c", "exit 3"))
+        for number in range(3):
+            world.recruit(("sh", "-c", "exit 3"))
+            assert world.recruits == (1, 0)
+            time.sleep(2.0)
+            assert world.recruits == (0, 0)
+            if number == 1:
+                recruits.LATE_S = 60.0
+                world.recruit((sys.executable, "-c", JOIN))
+                while not world.recruits[1]:
+                    time.sleep(0.1)
+                print("one is ready", flush=True)
+                world._recruits._ready.pop().ssend(recruits.GO_HOME, 1)
+                recruits.LATE_S = 1.5
+        try:
+            world.recruit(("sh", "-c", "exit 3"))
+        except WorldError as error:
+            print(error, flush=True)
     world.comm.Barrier()
 print(f"rank {world.rank} has left", flush=True)
 """
     start = (sys.executable, "-c", program)
-    run = mpirun(2, program=start, options=("--with-ft", "ulfm"), limit_s=60)
-    assert run.code == 3, run  # that process's own
+    run = mpirun(2, program=start, options=("--with-ft", "ulfm"), limit_s=120)
+    assert run.code == 3, run  # those processes' own
+    assert run.out.count("one is ready") == 1, run
+    why = "no rank could be added: 3 that were started have not come within 2 s"
+    assert run.out.count(why) == 1, run
     assert run.out.count(" has left") == 2, run

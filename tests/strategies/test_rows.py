@@ -12,10 +12,11 @@ import torch
 from mpilm.errors import MpilmError
 from mpilm.learner.flat import Layout, Rows
 from mpilm.strategies import STRATEGIES
-from mpilm.strategies.row_sum import RowSum
+from mpilm.strategies.row_sum import ON_ONE_NODE, OVER_A_NETWORK, RowSum
 from mpilm.strategies.shared_rows import SharedRows
 from mpilm.testing.fleet import with_tables
 from mpilm.train.notes import introduction
+from mpilm.world.machine import Machine
 from mpilm.world.virtual import run_virtual
 from mpilm.world.wire import WireComm
 
@@ -281,6 +282,20 @@ def drawn_rows(share, *, same=False):
         return found
 
     return rows_of
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_node", "prices"), [(4, ON_ONE_NODE), (2, OVER_A_NETWORK)]
+)
+def test_what_a_way_costs_goes_by_whether_all_ranks_share_a_node(
+    ranks_per_node, prices
+):
+    layout = with_tables(Layout.of([("table", (9, 2), "table")]), {"table"})
+    machine = Machine(ranks_per_node=ranks_per_node)
+    found = run_virtual(
+        lambda world: RowSum(world.comm, layout, "auto").prices, 4, machine=machine
+    )
+    assert found == [prices] * 4
 
 
 @pytest.mark.parametrize("way", ["union", "gather", "dense"])

@@ -198,3 +198,16 @@ def test_docs_show_the_table_that_the_command_prints():
     command = [sys.executable, "-m", "mpilm.strategies.topology", "8", "16"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True)
     assert shown.stdout.splitlines()[2:] == rows[:2]
+
+
+@pytest.mark.parametrize("num_ranks", [3, 5, 6, 8, 12])
+def test_what_a_cycle_leaves_per_round(num_ranks):
+    """The n-th root of ||T_n ... T_1 - 1/K||^2: 0 where K is a power of 2."""
+    num_rounds = int(np.ceil(np.log2(num_ranks)))
+    product = np.eye(num_ranks)
+    for round_ in range(num_rounds):
+        product = mixing_matrix("exponential", num_ranks, round_=round_) @ product
+    left = np.linalg.norm(product - 1.0 / num_ranks, 2) ** 2
+    found = cycle_contraction(num_ranks) ** num_rounds
+    assert found == pytest.approx(left, abs=1e-12)
+    assert (left > 1e-3) == (num_ranks != 8)

@@ -24,18 +24,21 @@ from mpi4py import MPI
 READY, GO_HOME = b"ready", ""
 LOOK_S = 0.05  # between two looks for a message; chosen, not tuned
 START_S = 60.0  # that a process may take to start when the run is over; chosen, too
+LATE_S = 300.0  # that it may take while the run goes on; then another is asked for
+MOST_LOST = 3  # that do not come, one after the other: then no more are asked for
 
 
 class Recruits:
     """The ranks that this one has asked for.
 
-    num_under_way  that are not ready yet
-    failure        why the last one could not be started; "": it could
+    Spawn waits for ever for a process that has ended before it started MPI (Open MPI
+    5.0.11), others can be started meanwhile.
     """
 
     def __init__(self) -> None:
-        self.num_under_way = 0
-        self.failure = ""
+        self._errors: list[str] = []  # of those that failed since one has come
+        self._starting: dict[int, float] = {}  # number -> when it was asked for
+        self._num_asked = 0
         self._ready: list[MPI.Intracomm] = []  # this rank and the new one, each
 
     @property
@@ -43,15 +46,37 @@ class Recruits:
         """How many wait to be taken in."""
         return len(self._ready)
 
+    @property
+    def num_late(self) -> int:
+        """How many have not come for so long that nobody counts on them any more."""
+        late_s = time.monotonic() - LATE_S
+        return sum(began_s < late_s for began_s in list(self._starting.values()))
+
+    @property
+    def num_under_way(self) -> int:
+        """How many others are not ready yet."""
+        return len(self._starting) - self.num_late
+
+    @property
+    def failure(self) -> str:
+        """Why no more are started; "": nothing speaks against it."""
+        if self.num_late + len(self._errors) < MOST_LOST:
+            return ""
+        late = f"{self.num_late} that were started have not come within {LATE_S:.0f} s"
+        return "; ".join([*([late] if self.num_late else []), *self._errors[-1:]])
+
     def start(self, command: Sequence[str]) -> None:
         """Have a program started, on a thread."""
-        self.num_under_way += 1
-        name = "mpilm recruit"
+        self._num_asked += 1
+        self._starting[self._num_asked] = time.monotonic()
         threading.Thread(
-            target=self._start, args=(command,), name=name, daemon=True
+            target=self._start,
+            args=(self._num_asked, command),
+            name="mpilm recruit",
+            daemon=True,
         ).start()
 
-    def _start(self, command: Sequence[str]) -> None:
+    def _start(self, number: int, command: Sequence[str]) -> None:
         try:
             spawned = MPI.COMM_SELF.Spawn(command[0], list(command[1:]), maxprocs=1)
             spawned.Set_errhandler(MPI.ERRORS_RETURN)
@@ -59,10 +84,11 @@ class Recruits:
             pair.Set_errhandler(MPI.ERRORS_RETURN)
             receive(pair, 1)
             self._ready.append(pair)
+            self._errors.clear()
         except MPI.Exception as error:
-            self.failure = str(error)
+            self._errors.append(str(error))
         finally:
-            self.num_under_way -= 1
+            del self._starting[number]
 
     def accept(self, control: MPI.Intracomm) -> MPI.Intracomm:
         """Return the communicator with the first one that is ready. Collective."""
@@ -78,8 +104,7 @@ class Recruits:
     def dismiss(self) -> bool:
         """Send home those that nobody takes in any more, once they have been started.
 
-        Return whether none is under way any more: Spawn waits for ever for a process
-        that has ended before it started MPI (Open MPI 5.0.11).
+        Return whether Spawn waits for none any more.
 
         Communicates: with each of them; blocks until it is ready and has heard of it,
         or START_S are over.
@@ -90,7 +115,7 @@ class Recruits:
         while self._ready:
             with suppress(MPI.Exception):  # it has died
                 self._ready.pop().ssend(GO_HOME, 1)
-        return not self.num_under_way
+        return not self._starting
 
 
 def await_ranks() -> MPI.Intracomm | None:
