@@ -18,7 +18,8 @@ from mpilm.world.base import Op
 from mpilm.world.buffers import reduce_, write_
 from mpilm.world.machine import Collectives, Cost, Machine
 from mpilm.world.parts import named_ranks
-from mpilm.world.virtual.engine import NETWORK, Engine, RankState, VirtualRequest
+from mpilm.world.virtual.engine import NETWORK, Engine, RankState
+from mpilm.world.virtual.request import VirtualRequest
 
 
 class Group:

@@ -20,8 +20,9 @@ from mpilm.world.base import ANY_SOURCE, ANY_TAG, Message
 from mpilm.world.buffers import described, write_
 from mpilm.world.machine import Link
 from mpilm.world.virtual.collectives import Group
-from mpilm.world.virtual.engine import NETWORK, VirtualRequest
+from mpilm.world.virtual.engine import NETWORK
 from mpilm.world.virtual.links import Flow, SharedLink
+from mpilm.world.virtual.request import VirtualRequest
 
 
 class Envelope(NamedTuple):
