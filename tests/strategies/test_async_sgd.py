@@ -372,3 +372,23 @@ def test_without_threads_it_is_refused_in_one_line():
         return True
 
     assert run_virtual(main, 2) == [True, True]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_final_model_is_that_of_the_servers_whatever_theta_is(size):
+    def main(world):
+        learner = ProtocolLearner(
+            23, compute=world.compute, seed=world.rank, layout=LAYOUT, lr=0.1
+        )
+        chosen = strategy("async_sgd", world)
+        chosen.start(learner)
+        for _ in range(3):
+            chosen.step(learner)
+        chosen.finish(learner)
+        of_servers, out = learner.theta.copy(), np.zeros(23, np.float32)
+        if not chosen.is_local:
+            learner.theta[:] = world.rank
+        chosen.final_model_(learner, out)
+        return np.array_equal(out, of_servers) and bool(out.any())
+
+    assert run_virtual(main, size) == [True] * size
