@@ -211,3 +211,11 @@ def test_what_a_cycle_leaves_per_round(num_ranks):
     found = cycle_contraction(num_ranks) ** num_rounds
     assert found == pytest.approx(left, abs=1e-12)
     assert (left > 1e-3) == (num_ranks != 8)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.5])
+def test_the_gap_of_two_ranks_is_twice_what_each_takes_over(share):
+    T = np.array([[1.0 - share, share], [share, 1.0 - share]])
+    assert topology.spectral_gap(T) == pytest.approx(2.0 * share)
+    assert contraction(T) == pytest.approx((1.0 - 2.0 * share) ** 2)
+    assert topology.spectral_gap(np.eye(1)) == 1.0
