@@ -8,7 +8,8 @@ import pytest
 from mpilm.strategies.mixing import Mean
 from mpilm.world.faults import Faults
 from mpilm.world.machine import Machine
-from mpilm.world.virtual import Simulation
+from mpilm.world.virtual import Simulation, run_virtual
+from mpilm.world.virtual.rare import Rare
 
 P, GUARD = 23, 7.0
 # a message is sent only once it is received, and every pace is another
@@ -136,3 +137,22 @@ def test_it_is_hidden_behind_computing():
 
     machine = Machine(step_s=2.0, bandwidth_Bps=4 * P / 1.5)
     assert Simulation(2, machine=machine).run(main) == pytest.approx([20.0] * 2, 0.01)
+
+
+@pytest.mark.parametrize("leaves_out", [False, True])
+def test_a_mean_is_done_when_its_sends_are(leaves_out):
+    """Who writes over the vector earlier changes what is still on its way."""
+
+    def main(world):
+        vector = np.full(5, float(world.rank), np.float32)
+        mean = Mean(world.comm, vector, range(3))
+        mean.receive([np.zeros(5, np.float32) for _ in range(2)])
+        if leaves_out:
+            mean.finish_without_({2})
+        else:
+            mean.finish_()
+        return all(send.done for send in mean.sends), vector[0]
+
+    late = Rare(0)
+    late.likely, late.pause_s = {"late_send": 1.0}, 1.0
+    assert run_virtual(main, 3, rare=late) == [(True, 0.5 if leaves_out else 1.0)] * 3

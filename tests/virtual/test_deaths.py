@@ -115,16 +115,37 @@ def test_what_was_made_with_the_dead_is_refused_and_is_no_death():
         with pytest.raises(RanksDiedError):
             barrier(world, before)
         world.shrink()
-        for use in (
-            before.Improbe,
-            before.Ibarrier,
-            lambda: before.Isend(np.ones(1), 0),
-        ):
-            with pytest.raises(LeftBehindError, match="of ranks before others died"):
-                use()
+        refused(before)
         return world.comm.allgather(world.rank)
 
     assert run(main, 3, (1, 0)) == [[0, 1], None, [0, 1]]
+
+
+def refused(before):
+    """Assert that a communicator of other ranks takes nothing any more."""
+    what = "of ranks before others died or joined"
+    for use in (
+        before.Improbe,
+        before.Ibarrier,
+        lambda: before.Isend(np.ones(1), 0),
+    ):
+        with pytest.raises(LeftBehindError, match=what):
+            use()
+
+
+def test_what_was_made_before_a_rank_joined_is_refused():
+    def main(world):
+        if world.joins:
+            return world.comm.allgather(world.rank)
+        before = world.comm.Dup()
+        if world.rank == 0:
+            world.recruit(("another",))
+        world.sleep(60.0)  # it is ready by then
+        assert world.grow() == 2
+        refused(before)
+        return world.comm.allgather(world.rank)
+
+    assert run_virtual(main, 2, can_shrink=True) == [[0, 1, 2]] * 3
 
 
 def test_without_it_a_death_ends_all():
