@@ -1,5 +1,6 @@
 """Collectives: results against numpy, costs against formulae, misuse."""
 
+import dataclasses
 from math import ceil, floor, log2
 
 import numpy as np
@@ -157,6 +158,17 @@ def test_what_probe_has_measured_of_collectives_is_what_they_cost():
         costs.allreduce(how, 4, 8).total_s
         == costs.allreduce(machine.collectives(same_node=False), 4, 64).total_s
     )
+
+
+def test_all_that_is_counted_in_bytes_is_scaled_and_nothing_else():
+    fields = [field.name for field in dataclasses.fields(Machine)]
+    values = {name: 8.0 * (n + 1) for n, name in enumerate(fields) if name != "jitter"}
+    values |= {n: int(values[n]) for n in ("burst_bytes", "eager_bytes")}
+    values["ranks_per_node"] = 4
+    found = dataclasses.asdict(Machine(**values).scaled(8.0))
+    for name, value in values.items():
+        in_bytes = name.endswith(("_Bps", "_bytes"))
+        assert found[name] == (value / 8.0 if in_bytes else value), name
 
 
 def times_of(call, size, machine):

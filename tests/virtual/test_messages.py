@@ -401,3 +401,16 @@ def test_what_is_counted_of_messages():
     assert first.in_flight_s == 4.0
     assert second.in_flight_s == 5.0
     assert second.blocked_s == 2.0 + 4.0
+
+
+def test_a_message_that_was_found_is_counted_once_when_it_is_received():
+    def main(world):
+        if world.rank == 0:
+            world.comm.Send(doubles(4), 1)
+            return None
+        message = world.wait(world.comm.Improbe, "a message")
+        before = world.traffic.messages, world.traffic.bytes_received
+        message.Recv(doubles(4))
+        return before, (world.traffic.messages, world.traffic.bytes_received)
+
+    assert run_virtual(main, 2)[1] == ((0, 0), (1, 32))
