@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpilm.errors import DivergenceError, MpilmError
-from mpilm.learner.finite_check import FiniteCheck
 from mpilm.train.metrics import Totals
 from mpilm.world.base import World
+
+if TYPE_CHECKING:  # it loads torch, and bad input is told of before that
+    from mpilm.learner.finite_check import FiniteCheck
 
 LARGEST_LOSS = math.log(sys.float_info.max)  # nats; above, perplexity is infinite
 
