@@ -50,6 +50,26 @@ def test_importing_mpilm_starts_no_mpi():
     assert done.stdout == "False False\n"
 
 
+def test_a_bad_configuration_is_told_of_before_torch_is_loaded(tmp_path):
+    """It takes 4 s; tests/launch sees the same under mpirun."""
+    (tmp_path / "bad.toml").write_text("[train]\nbatch = 'many'\n")
+    code = (
+        "import sys; from mpilm.cli import main\n"
+        "try:\n    main(['train', 'bad.toml', '--out', 'run'])\n"
+        "finally:\n    print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "train.batch" in done.stderr
+    assert done.stdout == "False\n", done
+
+
 def test_train_help_shows_every_setting_with_its_default():
     done = mpilm("train", "--help")
     assert done.returncode == 0
