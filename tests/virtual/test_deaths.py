@@ -148,6 +148,31 @@ def test_what_was_made_before_a_rank_joined_is_refused():
     assert run_virtual(main, 2, can_shrink=True) == [[0, 1, 2]] * 3
 
 
+def test_what_is_done_after_a_death_wakes_nobody_who_waits_for_something_else():
+    """A barrier of living ranks, which a death drove out of it, ended meanwhile."""
+    slow = Machine(step_s=0.1, latency_s=100.0)
+
+    def main(world):
+        living = world.comm.Split(int(world.rank == 2))
+        if world.rank == 2:
+            world.compute(lambda notify: None)
+        request = living.Ibarrier()
+        with pytest.raises(RanksDiedError):
+            request.Wait()
+        assert world.shrink() == [0, 1]
+        found = [world.comm.allgather(world.rank) for _ in range(3)]
+        began_s = world.now_s()
+        world.sleep(1000.0)
+        return found, world.now_s() - began_s
+
+    faults = Faults(profile=(FailAt(rank=2, step=0),))
+    one, other, dead = run_virtual(
+        main, 3, machine=slow, faults=faults, can_shrink=True
+    )
+    assert one == other == ([[0, 1]] * 3, 1000.0)
+    assert dead is None
+
+
 def test_without_it_a_death_ends_all():
     with pytest.raises(WorldError, match=r"rank 1: dies before step 2"):
         run_virtual(

@@ -302,7 +302,9 @@ class VirtualActivity(Activity):
         self.state.changed()
 
     def wake(self) -> None:
-        """Announce that it goes on now."""
+        """Announce that it goes on now, unless that is announced already."""
+        if self.is_woken:
+            return
         engine = self.engine
         self.is_woken = True
         engine.at(engine.now_s, ACTIVITY, engine.resume, self)

@@ -72,4 +72,8 @@ class VirtualRequest(Request):
         if not self.done:
             self.state.require_alive(activity)
             self.waiting.append(activity)
-            activity.block(self, counts=counts)
+            try:
+                activity.block(self, counts=counts)
+            except BaseException:  # a death; it may be done all the same, later
+                self.waiting.remove(activity)
+                raise
