@@ -46,7 +46,7 @@ def environment(args: Any, add: Add) -> None:
 
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
     found["mpi"] = name_of(MPI.Get_library_version())
-    found["mpirun"] = os.environ.get("MPILM_MPIRUN") or "none"
+    found["mpirun"] = Path(os.environ.get("MPILM_MPIRUN") or "none").name
     if args.device == "cuda":
         about = torch.cuda.get_device_properties(0)
         found["gpu"] = about.name
