@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -30,14 +31,11 @@ corpus = "{corpus}"
 [model]
 embed = {size}
 hidden = {size}
-layers = 2
-dropout = 0.2
+layers = {layers}
+dropout = {dropout}
 [optim]
 name = "adamw"
 lr = 0.002
-[strategy]
-name = "model_averaging"
-period = 5
 [train]
 device = "{device}"
 batch = {batch}
@@ -45,9 +43,20 @@ unroll = {unroll}
 samples = {samples}
 test = false
 [checkpoint]
-every = {half}
+every = {every}
+"""
+AVERAGING = """
+[strategy]
+name = "model_averaging"
+period = 5
 [world]
 gpu_messages = "auto"
+"""
+REPLACING = """
+[strategy]
+name = "{strategy}"
+[world]
+on_death = "replace"
 """
 
 
@@ -92,12 +101,12 @@ def train(args: Any, path: Path) -> None:
         )
         batch, unroll = (4, 10) if args.smoke else (16, 20)
         half = 2 * batch * unroll * 30
-        values = {"batch": batch, "unroll": unroll, "size": size, "half": half}
-        values |= {"corpus": folder / "c.h5", "samples": 2 * half}
-        text = CONFIG.format(device=args.device, **values)
-        (folder / "whole.toml").write_text(text)
-        text = CONFIG.format(device=args.device, **{**values, "samples": half})
-        (folder / "half.toml").write_text(text)
+        values = {"batch": batch, "unroll": unroll, "size": size, "every": half}
+        values |= {"corpus": folder / "c.h5", "layers": 2, "dropout": 0.2}
+        values |= {"device": args.device}
+        for part, samples in (("whole", 2 * half), ("half", half)):
+            text = CONFIG.format(samples=samples, **values) + AVERAGING
+            (folder / f"{part}.toml").write_text(text)
         whole, parts = str(folder / "whole"), str(folder / "parts")
         mpilm = ["-m", "mpilm"]
         configs = [str(folder / "whole.toml"), str(folder / "half.toml")]
@@ -137,86 +146,70 @@ def train(args: Any, path: Path) -> None:
                 add(doctor=line.strip())
 
 
-LIVING = """
-[data]
-corpus = "{corpus}"
-[model]
-embed = {size}
-hidden = {size}
-[optim]
-name = "adamw"
-lr = 0.002
-[strategy]
-name = "{strategy}"
-[train]
-device = "{device}"
-batch = 16
-unroll = 20
-samples = 4_000_000_000
-test = false
-[checkpoint]
-every = {every}
-[world]
-on_death = "replace"
-"""
-
-
 def deaths(args: Any, path: Path) -> None:
     """Of four ranks on the card one is killed, and another joins in its place."""
     from mpilm.data.synthetic import prepare_synthetic
-    from mpilm.storage.checkpoint import complete_checkpoints
-    from tests.soak.goodput import Launch, ended
-    from tests.soak.kills import ranks_of
 
     add = Rows(path)
     with tempfile.TemporaryDirectory() as name:
         corpus = Path(name) / "c.h5"
         vocab, size = (40, 8) if args.smoke else (5000, 256)
         prepare_synthetic(corpus, vocab=vocab, tokens=200_000, seed=3, branching=4)
+        values = {"corpus": corpus, "size": size, "layers": 1, "dropout": 0.0}
+        values |= {
+            "batch": 16,
+            "device": args.device,
+            "unroll": 20,
+            "samples": 4_000_000_000,
+        }
+        values |= {"every": 16 * 20 * 4 * 100}
+        limit_s = 300.0 if args.smoke else 40.0
         for strategy in ("model_averaging", "gossip_bmuf", "adpsgd"):
             folder = Path(name) / strategy
-            own = {"device": args.device, "size": size, "strategy": strategy}
-            own |= {"corpus": corpus, "every": 16 * 20 * 4 * 100}
-            folder.with_suffix(".toml").write_text(LIVING.format(**own))
-            config = folder.with_suffix(".toml")
-            launch = Launch("train", config, "--out", folder, ulfm=True)
-
-            def until(ready: Any, launch: Any = launch, folder: Path = folder) -> float:
-                """Return when it is; give up after a while."""
-                give_up_s = time.monotonic() + (300.0 if args.smoke else 40.0)
-                while not ready():
-                    is_over = launch.process.poll() is not None
-                    if is_over or time.monotonic() > give_up_s:
-                        launch.process.kill()
-                        raise SystemExit(ended(launch, folder))
-                    time.sleep(0.01)
-                return time.monotonic()
-
-            until(lambda folder=folder: complete_checkpoints(folder / "checkpoints"))
-            before = ranks_of(launch.process.pid)
-            os.kill(before[1], signal.SIGKILL)
-            killed_s = time.monotonic()
-            died_s = until(lambda launch=launch: launch.times(" died; "))
-            joined_s = until(lambda launch=launch: launch.times(" joined; "))
-            launch.process.send_signal(signal.SIGUSR1)
-            code = launch.process.wait(60)
-            checkpoints = complete_checkpoints(folder / "checkpoints")
-            add(
-                strategy=strategy,
-                code=code,
-                **{"recovery (s)": died_s - killed_s},
-                **{"full strength (s)": joined_s - killed_s},
-                finite=all(map(is_finite, checkpoints[0].glob("rank-*.h5"))),
-            )
+            own = REPLACING.format(strategy=strategy)
+            folder.with_suffix(".toml").write_text(CONFIG.format(**values) + own)
+            add(strategy=strategy, **killed(folder, limit_s))
 
 
-def is_finite(path: Path) -> bool:
-    """Return whether the model of a rank's state is finite."""
-    import numpy as np
-
+def killed(folder: Path, limit_s: float) -> dict[str, Any]:
+    """Train until a rank that was killed is replaced; return what was seen."""
+    from mpilm.storage.checkpoint import complete_checkpoints
     from mpilm.storage.state_file import read_state
+    from mpilm.vectors import is_finite
+    from tests.soak.goodput import Launch, ended
+    from tests.soak.kills import ranks_of
 
-    return bool(np.isfinite(np.asarray(read_state(path)["learner/theta"])).all())
+    config = folder.with_suffix(".toml")
+    launch = Launch("train", config, "--out", folder, ulfm=True)
+
+    def found() -> list[Path]:
+        return complete_checkpoints(folder / "checkpoints")
+
+    def until(ready: Callable[[], Any]) -> float:
+        """Return when it is; give up after a while."""
+        give_up_s = time.monotonic() + limit_s
+        while not ready():
+            is_over = launch.process.poll() is not None
+            if is_over or time.monotonic() > give_up_s:
+                launch.process.kill()
+                raise SystemExit(ended(launch, folder))
+            time.sleep(0.01)
+        return time.monotonic()
+
+    until(found)
+    os.kill(ranks_of(launch.process.pid)[1], signal.SIGKILL)
+    killed_s = time.monotonic()
+    died_s = until(lambda: launch.times(" died; "))
+    joined_s = until(lambda: launch.times(" joined; "))
+    launch.process.send_signal(signal.SIGUSR1)
+    code = launch.process.wait(60)
+    states = map(read_state, found()[0].glob("rank-*.h5"))
+    return {
+        "code": code,
+        "recovery (s)": died_s - killed_s,
+        "full strength (s)": joined_s - killed_s,
+        "finite": all(is_finite(state["learner/theta"]) for state in states),
+    }
 
 
 def checkpoints(args: Any, path: Path) -> None:

@@ -37,8 +37,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -264,11 +265,8 @@ class Tree:
         }
         for who, step in steps.items():
             while True:
-                file.write_text(changed)
-                try:
+                with replaced(file, changed):
                     has_passed, said = step()
-                finally:
-                    file.write_text(original)
                 if has_passed is None:
                     return "undecided", who
                 if has_passed:
@@ -276,20 +274,28 @@ class Tree:
                 how = said.strip().rpartition("\n")[2]
                 if who != "schedules" and (not how or how in self.left_out):
                     return "undecided", how
-                if who == "schedules" or self.is_of(file, original, changed, how):
+                if who == "schedules" or self.is_of(file, changed, how):
                     return who, how[:200]
                 self.left_out.append(how)
         return "", ""
 
-    def is_of(self, file: Path, original: str, changed: str, name: str) -> bool:
+    def is_of(self, file: Path, changed: str, name: str) -> bool:
         """Return whether a test fails with a mutant, again, and not without it."""
         if not self.test(name)[0]:
             return False
-        file.write_text(changed)
-        try:
+        with replaced(file, changed):
             return self.test(name)[0] is False
-        finally:
-            file.write_text(original)
+
+
+@contextmanager
+def replaced(file: Path, text: str) -> Iterator[None]:
+    """Let a file hold another text within the block."""
+    original = file.read_text()
+    file.write_text(text)
+    try:
+        yield
+    finally:
+        file.write_text(original)
 
 
 def page(found: list[dict[str, Any]]) -> str:

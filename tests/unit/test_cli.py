@@ -13,15 +13,19 @@ from mpilm.cli import COMMANDS, main
 from mpilm.launch import LAUNCHERS, launched
 
 
-def mpilm(*arguments, **options):
+def python(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "mpilm", *arguments],
+        [sys.executable, *arguments],
         check=False,
         capture_output=True,
         text=True,
         timeout=60,
         **options,
     )
+
+
+def mpilm(*arguments, **options):
+    return python("-m", "mpilm", *arguments, **options)
 
 
 def test_help_lists_every_command_quickly_without_torch_or_mpi():
@@ -32,10 +36,9 @@ def test_help_lists_every_command_quickly_without_torch_or_mpi():
     best_s = float("inf")
     for _ in range(3):
         began_s = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
+        done = python("-c", code)
         best_s = min(best_s, time.monotonic() - began_s)
+        assert done.returncode == 0
     assert best_s < 0.5
     assert done.stdout.endswith("[]\n")
     for words in COMMANDS:
@@ -44,9 +47,8 @@ def test_help_lists_every_command_quickly_without_torch_or_mpi():
 
 def test_importing_mpilm_starts_no_mpi():
     code = "import mpilm, sys; print('mpi4py' in sys.modules, 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = python("-c", code)
+    assert done.returncode == 0
     assert done.stdout == "False False\n"
 
 
@@ -58,14 +60,7 @@ def test_a_bad_configuration_is_told_of_before_torch_is_loaded(tmp_path):
         "try:\n    main(['train', 'bad.toml', '--out', 'run'])\n"
         "finally:\n    print('torch' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = python("-c", code, cwd=tmp_path)
     assert "train.batch" in done.stderr
     assert done.stdout == "False\n", done
 
