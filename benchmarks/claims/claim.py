@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,12 @@ class Finding:
     """What a claim came to.
 
     verdict  one of the four above
-    numbers  with their spread over the seeds, one line of Markdown
+    numbers  with their spread over the seeds, lines of Markdown
     because  which conditions of the rule decided
     """
 
     verdict: str
-    numbers: str
+    numbers: Sequence[str] = ()
     because: str = ""
 
 
@@ -61,14 +61,14 @@ def judged(
     """Return what the conditions of a rule come to.
 
     Args:
-        parts: the numbers, which the page shows.
+        parts: the numbers, lines that the page shows.
         holds: condition -> whether it is met; reproduced if all are.
         refutes: the same; not reproduced if one is.
 
     >>> judged(["1.2"], holds={"a below b": False}, refutes={"a far above b": False})
-    Finding(verdict='inconclusive', numbers='1.2', because='Not met: a below b.')
+    Finding(verdict='inconclusive', numbers=['1.2'], because='Not met: a below b.')
     """
-    numbers = "; ".join(parts)
+    numbers = list(parts)
     met = [name for name, is_met in refutes.items() if is_met]
     missed = [name for name, is_met in holds.items() if not is_met]
     if met:
@@ -76,6 +76,25 @@ def judged(
     if missed:
         return Finding(INCONCLUSIVE, numbers, f"Not met: {'; '.join(missed)}.")
     return Finding(REPRODUCED, numbers)
+
+
+def at_each(
+    study: Study,
+    setups: Mapping[str, Mapping[str, Any]],
+    measure: Callable[[Study, Mapping[str, Any]], Finding],
+) -> Finding:
+    """Return what the last of several set-ups comes to, with the numbers of all.
+
+    Args:
+        setups: name -> what `measure` is to set; of a smoke test the last alone.
+    """
+    names = list(setups)[-1:] if study.smoke else list(setups)
+    found = {name: measure(study, setups[name]) for name in names}
+    numbers = []
+    for name, finding in found.items():
+        numbers.append(f"{name}: **{finding.verdict}**")
+        numbers += [f"  * {part}" for part in finding.numbers]
+    return replace(found[names[-1]], numbers=numbers)
 
 
 class Study(Points):
@@ -130,12 +149,12 @@ class Study(Points):
         if self.out is None:
             return
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        found = finding or Finding(NOT_RUN, "")
+        found = finding or Finding(NOT_RUN)
         document = {
             "claim": self.id,
             "environment": environment(),
             "verdict": found.verdict,
-            "numbers": found.numbers,
+            "numbers": list(found.numbers),
             "because": found.because,
             "points": self.points,
         }
@@ -160,7 +179,7 @@ class Claim:
         try:
             return self.measure(Study(self.id, ends=0.0))
         except TimeoutError:
-            return Finding(NOT_RUN, "")
+            return Finding(NOT_RUN)
 
 
 def header_of(text: str) -> dict[str, str]:
@@ -197,7 +216,8 @@ def carry_out(claim: Claim, *, ends: float, smoke: bool, again: bool = False) ->
     study.save(finding)
     took_s = time.process_time() - began_s
     word = "runs" if smoke else finding.verdict
-    print(f"{claim.id}: {word}; {finding.numbers} ({took_s:.0f} s)", flush=True)
+    numbers = "\n".join(finding.numbers)
+    print(f"{numbers}\n{claim.id}: {word} ({took_s:.0f} s)", flush=True)
     return finding.verdict
 
 

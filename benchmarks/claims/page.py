@@ -48,31 +48,32 @@ def why(claim: Claim, finding: Finding) -> str:
 
 
 def long_table(found: Rows) -> str:
-    """Return the table of docs/claims.md, and each claim's rule below it."""
-    lines = [
-        "| claim | source | verdict | mean (least to most of the seeds) | why |",
-        "|---|---|---|---|---|",
-    ]
+    """Return the table of docs/claims.md, and each claim's numbers and rule below it."""
+    lines = ["| claim | source | verdict | why |", "|---|---|---|---|"]
     for claim, finding in found:
         link = f"[{claim.id}](#{claim.id})"
         cells = [
             f"{link}: {claim.header['Claim']}",
             claim.header["Source"],
             f"**{finding.verdict}**",
-            finding.numbers,
             why(claim, finding),
         ]
         lines.append(f"| {' | '.join(map(cell, cells))} |")
-    for claim, _ in found:
+    for claim, finding in found:
         lines += [
             "",
             f"### {claim.id}",
             "",
-            f"[{claim.id}.py](../benchmarks/claims/{claim.id}.py)",
+            f"[{claim.id}.py](../benchmarks/claims/{claim.id}.py): **{finding.verdict}**",
             "",
             f"* Set-up: {claim.header['Set-up']}.",
             f"* Decision, written before anything was measured:"
             f" {claim.header['Decision']}.",
+            "",
+            *(
+                f"{'' if line.startswith(' ') else '* '}{line}"
+                for line in finding.numbers
+            ),
         ]
     return "\n".join(lines)
 
