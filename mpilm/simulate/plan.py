@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from mpilm.config import Config, resolve
 from mpilm.convert import fields_of
@@ -65,7 +65,8 @@ class Candidate:
     def applied(self, config: Config) -> Config:
         """Return the configuration with this strategy, period and batch.
 
-        What the configuration says of this strategy stays; of another one, the wire.
+        What the configuration says of this strategy stays; of another one, the wire,
+        if this one has it.
 
         Raises:
             ConfigError: they do not go together.
@@ -75,7 +76,7 @@ class Candidate:
         chosen: dict[str, Any] = {"name": self.strategy}
         if given["name"] == self.strategy:
             chosen = given
-        elif "wire" in given and "wire" in fields_of(STRATEGIES[self.strategy].Config):
+        elif given.get("wire") in wires_of(STRATEGIES[self.strategy].Config):
             chosen["wire"] = given["wire"]
         if self.period and self.strategy == "hierarchical":
             if chosen.get("inner") not in _periodic():
@@ -122,6 +123,11 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
         return {**dataclasses.asdict(self), "promise": self.promise}
+
+
+def wires_of(kind: type) -> tuple[str, ...]:
+    """Return the wire formats that the settings of a strategy know."""
+    return get_args(get_type_hints(kind).get("wire"))
 
 
 def _periodic() -> list[str]:

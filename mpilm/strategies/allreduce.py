@@ -30,14 +30,14 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, WireConfig
+from mpilm.strategies.base import ITEM_BYTES, Learner, Strategy, UpdateWireConfig
 from mpilm.strategies.row_sum import RowSum
 from mpilm.vectors import zeros
 from mpilm.world.base import IN_PLACE, Comm, Request, World
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllreduceConfig(WireConfig):
+class AllreduceConfig(UpdateWireConfig):
     """Section [strategy] of `allreduce`."""
 
     bucket_bytes: Annotated[int, Meta(ge=1)] = 2_000_000

@@ -99,6 +99,14 @@ class WireConfig:
     """how float32 vectors travel; what the format cannot hold stays with the sender"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class UpdateWireConfig(WireConfig):
+    """The same where what travels is a gradient or an update, which codes suit."""
+
+    wire: Literal["float32", "bfloat16", "float16", "int8", "int4"] = "float32"
+    """how float32 vectors travel; what the format cannot hold is sent with the next"""
+
+
 @dataclass
 class Pace:
     """How the ranks of a strategy keep in step.

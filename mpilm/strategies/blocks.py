@@ -11,8 +11,8 @@ Messages    the mean is on its way during d steps.
             step step |=snapshot==> step step <==mean=| (8) step step
 Invariants  (2) to (7) do not read theta, and (8) comes at a fixed step: when messages
             arrive changes no bit. (8) preserves what the d steps have learned.
-            In another wire format than float32 what of s did not travel is in no mean;
-            `bmuf` takes it off s before (8), so it stays in theta: nothing is lost.
+            In another wire format than float32 what did not travel is in no mean: who
+            has one keeps it for the next.
 Cost        with `delay`, and in `bmuf` in another wire format, two copies of the model:
             s, and wbar.
 """

@@ -26,15 +26,21 @@ Messages    one Allreduce of 4P bytes every block, blocking, or with `delay` und
             staggered     step |=c1=| step |=c2=| step |=c3=| step |=c0=|
             delay         step step step step |==P==> step step <==| (8) step step
             Of row tables only rows updated by somebody in the block (shared_rows.py).
+            In another wire format than float32 what travels is the update:
+                u_i = theta_i - W_g(t-1) + e_i                                 (13)
+                e_i <- what of u_i did not travel                              (14)
+            and Wbar(t) = W_g(t-1) + (1/K) sum_i (u_i - e_i). All ranks have the same
+            W_g(t) then, too, and in 4 bits an update loses less than a model would.
 Invariants  eta = 0, zeta = 1: `model_averaging`, to the bit; so is every warm-up.
             CBM on a constant drift v per block: Delta -> zeta v / (1 - eta).
             NBM: W_g follows torch's Nesterov SGD with momentum eta and rate zeta on -G
             (so AdamW inside and NBM outside is DiLoCo, arXiv 2311.08105).
 Departs     the implementations disagree on (2) under NBM; here G is measured from the
             start point W_g, as the paper writes it. The final model is W(t), never the
-            look-ahead. Warm-up of plain averages, staggering and delay are additions.
+            look-ahead. Warm-up of plain averages, staggering, delay and wire formats
+            are additions.
 Cost        two extra copies of the model: W_g and Delta; with `delay`, or in another
-            wire format than float32, two more: s_i and the mean.
+            wire format than float32, two more: s_i and the mean; in that, e_i as well.
 """
 
 from __future__ import annotations
@@ -46,16 +52,17 @@ from msgspec import Meta
 
 from mpilm.errors import ConfigError
 from mpilm.learner.flat import Layout
-from mpilm.strategies.base import Learner, WireConfig
+from mpilm.strategies.base import Learner, UpdateWireConfig
 from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks, due
 from mpilm.strategies.leave_out import left_out_of
 from mpilm.strategies.rows import ShardPart
 from mpilm.strategies.shared_rows import require_resting_rows
+from mpilm.vectors import copy_of, to_array
 from mpilm.world.base import IN_PLACE, World
 
 
 @dataclass(frozen=True, kw_only=True)
-class BmufConfig(WireConfig):
+class BmufConfig(UpdateWireConfig):
     """Section [strategy] of `bmuf`."""
 
     period: Annotated[int, Meta(ge=1)] = 10
@@ -84,6 +91,7 @@ class Bmuf(BlockStrategy):
     """Model averaging with block momentum.
 
     share  ranks for each that is in the mean under way
+    error  e_i, (P,); None: all travels
     """
 
     name = "bmuf"
@@ -94,8 +102,12 @@ class Bmuf(BlockStrategy):
         parts = "layers" if config.stagger else "whole"
         super().__init__(world, config, parts=parts, filtered=True)
         self.share = 1.0
+        self.error: Any = None
         self.saves += ("rows.moved", "rows.touched")
         self.lasting += ("steps",)
+        if self.must_part:
+            self.saves += ("error",)
+            self.lasting += ("error",)
 
     def automatic_eta(self, size: int) -> float:
         return 1.0 - 1.0 / size
@@ -108,6 +120,12 @@ class Bmuf(BlockStrategy):
                 "strategy.leave_out: takes whole models; with model.sparse = true it"
                 " must be 0"
             )
+
+    def start(self, learner: Learner) -> None:
+        super().start(learner)
+        if self.must_part:
+            self.error = copy_of(learner.theta)
+            self.error[:] = 0.0
 
     def ending(self) -> list[int]:
         config, count = self.config, len(self.components)
@@ -127,12 +145,13 @@ class Bmuf(BlockStrategy):
         Communicates: collective, with `delay` an Iallreduce of the part; not blocking.
             With `leave_out` before it an Allreduce of 8K bytes, blocking.
         """
-        self.share = 1.0
+        self.share, is_out = 1.0, False
         if self.leaving and self.comm.size > 1:
             is_out_K, moved = left_out_of(self.comm, self.leaving)
             self.moved += moved
             self.share = self.comm.size / int((~is_out_K).sum())
-            if self.leaving.out_C[number]:
+            is_out = bool(self.leaving.out_C[number])
+            if is_out:
                 self.snapshot[where] = 0.0
         part, vector = self.rows.agree(where), self.wbar[where]
         if part.rows and not self.apart:
@@ -141,12 +160,16 @@ class Bmuf(BlockStrategy):
             vector = part.of(self.snapshot)
         elif self.apart:
             vector[:] = self.snapshot[where]
+        if self.error is not None:
+            if not is_out:
+                vector -= self.part_of(self.start_point, part, where)
+            vector += self.part_of(self.error, part, where)  # (13)
         self.moved += self.allreduced_bytes(len(vector))
         request = self.comm.Iallreduce(IN_PLACE, vector) if self.delay else None
         return part, vector, request
 
     def end_mean(self, started: Any, where: slice) -> None:
-        """Write the mean into `wbar`; take off `snapshot` what did not travel.
+        """Write the mean into `wbar`; what did not travel is the error.
 
         A row that does not travel counts as travelled at g, where all ranks have it.
 
@@ -165,18 +188,27 @@ class Bmuf(BlockStrategy):
         vector /= self.comm.size
         if self.share != 1.0:
             vector *= self.share
-        assert self.momentum is not None
+        if left is not None:
+            part.set_(self.error, left)  # (14)
+            vector += self.part_of(self.start_point, part, where)
         if part.rows:
             sent = part.of(self.snapshot)
             for held in (self.snapshot, self.wbar) if self.apart else ():
-                held[where] = self.momentum.start_point[where]
+                held[where] = self.start_point[where]
             if self.apart:
                 part.set_(self.snapshot, sent)
             part.set_(self.wbar, vector)
-        if left is not None:
-            sent = part.of(self.snapshot)
-            sent -= left
-            part.set_(self.snapshot, sent)
+
+    @property
+    def start_point(self) -> Any:
+        """W_g(t-1), (P,)."""
+        assert self.momentum is not None
+        return self.momentum.start_point
+
+    @staticmethod
+    def part_of(vector: Any, part: ShardPart, where: slice) -> Any:
+        """Return what of a vector travels."""
+        return part.of(vector) if part.rows else vector[where]
 
     def average_pieces_(self, part: ShardPart) -> None:
         """Write the mean of some rows into `wbar`, which is theta, piece by piece."""
@@ -195,6 +227,12 @@ class Bmuf(BlockStrategy):
         Communicates: with `delay` it waits for what is under way.
         """
         self.filtered_model_(learner, out)
+
+    def conserved(self, learner: Learner) -> Any:
+        found = super().conserved(learner)
+        if found is not None and self.error is not None:
+            found = found + to_array(self.error)
+        return found
 
     def metrics(self) -> dict[str, Any]:
         out = {"left_out": self.leaving.num_rounds} if self.leaving else {}

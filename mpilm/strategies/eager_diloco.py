@@ -36,14 +36,14 @@ from msgspec import Meta
 
 from mpilm.learner.flat import Layout
 from mpilm.storage.saved import State
-from mpilm.strategies.base import Learner, Strategy, WireConfig
+from mpilm.strategies.base import Learner, Strategy, UpdateWireConfig
 from mpilm.strategies.block_momentum import ALL, BlockMomentum
 from mpilm.vectors import copy_of, to_array
 from mpilm.world.base import Request, World
 
 
 @dataclass(frozen=True, kw_only=True)
-class EagerDilocoConfig(WireConfig):
+class EagerDilocoConfig(UpdateWireConfig):
     """Section [strategy] of `eager_diloco`."""
 
     period: Annotated[int, Meta(ge=1)] = 30

@@ -1,12 +1,14 @@
-"""A wire format: float32 vectors travel in two bytes an element; nothing is lost.
+"""A wire format: float32 vectors travel in fewer bytes; nothing is lost.
 
 Notation    x    -> a vector that a rank sends, float32
             Q(x) -> the nearest in the format: what travels, and what all ranks compute
                     with, the sender too
             left -> x - Q(x): stays with the sender, who adds it to its vector after the
-                    exchange (a model), or to the next one that it sends (a gradient):
-                    error feedback
-Messages    p2p     2 bytes an element instead of 4
+                    exchange (a model), or to the next one that it sends (a gradient, an
+                    update): error feedback
+Formats     bfloat16, float16   2 bytes an element, of everything
+            int8, int4          8.25, 4.25 bits an element (codes.py), of sums alone
+Messages    p2p     2 bytes an element instead of 4; as they are in int8, int4
             sum     x in K pieces, piece k to rank k; rank k adds them in float32, in
                     the order of ranks; Q of the sum to all:
 
@@ -15,7 +17,8 @@ Messages    p2p     2 bytes an element instead of 4
 
                     K - 1 messages each way and time. The second half goes when somebody
                     asks for the first: in Test, Wait, or the next sum.
-Invariants  |left| <= 2^-8 |x| in bfloat16, 2^-11 |x| in float16 (2^-25 below 2^-14).
+Invariants  |left| <= 2^-8 |x| in bfloat16, 2^-11 |x| in float16 (2^-25 below 2^-14); in
+            int8 and int4 1/254 and 1/14 of the largest |x| of 128 elements.
             After a sum  result + sum over ranks of left = sum over ranks of x, to the
             rounding of float32. `left` of rank k has s_k - Q(s_k) as well.
             The result is the same on all ranks, to the bit.
@@ -29,6 +32,7 @@ What travels are bytes: each format works with every MPI library and device.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,22 +50,63 @@ from mpilm.world.base import (
     Request,
 )
 from mpilm.world.buffers import described
+from mpilm.world.codes import BLOCK, block_bytes, decoded, encoded
 
 T = TypeVar("T")
 
-WIRES = ("float32", "bfloat16", "float16")
+WIRES = ("float32", "bfloat16", "float16", "int8", "int4")
+BITS = {"int8": 8, "int4": 4}  # of a code
 LARGEST = {"bfloat16": float(2.0**127 * (2 - 2.0**-7)), "float16": 65504.0}
 INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}  # its bits
 NUM_SUMS = 8192  # under way at once: MPI promises tags up to 32,767
 
 
+@dataclass(frozen=True)
+class Span:
+    """How many bytes elements take: `num_bytes` for each `block` of them begun."""
+
+    block: int
+    num_bytes: int
+
+    def of(self, num_elements: int) -> int:
+        """Return the bytes of so many elements.
+
+        >>> Span(128, 68).of(129)
+        136
+        """
+        return -(-num_elements // self.block) * self.num_bytes
+
+    def bytes_of(self, where: slice) -> slice:
+        """Return where a part of a vector that begins with a block lies in bytes."""
+        start = self.of(where.start)
+        return slice(start, start + self.of(where.stop - where.start))
+
+    def piece(self, num_elements: int, rank: int, size: int) -> slice:
+        """Return the piece of a vector that a rank adds: whole blocks.
+
+        >>> Span(1, 2).piece(10, 1, 3), Span(4, 6).piece(10, 1, 2)
+        (slice(3, 6, None), slice(4, 10, None))
+        """
+        blocks = -(-num_elements // self.block)
+        ends = (self.block * (r * blocks // size) for r in (rank, rank + 1))
+        return slice(*(min(end, num_elements) for end in ends))
+
+
+def span_of(wire: str) -> Span:
+    """Return how many bytes elements take in a format."""
+    return Span(BLOCK, block_bytes(BITS[wire])) if wire in BITS else Span(1, 2)
+
+
 def narrowed(vector: Any, wire: str) -> Any:
-    """Return Q(x) as bytes, (2n,) uint8, numpy or torch as `vector` is.
+    """Return Q(x) as bytes, uint8, numpy or torch as `vector` is.
 
     >>> widened(narrowed(np.array([1.001, 1e9], np.float32), "float16"), "float16")
     array([1.0009766e+00, 6.5504000e+04], dtype=float32)
     """
-    if hasattr(vector, "new_tensor"):
+    if wire in BITS:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return encoded(vector.detach() if is_tensor(vector) else vector, BITS[wire])
+    if is_tensor(vector):
         torch = sys.modules["torch"]
         x, kind = vector.detach(), getattr(torch, wire)
         short = x.to(kind)
@@ -88,8 +133,11 @@ def rounded_bits(x: Any, wire: str) -> Any:
 
 
 def widened(message: Any, wire: str) -> Any:
-    """Return what `narrowed` made of a vector: Q(x), (n,) float32."""
-    if hasattr(message, "new_tensor"):
+    """Return what `narrowed` made of a vector: Q(x), float32; whole blocks of it."""
+    if wire in BITS:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return decoded(message, BITS[wire])
+    if is_tensor(message):
         torch = sys.modules["torch"]
         return message.view(getattr(torch, wire)).float()
     if wire == "float16":
@@ -104,7 +152,7 @@ def remainder(vector: Any, value: Any) -> Any:
     array([0.5, 0. ], dtype=float32)
     """
     with np.errstate(invalid="ignore"):
-        left = vector - value
+        left = vector - value[: len(vector)] if value.ndim else vector - value
     if not is_finite(left):
         left[~(abs(left) < np.inf)] = 0.0
     return left.detach() if hasattr(left, "detach") else left
@@ -114,15 +162,17 @@ class WireComm(Comm):
     """A communicator whose float32 vectors travel in another format.
 
     inner  what it sends with
+    span   bytes of elements in a sum
+    short  whether single messages are in the format, too
     sums   the messages of sums
 
     Communicates: collective when made: it duplicates `inner`.
     """
 
-    item_bytes = 2
-
     def __init__(self, inner: Comm, wire: str) -> None:
         self.inner, self.wire, self.sums = inner, wire, inner.Dup()
+        self.span, self.short = span_of(wire), wire not in BITS
+        self.item_bytes = 2 if self.short else 4
         self.rank, self.size, self.traffic = inner.rank, inner.size, inner.traffic
         self.num_sums = 0
         self.open: list[WireSum] = []
@@ -132,23 +182,27 @@ class WireComm(Comm):
         return self.inner
 
     def left_of(self, vector: Any) -> Any:
-        return remainder(vector, widened(narrowed(vector, self.wire), self.wire))
+        value = widened(narrowed(vector, self.wire), self.wire)
+        return remainder(vector, value)
 
     # point to point
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
-        message = narrowed(buf, self.wire) if is_float32(buf) else buf
+        is_short = self.short and is_float32(buf)
+        message = narrowed(buf, self.wire) if is_short else buf
         return self.inner.Isend(message, dest, tag)
 
     def Irecv(self, buf: Any, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Request:
-        if not is_float32(buf):
+        if not self.short or not is_float32(buf):
             return self.inner.Irecv(buf, source, tag)
-        message = room(len(buf), buf)
+        message = room(2 * len(buf), buf)
         request = self.inner.Irecv(message, source, tag)
         return WireReceive(request, message, self.wire, buf)
 
     def Improbe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Message | None:
         message = self.inner.Improbe(source, tag)
-        return None if message is None else WireMessage(message, self.wire)
+        if message is None or not self.short:
+            return message
+        return WireMessage(message, self.wire)
 
     # collective
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: Op = SUM) -> Request:
@@ -169,9 +223,9 @@ class WireComm(Comm):
         return request.left
 
     def allreduced_bytes(self, num_elements: int) -> int:
-        own = piece(num_elements, self.rank, self.size)
-        mine = own.stop - own.start
-        return self.item_bytes * (num_elements - mine + (self.size - 1) * mine)
+        own = self.span.piece(num_elements, self.rank, self.size)
+        mine = self.span.of(own.stop - own.start)
+        return self.span.of(num_elements) - mine + (self.size - 1) * mine
 
     def Bcast(self, buf: Any, root: int = 0) -> None:
         self.inner.Bcast(buf, root)
@@ -233,9 +287,9 @@ class WireMessage(Message):
         if not is_float32(buf):
             self.message.Recv(buf)
             return
-        short = room(len(buf), buf)
+        short = room(2 * len(buf), buf)
         self.message.Recv(short)
-        count = self.nbytes // WireComm.item_bytes
+        count = self.nbytes // 2
         buf[:count] = widened(short[: self.nbytes], self.wire)
 
 
@@ -244,21 +298,21 @@ class WireSum(Request):
 
     def __init__(self, comm: WireComm, tag: int, vector: Any, out: Any) -> None:
         self.comm, self.tag, self.out = comm, tag, out
-        size, rank = comm.size, comm.rank
-        self.pieces = [piece(len(vector), r, size) for r in range(size)]
+        size, rank, span = comm.size, comm.rank, comm.span
+        self.pieces = [span.piece(len(vector), r, size) for r in range(size)]
         self.own = self.pieces[rank]
         self.peers = (*range(rank + 1, size), *range(rank))
         self.message = narrowed(vector, comm.wire)
         self.left = remainder(vector, widened(self.message, comm.wire))
-        self.sums = room(len(vector), vector)
-        num_own = self.own.stop - self.own.start
+        self.sums = room(span.of(len(vector)), vector)
+        num_own = span.of(self.own.stop - self.own.start)
         self.came = {peer: room(num_own, vector) for peer in self.peers}
         self.first = [
             comm.sums.Irecv(came, peer, tag)
             for peer, came in self.came.items()
             if num_own
         ]
-        parts = {peer: two_bytes(self.pieces[peer]) for peer in self.peers}
+        parts = {peer: span.bytes_of(self.pieces[peer]) for peer in self.peers}
         parts = {peer: part for peer, part in parts.items() if part.stop > part.start}
         self.second = [
             comm.sums.Irecv(self.sums[part], peer, tag + 1)
@@ -292,18 +346,18 @@ class WireSum(Request):
         """Write the sum, once."""
         if self.done:
             return
-        self.out[:] = widened(self.sums, self.comm.wire)
+        self.out[:] = widened(self.sums, self.comm.wire)[: len(self.out)]
         self.done = True
         self.message = self.sums = self.out = None
 
     def add(self) -> None:
         """Add the pieces of all ranks; send the sum."""
-        comm, where = self.comm, two_bytes(self.own)
-        if self.own.stop > self.own.start:
+        comm, where = self.comm, self.comm.span.bytes_of(self.own)
+        if num_own := self.own.stop - self.own.start:
             self.came[comm.rank] = self.message[where]
-            total = widened(self.came.pop(0), comm.wire)
+            total = widened(self.came.pop(0), comm.wire)[:num_own]
             for rank in range(1, comm.size):
-                total += widened(self.came.pop(rank), comm.wire)
+                total += widened(self.came.pop(rank), comm.wire)[:num_own]
             short = narrowed(total, comm.wire)
             self.left[self.own] += remainder(total, widened(short, comm.wire))
             self.sums[where] = short
@@ -330,22 +384,13 @@ def is_float32(buf: Any) -> bool:
     return described(buf)[1] == "float32"
 
 
-def room(num_elements: int, like: Any) -> Any:
-    """Return a buffer for so many encoded elements, where `like` lies."""
-    if hasattr(like, "new_tensor"):
-        return like.new_empty(2 * num_elements, dtype=sys.modules["torch"].uint8)
-    return np.empty(2 * num_elements, np.uint8)
+def is_tensor(vector: Any) -> bool:
+    """Return whether a vector is torch's."""
+    return hasattr(vector, "new_tensor")
 
 
-def piece(num_elements: int, rank: int, size: int) -> slice:
-    """Return the piece of a vector that a rank adds.
-
-    >>> piece(10, 1, 3)
-    slice(3, 6, None)
-    """
-    return slice(rank * num_elements // size, (rank + 1) * num_elements // size)
-
-
-def two_bytes(where: slice) -> slice:
-    """Return where a part of a vector lies among its encoded bytes."""
-    return slice(2 * where.start, 2 * where.stop)
+def room(num_bytes: int, like: Any) -> Any:
+    """Return a buffer for so many bytes, where `like` lies."""
+    if is_tensor(like):
+        return like.new_empty(num_bytes, dtype=sys.modules["torch"].uint8)
+    return np.empty(num_bytes, np.uint8)

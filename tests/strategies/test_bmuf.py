@@ -169,9 +169,11 @@ def test_the_streaming_preset_is_diloco_in_turn_and_under_way():
     diloco = read_config(PRESET)
     assert config.optim == diloco.optim
     settings = config.strategy.settings
-    assert replace(settings, stagger=False, delay=0) == diloco.strategy.settings
+    plain = replace(settings, stagger=False, delay=0, wire="float32")
+    assert plain == diloco.strategy.settings
     assert settings.stagger
     assert settings.delay == 5
+    assert settings.wire == "int4"
 
 
 def test_a_slow_rank_slows_all():
