@@ -48,7 +48,7 @@ def why(claim: Claim, finding: Finding) -> str:
 
 
 def long_table(found: Rows) -> str:
-    """Return the table of docs/claims.md, and each claim's numbers and rule below it."""
+    """Return the table of docs/claims.md; below it each claim's rule and numbers."""
     lines = ["| claim | source | verdict | why |", "|---|---|---|---|"]
     for claim, finding in found:
         link = f"[{claim.id}](#{claim.id})"
@@ -64,7 +64,8 @@ def long_table(found: Rows) -> str:
             "",
             f"### {claim.id}",
             "",
-            f"[{claim.id}.py](../benchmarks/claims/{claim.id}.py): **{finding.verdict}**",
+            f"[{claim.id}.py](../benchmarks/claims/{claim.id}.py):"
+            f" **{finding.verdict}**",
             "",
             f"* Set-up: {claim.header['Set-up']}.",
             f"* Decision, written before anything was measured:"

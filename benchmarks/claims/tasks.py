@@ -42,6 +42,11 @@ AS_IF = 43_200_000  # parameters of the model whose times are predicted: IBM's B
 VALID, TEST = 10_000, 40_000
 DIGITS = DATA / "fsdd" / "wav"
 EXPONENTIAL = {"name": "exponential", "final_ratio": 0.1}
+SU_CHEN = {  # NG-SGD of the program behind arXiv 1507.01239
+    "optim": {
+        "summed": True, "max_change": "su_chen", "rank_in": 30, "rank_out": 60,
+    }
+}  # fmt: skip
 
 
 def words_corpus(study: Study) -> Path:

@@ -16,6 +16,7 @@ from mpilm.config import OWN, Config, resolve
 from mpilm.errors import STOPPED_EARLY, CheckpointError, ConfigError
 from mpilm.learner.learner import Learner
 from mpilm.learner.minibatch import samples_of
+from mpilm.learner.threads import use_threads
 from mpilm.optim.build import clip_before_step
 from mpilm.own.schedule import PER, optimizer_maker, scheduler_of
 from mpilm.own.sources import source_of
@@ -214,7 +215,7 @@ def look_at(
     Raises:
         MpilmError: one line that says what is wrong with it.
     """
-    torch.set_num_threads(threads)
+    use_threads(threads)
     module, called = compiled(model)
     splits = {"valid": valid, "test": test}
     splits = {name: given for name, given in splits.items() if given is not None}

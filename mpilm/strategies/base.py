@@ -100,7 +100,7 @@ class WireConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateWireConfig(WireConfig):
+class UpdateWireConfig:
     """The same where what travels is a gradient or an update, which codes suit."""
 
     wire: Literal["float32", "bfloat16", "float16", "int8", "int4"] = "float32"

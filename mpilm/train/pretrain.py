@@ -15,6 +15,7 @@ from mpilm.data.frame_batches import FrameShards
 from mpilm.data.hdf5 import ShowProgress
 from mpilm.errors import ConfigError, DivergenceError
 from mpilm.learner.learner import Learner
+from mpilm.learner.threads import use_threads
 from mpilm.models.configs import DnnConfig
 from mpilm.models.rbm import Rbm, RbmStack
 from mpilm.models.weights import save_weights
@@ -58,7 +59,7 @@ class Pretrainer:
                 raise ConfigError(
                     "pretrain: RBMs begin a model dnn with activation = sigmoid"
                 )
-            torch.set_num_threads(config.train.threads)
+            use_threads(config.train.threads)
             task = open_task(config.data.corpus, config.model)
             assert isinstance(task, FrameTask)
             task.require_split("train")

@@ -44,13 +44,12 @@ def make_learner(
     Without batches it is only to evaluate, and has no optimiser: making one would load
     torch._dynamo, a third of the time that a program with torch takes to start.
     """
-    import torch
-
     from mpilm.learner.learner import Learner
+    from mpilm.learner.threads import use_threads
     from mpilm.models.build import build_model, require_sample
     from mpilm.optim.build import build_optimizer
 
-    torch.set_num_threads(config.train.threads)
+    use_threads(config.train.threads)
     sizes = (num_inputs, num_outputs)
     if batches:
         num_targets = config.train.batch * config.train.unroll

@@ -8,13 +8,13 @@ import torch
 
 from mpilm.errors import ConfigError, WorldError
 from mpilm.strategies import STRATEGIES, strategy
-from mpilm.strategies.base import UpdateWireConfig, WireConfig
+from mpilm.strategies.base import UpdateWireConfig
 from mpilm.testing import LawBroken, check_strategy
 from mpilm.testing.fleet import fleet as by_factory
 from mpilm.world import wire as codec
 from mpilm.world.base import IN_PLACE
-from mpilm.world.virtual import run_virtual
 from mpilm.world.codes import BLOCK, LARGEST_CODE, block_bytes
+from mpilm.world.virtual import run_virtual
 from mpilm.world.wire import BITS, WIRES, narrowed, remainder, span_of, widened, wired
 from tests.strategies.cases import CASES
 from tests.strategies.fleets import fleet, thetas
@@ -23,7 +23,9 @@ SHORT = WIRES[1:]  # than float32
 SINGLE = [wire for wire in SHORT if wire not in BITS]  # of single numbers, not blocks
 UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # of a normal number
 WIRED = {
-    n: c for n, c in CASES.items() if issubclass(STRATEGIES[c.name].Config, WireConfig)
+    name: case
+    for name, case in CASES.items()
+    if "wire" in STRATEGIES[case.name].Config.__dataclass_fields__
 }
 WITHOUT = {"local", "sparse_loco", "hierarchical"}  # nothing, codes, `settings`
 EXTREME = [0.0, -0.0, 1e-30, 1e-8, 6e-5, 65519.0, 65520.0, 7e4, -1e30, 3.4e38]

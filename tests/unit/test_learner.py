@@ -8,12 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 from mpilm.data.batch import Batch
 from mpilm.data.streams import Streams
 from mpilm.learner.learner import Learner
 from mpilm.learner.parameters import ModelError
+from mpilm.learner.threads import use_threads
 from tests.unit.learners import (
     TOKENS,
     VOCAB,
@@ -51,6 +53,19 @@ def test_building_keeps_values_and_names():
     for segment in learner.layout:
         flat = learner.theta[segment.slice].view(segment.shape)
         assert torch.equal(flat, before[segment.name])
+
+
+def test_numpy_computes_with_the_threads_of_the_rank_too():
+    """Its BLAS takes every core of itself, on every rank of a node."""
+    with threadpool_limits():  # as it was, afterwards
+        for number in (1, 2):
+            use_threads(number)
+            libraries = threadpool_info()
+            blas = [one for one in libraries if one["user_api"] == "blas"]
+            assert blas
+            assert {one["num_threads"] for one in blas} == {number}
+            assert torch.get_num_threads() == number
+    torch.set_num_threads(1)
 
 
 def test_components_are_embedding_lstm_layers_and_softmax():
