@@ -141,7 +141,7 @@ class Study(Points):
         So a verdict changes when its claim is run, not when somebody else measures.
         """
         if self.ends:
-            self.points = [point for point in self.points if point["of"] != name]
+            self.points = [point for point in self.points if point.get("of") != name]
         return self.get(lambda of: {"found": read()}, of=name)["found"]
 
     def save(self, finding: Finding | None = None) -> None:

@@ -324,3 +324,26 @@ def test_the_rule_of_restricted_networks_can_fail(bmuf, gossip, seeds, expected)
     for name, slow in (("bmuf", bmuf), ("gossip_bmuf", gossip)):
         rows += seeds * [[name, 4, "10mbit", slow], [name, 4, "1gbit", 10.0]]
     assert verdict("restricted_network", lambda key: {"found": rows}) == expected
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "naive", "expected"),
+    [
+        (2.2, 4.3, claim.REPRODUCED),
+        (2.2, 3.0, claim.NOT_REPRODUCED),
+        (1.5, 4.3, claim.NOT_REPRODUCED),
+        (2.2, 3.9, claim.INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_sampled_traffic_can_fail(asynchronous, naive, expected):
+    took = {"naive": naive, "asynchronous": asynchronous, "sampled": 2.0}
+
+    def value(key):
+        if key.get("of") == "seconds of a step":
+            return {"naive": 0.2, "sampled": 0.1}
+        if "of" in key:
+            return {"found": {**took, "sampled asynchronous": 1.0}}
+        seconds = took.get(key["system"], 1.0)
+        return {"valid": 500.0, "curve": [[0.0, 900.0], [seconds, 510.0]]}
+
+    assert verdict("sampled_traffic", value) == expected
