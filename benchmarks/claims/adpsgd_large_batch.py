@@ -11,7 +11,7 @@ Set-up      LSTM on words, plain SGD with 16 ranks, 64,000 words in all; each ra
             step of all ranks; `allreduce` and `adpsgd` (random ring), rate tuned for
             each at each batch by the one rule; test perplexity, 3 seeds. Then, as
             clipping kept large rates from diverging and the number of updates decided,
-            the same with 256,000 words and without clipping, which decides
+            the same with 128,000 words and without clipping, which decides
 Decision    a batch converges if the mean perplexity is at most 1.5 times that of
             `allreduce` at the smallest. Reproduced if the largest batch that converges
             is at least twice as large for adpsgd; not reproduced if it is no larger and
@@ -40,8 +40,8 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 SETUPS: dict[str, dict[str, Any]] = {
     "64,000 words, clipped": {"samples": 64_000},
-    "256,000 words, not clipped": {
-        "samples": 256_000,
+    "128,000 words, not clipped": {
+        "samples": 128_000,
         "more": {"optim": {"clip": 0.0}},
     },
 }
