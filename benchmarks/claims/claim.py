@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ IDS = (  # the order of the page: cheapest first
     *("adpsgd_large_batch", "sampled_traffic", "gossip_bmuf_quality"),
     *("restricted_network", "rbm_averaging", "period_batch_schedule"),
 )
+ALONE = ("averaging_speedup",)  # it measures real time
 SEEDS = (1, 2, 3)
 
 
@@ -93,7 +97,7 @@ def at_each(
     numbers = []
     for name, finding in found.items():
         numbers.append(f"{name}: **{finding.verdict}**")
-        numbers += [f"  * {part}" for part in finding.numbers]
+        numbers += [f"    * {part}" for part in finding.numbers]
     return replace(found[names[-1]], numbers=numbers)
 
 
@@ -234,14 +238,43 @@ def main(ids: Sequence[str] = ()) -> None:
         "--again", action="store_true", help="measure it all, into build/claims/"
     )
     arguments.add_argument("--minutes", type=float, default=180, help="then stop")
+    if ids:
+        cores = os.cpu_count() or 1
+        arguments.add_argument("--jobs", type=int, default=cores, help="at one time")
     args = arguments.parse_args()
     chosen = (args.ids or list(ids)) if ids else [own]
     unknown = [id for id in chosen if id not in IDS]
     if unknown:
         raise SystemExit(f"no claim {', '.join(unknown)}; there are {', '.join(IDS)}")
     ends = time.monotonic() + 60 * args.minutes
+    if ids and len(chosen) > 1:
+        options = [f"--{name}" for name in ("smoke", "again") if getattr(args, name)]
+        side_by_side(chosen, args.jobs, ends, options)
+        return
     for id in chosen:
         carry_out(find(id), ends=ends, smoke=args.smoke, again=args.again)
+
+
+def side_by_side(
+    ids: Sequence[str], jobs: int, ends: float, options: Sequence[str]
+) -> None:
+    """Carry out claims as programs of their own, so many at a time; ALONE ones first.
+
+    Raises:
+        SystemExit: some failed; the others have ended.
+    """
+
+    def code(id: str) -> int:
+        minutes = max(0.0, ends - time.monotonic()) / 60
+        command = [sys.executable, str(HERE / f"{id}.py"), "--minutes", f"{minutes}"]
+        return subprocess.run([*command, *options], check=False).returncode
+
+    codes = {id: code(id) for id in ids if id in ALONE}
+    others = [id for id in ids if id not in ALONE]
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        codes |= zip(others, pool.map(code, others), strict=True)
+    if failed := [id for id, code in codes.items() if code]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def mean(points: Sequence[Point], name: str = "test") -> float:
