@@ -32,6 +32,7 @@ ROUNDING = 1e-5  # relative; float32 sums of 8 numbers, 12 times
 EXACT = [name for name, case in CASES.items() if case.exact]
 FREE = [name for name in CASES if name not in EXACT]
 TORCH = ["allreduce", "model_averaging", "bmuf", "gossip_bmuf", "dpsgd", "delay_by_one"]
+SUMMED = ["allreduce", "bmuf-staggered-delayed", "eager_diloco"]  # updates
 
 
 def train(
@@ -192,9 +193,12 @@ def test_torch_vectors_train_like_numpy_vectors(
 
 
 @pytest.mark.mpich
-@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "name", ["allreduce", "bmuf-staggered-delayed", "gossip_bmuf", "dpsgd", "sgp"]
+    ("name", "wire"),
+    [
+        *((name, wire) for name in SUMMED for wire in ("bfloat16", "float16", "int4")),
+        *((name, "bfloat16") for name in ("gossip_bmuf", "dpsgd", "sgp")),
+    ],
 )
 def test_a_wire_format_has_the_same_bits_and_bytes_in_both_worlds(
     world: MpiWorld, name: str, wire: str, agree: list[bool]
