@@ -108,6 +108,9 @@ ENTRIES = {
     "async_sgd": Entry("async_sgd"),
     "diloco": Entry("bmuf", OUTER),
     "streaming_diloco": Entry("bmuf", {**OUTER, "stagger": True, "delay": 5}),
+    "streaming_diloco, int4": Entry(
+        "bmuf", {**OUTER, "stagger": True, "delay": 5, "wire": "int4"}
+    ),
     "eager_diloco": Entry("eager_diloco"),
     "eager_diloco, 0.9": Entry("eager_diloco", {"eta": 0.9, "zeta": 0.7}),
     "muloco": Entry("bmuf", OUTER, optim="muon"),
