@@ -80,7 +80,7 @@ class OwnBatches(Batches):
         self._begin = self._place_of_source()
         first = self._draw_one()
         self._number = self._drawn = 0
-        self._iterator = chain([first], self._iterator or ())
+        self._iterator = chain([first], self._rest())
         if isinstance(self.counts, Paced | Dealt):
             self.counts.begin(self.accumulate * self.count(first))
         if self.world.size > 1 and not self.source.is_dealt:
@@ -111,6 +111,10 @@ class OwnBatches(Batches):
         raise DataError(
             f"rank {self.world.rank}: batches: epoch {self._number} has no minibatch"
         )
+
+    def _rest(self) -> Iterator[Any]:
+        """Return what is left of this epoch. (An iterator may be false: its length.)"""
+        return iter(()) if self._iterator is None else self._iterator
 
     def _end_epoch(self) -> None:
         if isinstance(self.source, Own) and self.source.once:
@@ -143,10 +147,10 @@ class OwnBatches(Batches):
         self._random.put_in_place()
         if isinstance(self.source, Own) and self.source.once:
             for _ in range(self._drawn):  # it has not begun but for the first ones
-                next(self._iterator or iter(()), None)
+                next(self._rest(), None)
         elif isinstance(self.source, Endless) and not self.source.keeps_place:
             for _ in range(self._drawn):
-                next(self._iterator or iter(()), None)
+                next(self._rest(), None)
         else:
             self._iterator = None
             self.source.load_state(under("source", place))

@@ -17,13 +17,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -58,6 +59,27 @@ class MinibatchSource(ABC):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` returned."""
+
+
+class Drawing(NamedTuple):
+    """How a DataLoader draws from its data set.
+
+    sampler      gives indices, or lists of them
+    batch        indices in a minibatch; None: what the sampler gives is one
+    drop_last    whether a smaller last one is left out
+    gives_lists  whether the sampler gives lists
+    """
+
+    sampler: Any
+    batch: int | None
+    drop_last: bool
+    gives_lists: bool
+
+    def by(self, draws: Any) -> dict[str, Any]:
+        """Return the settings of a DataLoader whose minibatches `draws` gives."""
+        if self.gives_lists or self.batch is not None:
+            return {"batch_sampler": draws}
+        return {"sampler": draws, "batch_size": None}
 
 
 class DealtIndices(BatchSampler):
@@ -121,10 +143,13 @@ class Strided:
     """Every K-th element of what a sampler gives, from the r-th on.
 
     A sampler that draws from torch's random numbers draws the same on all ranks.
+
+    own  elements of a rank in an epoch; 0: not known before
     """
 
     def __init__(self, sampler: Any, rank: int, size: int, *, seed: int) -> None:
         self.sampler, self.rank, self.size, self.seed = sampler, rank, size, seed
+        self.own = len(sampler) // size if hasattr(sampler, "__len__") else 0
         self.number = self.start = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -135,9 +160,7 @@ class Strided:
     def _order(self) -> Iterable[Any]:
         if not hasattr(self.sampler, "__len__"):  # it may be without end
             return self.sampler
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * EPOCH_SEED + self.number)
-            return list(self.sampler)
+        return drawn(self.sampler, self.seed * EPOCH_SEED + self.number)
 
 
 class Loader(MinibatchSource):
@@ -159,39 +182,41 @@ class Loader(MinibatchSource):
         self.seed, self.rank = seed, rank
         self.generator = torch.Generator()
         num_items = len(loader.dataset)  # type: ignore[arg-type]
-        batch = loader.batch_size
-        own: dict[str, Any] = {}
-        if is_plain(loader):
-            self.sampler: Any = DealtIndices(
-                num_items,
-                batch,
-                rank,
-                size,
-                shuffle=isinstance(loader.sampler, RandomSampler),
-                drop_last=loader.drop_last,
-                seed=seed,
-            )
-            if self.sampler.own < 1:
-                need = f"{batch} each" if loader.drop_last else "one each"
-                raise DataError(
-                    f"batches: a data set of {num_items} items cannot be dealt out over"
-                    f" {size} ranks, {need}"
-                )
-            self.per_epoch = size * self.sampler.own
+        order = order_of(loader)
+        self.sampler, self.skips = self._dealt(order, num_items, size), 1
+        draws, own = self.sampler, self.sampler.own
+        if isinstance(draws, Strided) and order.batch is not None:
+            draws = BatchSampler(draws, order.batch, order.drop_last)
+            self.skips = order.batch
+            own -= own % order.batch if order.drop_last else 0
+        if not order.gives_lists:
+            self.per_epoch = size * own
+        if isinstance(self.sampler, DealtIndices):
             self.num_dropped = num_items - self.per_epoch
-        elif isinstance(loader.batch_sampler, BatchSampler | None):
-            self.sampler = Strided(loader.sampler, rank, size, seed=seed)
-            if batch is not None:
-                own["batch_size"], own["drop_last"] = batch, loader.drop_last
-        else:
-            self.sampler = Strided(loader.batch_sampler, rank, size, seed=seed)
-        if "batch_size" in own or batch is None:
-            own["sampler"], own["batch_size"] = self.sampler, batch
-        else:
-            own["batch_sampler"] = self.sampler
-        self.skips = batch if "batch_size" in own and batch else 1
-        self.loader = copied(loader, generator=self.generator, **own)
-        self.geometry = {"items": num_items, "batch_size": batch or 0, "ranks": size}
+        self.loader = copied(loader, generator=self.generator, **order.by(draws))
+        batch = order.batch or 0
+        self.geometry = {"items": num_items, "batch_size": batch, "ranks": size}
+
+    def _dealt(self, order: Drawing, num_items: int, size: int) -> Any:
+        """Return this rank's part of what a sampler gives."""
+        if not is_plain(order, num_items):
+            return Strided(order.sampler, self.rank, size, seed=self.seed)
+        found = DealtIndices(
+            num_items,
+            order.batch,
+            self.rank,
+            size,
+            shuffle=isinstance(order.sampler, RandomSampler),
+            drop_last=order.drop_last,
+            seed=self.seed,
+        )
+        if found.own < 1:
+            need = f"{order.batch} each" if order.drop_last else "one each"
+            raise DataError(
+                f"batches: a data set of {num_items} items cannot be dealt out over"
+                f" {size} ranks, {need}"
+            )
+        return found
 
     def epoch(self, number: int, start: int) -> Iterator[Any]:
         self.sampler.number, self.sampler.start = number, start * self.skips
@@ -226,8 +251,13 @@ class Own(MinibatchSource):
         self.given, self.make, self.rank, self.size = given, make, rank, size
         self.once = is_iterator(given) and make is None
         self._is_begun = False
-        sampler = getattr(given, "sampler", None)
-        self.is_dealt = size > 1 or hasattr(sampler, "num_replicas")
+        self.sampler = sampler_of(given)
+        replicas = getattr(self.sampler, "num_replicas", 0)
+        self.is_dealt = size > 1 or replicas > 0
+        if replicas and hasattr(self.sampler, "__len__"):
+            order, own = order_of(given), len(self.sampler)
+            own -= own % order.batch if order.batch and order.drop_last else 0
+            self.per_epoch = replicas * own
         if isinstance(given, Sequence):
             if size == 1:
                 self.per_epoch = sum(count(batch) for batch in given)
@@ -237,7 +267,7 @@ class Own(MinibatchSource):
         if self._is_begun and self.make and is_iterator(self.given):
             self.given = self.make()
         self._is_begun = True
-        set_epoch = getattr(getattr(self.given, "sampler", None), "set_epoch", None)
+        set_epoch = getattr(sampler_of(self.given), "set_epoch", None)
         if set_epoch:
             set_epoch(number)
         return islice(self.given, self.rank + start * self.size, None, self.size)
@@ -302,9 +332,9 @@ def source_of(
             f"batches: a {type(found).__name__} is no series of minibatches: put a"
             " DataLoader around a data set, or a list around minibatches"
         )
-    replicas = getattr(getattr(found, "sampler", None), "num_replicas", None)
+    replicas = getattr(sampler_of(found), "num_replicas", None)
     if replicas is not None:
-        of = getattr(found.sampler, "rank", rank)  # type: ignore[attr-defined]
+        of = getattr(sampler_of(found), "rank", rank)
         if (of, replicas) != (rank, size):
             raise DataError(
                 f"batches: the sampler of the DataLoader is for rank {of} of"
@@ -339,16 +369,31 @@ def evaluation_of(batches: Any, rank: int, size: int, what: str) -> Iterable[Any
             f"{what}: an iterator is used up by one evaluation: give a list of"
             " minibatches, a DataLoader, or a function that returns the iterator"
         )
-    if type(found) is DataLoader and has_length(found) and is_plain(found):
-        items, batch = range(len(found.dataset)), found.batch_size  # type: ignore[arg-type]
-        if batch is None:
-            whole: list[Any] = list(items)
-            own = {"sampler": whole[rank::size], "batch_size": None}
-        else:
-            whole = [items[n : n + batch] for n in range(0, len(items), batch)]
-            own = {"batch_sampler": [list(part) for part in whole[rank::size]]}
-        return copied(found, generator=torch.Generator().manual_seed(0), **own)
+    if type(found) is DataLoader and has_length(found):
+        order = order_of(found)
+        whole = minibatches_of(order, len(found.dataset))  # type: ignore[arg-type]
+        if not whole:
+            raise DataError(f"{what}: has no minibatch")
+        generator = torch.Generator().manual_seed(0)
+        return copied(found, generator=generator, **order.by(whole[rank::size]))
+    if isinstance(found, Sequence) and not len(found):
+        raise DataError(f"{what}: has no minibatch")
     return islice(found, rank, None, size)
+
+
+def minibatches_of(order: Drawing, num_items: int) -> list[Any]:
+    """Return the indices of every minibatch, the same on all ranks.
+
+    What a DistributedSampler would deal out is not dealt out once more.
+    """
+    whole: list[Any] = list(range(num_items))
+    is_whole = isinstance(order.sampler, DistributedSampler)
+    if not (is_whole or is_plain(order, num_items)):
+        whole = drawn(order.sampler, 0)
+    batch = order.batch
+    if batch is None:
+        return whole
+    return [whole[n : n + batch] for n in range(0, len(whole), batch)]
 
 
 def copied(loader: DataLoader[Any], **own: Any) -> DataLoader[Any]:
@@ -370,17 +415,33 @@ def copied(loader: DataLoader[Any], **own: Any) -> DataLoader[Any]:
     )
 
 
-def is_plain(loader: DataLoader[Any]) -> bool:
-    """Return whether its order is that of the data set, or shuffled, no more."""
-    if (
-        loader.batch_sampler is not None
-        and type(loader.batch_sampler) is not BatchSampler
-    ):
-        return False
-    sampler: Any = loader.sampler
+def order_of(loader: Any) -> Drawing:
+    """Return how a DataLoader draws; its batch sampler may be torch's or another."""
+    by = loader.batch_sampler
+    if by is None:
+        return Drawing(loader.sampler, None, False, False)
+    if type(by) is BatchSampler:
+        return Drawing(by.sampler, by.batch_size, by.drop_last, False)
+    return Drawing(by, None, False, True)
+
+
+def sampler_of(found: Any) -> Any:
+    """Return what gives the indices of a DataLoader; of anything else None."""
+    return order_of(found).sampler if isinstance(found, DataLoader) else None
+
+
+def drawn(sampler: Any, seed: int) -> list[Any]:
+    """Return all that a sampler gives, as it draws at `seed` from torch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return list(sampler)
+
+
+def is_plain(order: Drawing, num_items: int) -> bool:
+    """Return whether it is that of the data set, or shuffled, no more."""
+    sampler = order.sampler
     if type(sampler) is RandomSampler:
-        whole = sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
-        return whole and not sampler.replacement
+        return sampler.num_samples == num_items and not sampler.replacement
     return type(sampler) is SequentialSampler
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from mpilm import load_model
 from mpilm.errors import CheckpointError, MpilmError
@@ -55,8 +63,34 @@ class Placed(Counting):
         self.index = int(state["index"])
 
 
+ROWS = TensorDataset(X, Y, torch.arange(50))
+
+
+class Buckets:
+    """A batch sampler of one's own: minibatches of 2 and of 3, shuffled by torch."""
+
+    def __iter__(self):
+        lists = [[n, n + 1] for n in range(0, 20, 2)]
+        lists += [[n, n + 1, n + 2] for n in range(20, 50, 3)]
+        return iter([lists[n] for n in torch.randperm(20)])
+
+    def __len__(self):
+        return 20
+
+
+SAMPLERS = {
+    "a sampler": lambda: {"batch_size": 5, "sampler": SubsetRandomSampler(range(50))},
+    "a batch sampler": lambda: {
+        "batch_sampler": BatchSampler(RandomSampler(ROWS), 5, drop_last=False)
+    },
+    "one's own batch sampler": lambda: {"batch_sampler": Buckets()},
+}
+
 SOURCES = {
     "shuffled loader": lambda: loader(7, shuffle=True),
+    "a sampler": lambda: DataLoader(
+        TensorDataset(X, Y), batch_size=7, sampler=SubsetRandomSampler(range(50))
+    ),
     "noise": lambda: DataLoader(Noisy(), batch_size=7, shuffle=True),
     "a list of one's own": lambda: (
         lambda world: [
@@ -107,6 +141,61 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, source, name):
     assert one["loss"].tolist() == other["loss"].tolist()
     assert one["lr"].tolist() == other["lr"].tolist()
     assert fitted.summary["steps"] == one["step"][-1]
+
+
+@pytest.mark.parametrize("what", SAMPLERS)
+def test_what_a_sampler_gives_is_dealt_out_and_evaluated_once(tmp_path, what):
+    trained_on, evaluated = [], []
+
+    def watched(model, batch):
+        x, y, rows = batch
+        (trained_on if model.training else evaluated).append(rows.tolist())
+        return loss(model, (x, y))[0]
+
+    _, fitted = trained(
+        tmp_path,
+        DataLoader(ROWS, **SAMPLERS[what]()),
+        criterion=watched,
+        valid=DataLoader(ROWS, **SAMPLERS[what]()),
+        valid_every=0,
+        samples=50,
+    )
+    assert fitted.summary["samples"] == 50
+    sizes = {len(rows) for rows in trained_on}
+    assert sizes == ({2, 3} if what == "one's own batch sampler" else {5})
+    # with 2 and 3 in a minibatch the ranks may end some samples before or after it
+    most = max(trained_on.count(rows) for rows in trained_on)
+    assert most == 1
+    once = [row for rows in evaluated for row in rows]
+    assert len(once) % 50 == 0
+    assert sorted(once[:50]) == list(range(50))
+
+
+def test_the_length_of_an_epoch_is_known_from_a_sampler(tmp_path):
+    _, fitted = trained(
+        tmp_path / "a",
+        loader(5, sampler=SubsetRandomSampler(range(31))),
+        epochs=2,
+        valid=loader(7),
+    )
+    assert fitted.summary["samples"] == 60  # 15 on each rank
+
+    def distributed(world):
+        given = DistributedSampler(ROWS, num_replicas=world.size, rank=world.rank)
+        return loader(5, sampler=given)
+
+    _, fitted = trained(
+        tmp_path / "b",
+        distributed,
+        epochs=2,
+        valid=loader(
+            7, sampler=DistributedSampler(ROWS, num_replicas=2, rank=1, shuffle=False)
+        ),
+    )
+    assert fitted.summary["samples"] == 100
+    alone = load_model(make_model(), tmp_path / "b").eval()
+    whole = float(loss(alone, (X, Y))[0].detach())
+    assert fitted.summary["valid_loss"] == pytest.approx(whole, rel=1e-5)
 
 
 def test_a_run_that_has_ended_gives_its_model_again(tmp_path):
