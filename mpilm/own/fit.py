@@ -345,17 +345,16 @@ def section_of(given: Section, name: str) -> dict[str, Any]:
 
 @contextmanager
 def hooks(given: Given, config: Config) -> Iterator[None]:
-    """Let the optimiser clip inside the block, if it is to."""
+    """Let the optimiser clip inside the block, if it is to; then remove all hooks."""
     clip = config.optim.settings.clip
-    handles = []
     if clip:
         optimizer = given.learner.optimizer
-        handles.append(optimizer.register_step_pre_hook(clip_before_step(clip)))
+        given.hooks.append(optimizer.register_step_pre_hook(clip_before_step(clip)))
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in given.hooks:
+            hook.remove()
 
 
 def load_model(model: nn.Module, out: Path | str, *, ema: bool = False) -> nn.Module:

@@ -42,6 +42,7 @@ class Given:
     learner    of this rank
     scheduler  a torch scheduler of its optimiser, or None
     per_epoch  training samples of an epoch of all ranks; 0: not known
+    hooks      in the optimiser, to be removed after training
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Given:
     learner: Learner = field(init=False)
     scheduler: Any = None
     per_epoch: int = 0
+    hooks: list[Any] = field(default_factory=list)
 
 
 class OwnTask(Task):

@@ -45,18 +45,29 @@ class OwnTrainer(Trainer):
 
     def make_schedule(self) -> Schedule:
         if self.given.scheduler is not None:
-            return TorchSchedule(
+            found = TorchSchedule(
                 self.given.scheduler,
                 self.given.learner.optimizer,
                 per=self.per,
                 epoch=lambda: int(self.batches.epoch),
             )
+            self.given.hooks += found.hooks
+            name = f"scheduler: {type(self.given.scheduler).__name__}"
+            self.require_valid(name, by_validation=found.by_validation)
+            return found
         schedule = super().make_schedule()
-        if schedule.newbob and "valid" not in self.given.splits:
-            raise ConfigError(
-                f"schedule: {self.config.schedule.name} goes by validations: give valid"
-            )
+        name = f"schedule: {self.config.schedule.name}"
+        self.require_valid(name, by_validation=bool(schedule.newbob))
         return schedule
+
+    def require_valid(self, name: str, *, by_validation: bool) -> None:
+        """Raise if a schedule goes by validations, and there are none.
+
+        Raises:
+            ConfigError: one line that names it.
+        """
+        if by_validation and "valid" not in self.given.splits:
+            raise ConfigError(f"{name} goes by validations: give valid")
 
     def make_learner(self, *, is_new: bool) -> Learner:
         learner = self.given.learner

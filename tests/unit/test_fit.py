@@ -8,10 +8,18 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
-from mpilm import evaluate_mean, load_model, run_virtual, strategy
+from mpilm import evaluate_mean, fit, load_model, run_virtual, strategy
 from mpilm.commands.report import report
 from mpilm.errors import CheckpointError, MpilmError
 from mpilm.learner.learner import Learner
@@ -121,12 +129,51 @@ def test_a_scheduler_steps_by_epochs_or_by_validations(tmp_path):
     lr = read_run(tmp_path / "a")[0].rows["lr"]
     assert lr[:4] == pytest.approx([0.1] * 4)
     assert lr[6:9] == pytest.approx([0.01] * 3)
+    trained(tmp_path / "class", scheduler=ReduceLROnPlateau, valid=loader(10), **log)
     plateau = partial(ReduceLROnPlateau, threshold=1e9, patience=0, factor=0.1)
     trained(tmp_path / "b", scheduler=plateau, valid=loader(10), **log)
     lr = read_run(tmp_path / "b")[0].rows["lr"]
     assert lr[0] == pytest.approx(0.1)  # the first validation is the best so far
     trained(tmp_path / "c", scheduler=plateau, valid=loader(10), valid_every=20, **log)
     assert read_run(tmp_path / "c")[0].rows["lr"][-1] < 0.011
+
+
+def halving(optimizer):
+    """A scheduler whose state has numbers as keys, in another one."""
+    by_steps = MultiStepLR(optimizer, [8, 12], gamma=0.5)
+    first = LambdaLR(optimizer, lambda step: 1.0)
+    return SequentialLR(optimizer, [first, by_steps], [2])
+
+
+@pytest.mark.parametrize("rate", [float, torch.tensor], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    "scheduler", [partial(MultiStepLR, milestones=[3, 15], gamma=0.5), halving]
+)
+def test_a_scheduler_goes_on_where_it_was(tmp_path, scheduler, rate):
+    settings = {
+        "scheduler": scheduler,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=rate(0.1)),
+        "log_every": 1,
+    }
+    trained(tmp_path / "a", epochs=4, **settings)
+    trained(tmp_path / "b", epochs=2, **settings)
+    trained(tmp_path / "b", epochs=4, resume=True, **settings)
+    whole, resumed = (read_run(tmp_path / name)[0].rows["lr"] for name in "ab")
+    assert whole.tolist() == resumed.tolist()
+    assert len(set(whole)) == 3
+
+
+def test_an_optimiser_and_its_scheduler_are_trained_with_twice(tmp_path):
+    def main(world):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        given = {"optimizer": optimizer, "scheduler": StepLR(optimizer, 1, gamma=0.9)}
+        for name in "ab":
+            out = tmp_path / name
+            fit(model, loader(), loss, out=out, world=world, epochs=1, **given)
+        return given["scheduler"].last_epoch
+
+    assert run_virtual(main, 1) == [20]
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
@@ -297,6 +344,12 @@ WRONG = {
     "a setting of it": ({"optimizer_settings": {"rate": 1}}, "optimizer SGD: .*rate"),
     "its rate": ({"optimizer_settings": {"lr": -1.0}}, "Invalid learning rate"),
     "a scheduler": ({"scheduler": 3}, "scheduler: of type int"),
+    "a scheduler's class": ({"scheduler": StepLR}, "scheduler StepLR: .*step_size"),
+    "a plateau without valid": ({"scheduler": ReduceLROnPlateau}, "give valid"),
+    "a scheduler that ends": (
+        {"scheduler": partial(OneCycleLR, max_lr=0.1, total_steps=5)},
+        "scheduler OneCycleLR: .* this rank's own",
+    ),
     "both": (
         {"scheduler": partial(CosineAnnealingLR, T_max=3), "schedule": "newbob"},
         "one of the two",
