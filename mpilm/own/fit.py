@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mpilm.config import OWN, Config, resolve
-from mpilm.errors import STOPPED_EARLY, CheckpointError, ConfigError
+from mpilm.errors import STOPPED_EARLY, CheckpointError, ConfigError, DataError
 from mpilm.learner.learner import Learner
 from mpilm.learner.minibatch import samples_of
 from mpilm.learner.threads import use_threads
@@ -98,8 +98,9 @@ def fit(
     Args:
         model: any module with float32 parameters; all ranks begin with rank 0's.
         batches: a DataLoader (dealt out over the ranks), any iterable of minibatches,
-            an object with `.next()`, or a function from the world to one of them; see
-            sources.py. Minibatches have any form, see learner/minibatch.py.
+            an object with `.next()`, or a function from the world to one of them, of
+            this rank's own data; see sources.py. Minibatches have any form, see
+            learner/minibatch.py.
         loss: from (model, minibatch) to the mean loss, or to a pair of it and the
             number of samples that were guessed wrong; `model.loss(minibatch)` if None.
         out: the run folder.
@@ -245,9 +246,23 @@ def look_at(
 
 
 def epochs_of_ranks(given: Given, world: World) -> None:
-    """Find the samples of an epoch of all ranks. Collective, a small allgather."""
+    """Find the samples of an epoch of all ranks. Collective, a small allgather.
+
+    Raises:
+        DataError: what is dealt out is not the same on all ranks.
+    """
     source = given.source
-    numbers = world.comm.allgather(source.per_epoch)
+    items = source.geometry.get("items", 0) if source.is_dealt else 0
+    found = world.comm.allgather((source.per_epoch, items))
+    with world.all_or_none():
+        for rank, (_, others) in enumerate(found):
+            if others != found[0][1]:
+                raise DataError(
+                    f"batches: a data set of {found[0][1]} items on rank 0, of {others}"
+                    f" on rank {rank}: what is dealt out must be the same on all ranks;"
+                    " data of each rank's own comes from a function of the world"
+                )
+    numbers = [number for number, _ in found]
     if all(numbers):
         given.per_epoch = source.per_epoch if source.is_dealt else sum(numbers)
 

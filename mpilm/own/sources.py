@@ -3,11 +3,12 @@
     DataLoader of a data set with a length      dealt out over the ranks here: every
                                                 sample of an epoch on one rank
     the same with a DistributedSampler          dealt out already
+    the same from a function of the world       this rank's own data
     any other iterable, or `.next()`            this rank's own minibatches
 
-With `shard = True` a rank takes every K-th minibatch of any other iterable as well,
-which must then come in the same order on all ranks. With `shard = False` nothing is
-dealt out.
+With `shard = True` all of them are dealt out; of any other iterable a rank takes every
+K-th minibatch, which must then come in the same order on all ranks. With
+`shard = False` nothing is dealt out.
 """
 
 from __future__ import annotations
@@ -170,41 +171,49 @@ class Loader(MinibatchSource):
     was that of the data set, or a shuffled one, it is drawn anew from `seed`; the
     elements of any other sampler are dealt out in turns.
 
+    Args:
+        own: whether the data is this rank's own: nothing is dealt out then.
+
     Raises:
         DataError: too little data for so many ranks.
     """
 
-    is_dealt = True
-
     def __init__(
-        self, loader: DataLoader[Any], rank: int, size: int, *, seed: int
+        self,
+        loader: DataLoader[Any],
+        rank: int,
+        size: int,
+        *,
+        seed: int,
+        own: bool = False,
     ) -> None:
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.is_dealt = seed, rank, not own
+        share = (0, 1) if own else (rank, size)
         self.generator = torch.Generator()
         num_items = len(loader.dataset)  # type: ignore[arg-type]
         order = order_of(loader)
-        self.sampler, self.skips = self._dealt(order, num_items, size), 1
-        draws, own = self.sampler, self.sampler.own
+        self.sampler, self.skips = self._dealt(order, num_items, *share), 1
+        draws, items = self.sampler, self.sampler.own
         if isinstance(draws, Strided) and order.batch is not None:
             draws = BatchSampler(draws, order.batch, order.drop_last)
             self.skips = order.batch
-            own -= own % order.batch if order.drop_last else 0
+            items -= items % order.batch if order.drop_last else 0
         if not order.gives_lists:
-            self.per_epoch = size * own
+            self.per_epoch = share[1] * items
         if isinstance(self.sampler, DealtIndices):
             self.num_dropped = num_items - self.per_epoch
         self.loader = copied(loader, generator=self.generator, **order.by(draws))
         batch = order.batch or 0
         self.geometry = {"items": num_items, "batch_size": batch, "ranks": size}
 
-    def _dealt(self, order: Drawing, num_items: int, size: int) -> Any:
-        """Return this rank's part of what a sampler gives."""
+    def _dealt(self, order: Drawing, num_items: int, rank: int, size: int) -> Any:
+        """Return the part of one of `size` ranks of what a sampler gives."""
         if not is_plain(order, num_items):
-            return Strided(order.sampler, self.rank, size, seed=self.seed)
+            return Strided(order.sampler, rank, size, seed=self.seed)
         found = DealtIndices(
             num_items,
             order.batch,
-            self.rank,
+            rank,
             size,
             shuffle=isinstance(order.sampler, RandomSampler),
             drop_last=order.drop_last,
@@ -340,8 +349,9 @@ def source_of(
                 f"batches: the sampler of the DataLoader is for rank {of} of"
                 f" {replicas}, this is rank {rank} of {size}"
             )
-    elif shard is not False and type(found) is DataLoader and has_length(found):
-        return Loader(found, rank, size, seed=seed)
+    elif type(found) is DataLoader and has_length(found):
+        own = is_function if shard is None else not shard
+        return Loader(found, rank, size, seed=seed, own=own)
     make = (lambda: batches(world)) if is_function else None
     every = (rank, size) if shard and replicas is None else (0, 1)
     return Own(found, make, every[0], every[1], count)

@@ -82,7 +82,8 @@ class OwnTask(Task):
         counts: Any = Turns(0, 1)
         sampler: Any = getattr(self.given.source, "sampler", None)
         accumulate = config.optim.settings.accumulate
-        if lockstep and self.given.count is samples_of and hasattr(sampler, "after"):
+        is_even = self.given.source.is_dealt and hasattr(sampler, "after")
+        if lockstep and self.given.count is samples_of and is_even:
             counts = Dealt(world.size, sampler.after, accumulate)
         elif world.size > 1 and lockstep:
             period = getattr(config.strategy.settings, "period", 1)

@@ -15,6 +15,7 @@ from torch.utils.data import (
     Dataset,
     DistributedSampler,
     RandomSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -97,6 +98,11 @@ SOURCES = {
             (X[n : n + 4], Y[n : n + 4]) for n in range(4 * world.rank, 44, 8)
         ]
     ),
+    "a loader of one's own": lambda: (
+        lambda world: DataLoader(
+            TensorDataset(X[world.rank :], Y[world.rank :]), batch_size=9, shuffle=True
+        )
+    ),
     "an iterator": lambda: uneven,
     "next": lambda: Counting,
     "next with a place": lambda: Placed,
@@ -169,6 +175,34 @@ def test_what_a_sampler_gives_is_dealt_out_and_evaluated_once(tmp_path, what):
     once = [row for rows in evaluated for row in rows]
     assert len(once) % 50 == 0
     assert sorted(once[:50]) == list(range(50))
+
+
+@pytest.mark.parametrize("kind", [{}, {"shuffle": True}, {"batch_sampler": True}])
+def test_a_loader_of_each_ranks_own_data_is_gone_through_whole(tmp_path, kind):
+    """Ranks with 10 and 20 items of their own: one epoch has all 30."""
+    seen = []
+
+    def watched(model, batch):
+        x, y, rows = batch
+        seen.extend(rows.tolist())
+        return loss(model, (x, y))[0]
+
+    def own(world):
+        part = Subset(ROWS, range(10 * world.rank, 10 + 20 * world.rank))
+        if "batch_sampler" in kind:
+            order = BatchSampler(RandomSampler(part), 5, drop_last=False)
+            return DataLoader(part, batch_sampler=order)
+        return DataLoader(part, batch_size=5, **kind)
+
+    settings = {"criterion": watched, "strategy": "adpsgd"}
+    _, fitted = trained(tmp_path / "a", own, epochs=1, **settings)
+    assert set(seen) >= set(range(10))
+    assert fitted.summary["samples"] >= 30
+    seen.clear()
+    trained(tmp_path / "b", own, samples=40, **settings | {"strategy": "local"})
+    assert sorted(seen) == sorted([*range(10), *range(10), *range(10, 30)])
+    with pytest.raises(MpilmError, match="of 10 items on rank 0, of 20 on rank 1"):
+        trained(tmp_path / "c", own, epochs=1, shard=True)
 
 
 def test_the_length_of_an_epoch_is_known_from_a_sampler(tmp_path):
