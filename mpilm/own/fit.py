@@ -40,6 +40,10 @@ from mpilm.world.mpi import MpiWorld, abort_on_error
 
 Section = str | Mapping[str, Any]
 
+# sections that must be the same on all ranks, but for these keys
+SAME = ("strategy", "schedule", "train", "checkpoint", "ema", "world", "faults")
+RANKS_OWN = ("train.device", "train.threads", "train.seed")
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -171,6 +175,7 @@ def fit_in(
         if hasattr(world, "configure"):
             world.configure(faults=config.faults, silence_s=config.world.silence_s)
     assert config is not None
+    require_same(world, config, given, out=out, resume=resume)
     if isinstance(world, MpiWorld):
         choose_messages(world, config)
     folder = Path(out)
@@ -265,6 +270,32 @@ def epochs_of_ranks(given: Given, world: World) -> None:
     numbers = [number for number, _ in found]
     if all(numbers):
         given.per_epoch = source.per_epoch if source.is_dealt else sum(numbers)
+
+
+def require_same(world: World, config: Config, given: Given, **more: Any) -> None:
+    """Raise unless all ranks were given the same where they would wait for each other.
+
+    Raises:
+        ConfigError: one line that names the first key that differs.
+
+    Communicates: collective, a small allgather.
+    """
+    own = {name: f"{value}" for name, value in more.items()}
+    own |= {name: f"{name in given.splits}" for name in ("valid", "test")}
+    own["accumulate"] = f"{config.optim.settings.accumulate}"
+    document = config.to_document()
+    for section in SAME:
+        own |= {f"{section}.{k}": f"{v}" for k, v in document.get(section, {}).items()}
+    found = world.comm.allgather({k: v for k, v in own.items() if k not in RANKS_OWN})
+    with world.all_or_none():
+        for rank, others in enumerate(found):
+            for key in {**found[0], **others}:
+                one, other = found[0].get(key, "none"), others.get(key, "none")
+                if one != other:
+                    raise ConfigError(
+                        f"{key}: {one} on rank 0, {other} on rank {rank}: all ranks"
+                        " must be given the same"
+                    )
 
 
 def config_of(

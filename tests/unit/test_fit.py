@@ -395,6 +395,28 @@ def test_wrong_input_ends_in_one_line(tmp_path, what):
     assert "\n" not in str(error.value)
 
 
+OTHER = {
+    "strategy": ({"strategy": "bmuf"}, r"strategy\.name: allreduce on rank 0, bmuf on"),
+    "length": ({"epochs": 3}, r"train\.samples: 100 on rank 0, 150 on rank 1"),
+    "folder": ({"out": "elsewhere"}, r"out: .*run on rank 0, elsewhere on rank 1"),
+    "valid": ({"valid": loader(10)}, "valid: False on rank 0, True on rank 1"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_ranks_that_were_given_different_things_are_refused(tmp_path, what):
+    other, words = OTHER[what]
+
+    def main(world):
+        settings = {"out": tmp_path / "run", "epochs": 2}
+        settings |= other if world.rank else {}
+        fit(make_model(), loader(), loss, world=world, **settings)
+
+    with pytest.raises(MpilmError, match=words):
+        run_virtual(main, 2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_line_says_whose_run_it_is(tmp_path):
     from mpilm.train.folder import RunFolder
     from mpilm.train.run import TrainedModel
