@@ -100,7 +100,9 @@ def fit(
     a checkpoint and exit code 75, and the same call with `resume = True` goes on.
 
     Args:
-        model: any module with float32 parameters; all ranks begin with rank 0's.
+        model: any module with float32 parameters; all ranks begin with rank 0's. It is
+            trained in training mode; parts of it that are in evaluation mode when it
+            is not itself (BatchNorm that is to stay) stay so.
         batches: a DataLoader (dealt out over the ranks), any iterable of minibatches,
             an object with `.next()`, or a function from the world to one of them, of
             this rank's own data; see sources.py. Minibatches have any form, see
@@ -223,6 +225,8 @@ def look_at(
     """
     use_threads(threads)
     module, called = compiled(model)
+    if not module.training:
+        called.train()  # a loop does it; from_pretrained() hands over the other mode
     splits = {"valid": valid, "test": test}
     splits = {name: given for name, given in splits.items() if given is not None}
     require_splits(splits)

@@ -217,6 +217,20 @@ def test_shared_frozen_and_unused_parameters(tmp_path):
     assert same(load_model(Odd(), tmp_path), models[1])
 
 
+def test_a_model_in_evaluation_mode_is_trained_but_parts_stay_in_it(tmp_path):
+    whole, _ = trained(tmp_path / "a", model=lambda: make_model().eval(), epochs=1)
+    assert int(whole[0][1].num_batches_tracked) == 5
+    assert whole[0].training
+
+    def parts():
+        model = make_model()
+        model[1].eval()
+        return model
+
+    kept, _ = trained(tmp_path / "b", model=parts, epochs=1, valid=loader(10))
+    assert int(kept[0][1].num_batches_tracked) == 0
+
+
 @pytest.mark.long
 def test_a_compiled_model_is_the_same_model(tmp_path):
     plain, _ = trained(tmp_path / "a", epochs=1)
