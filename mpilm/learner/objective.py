@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Number
 from typing import Any
 
 from torch import Tensor, nn
 
+from mpilm.errors import ModelError
 from mpilm.learner.minibatch import samples_of
 from mpilm.learner.parameters import require_scalar
 
@@ -43,7 +45,17 @@ class Objective:
             ModelError: it is something else.
         """
         found = self._loss(self._model, batch)
-        return found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+        if not (isinstance(found, tuple) and len(found) == 2):
+            return found, None
+        loss, wrong = found
+        is_number = wrong is None or isinstance(wrong, Number)
+        if not is_number and getattr(wrong, "ndim", -1) != 0:
+            shape = tuple(getattr(wrong, "shape", ()))
+            raise ModelError(
+                f"the loss is a pair with a {type(wrong).__name__} of shape {shape}: a"
+                " pair is the mean loss, and how many samples were guessed wrong"
+            )
+        return loss, wrong
 
     def nll(self, batch: Any, num_samples: int) -> tuple[Any, Any]:
         """Return the nll of a minibatch, summed, and its wrong guesses or None.

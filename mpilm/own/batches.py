@@ -108,9 +108,7 @@ class OwnBatches(Batches):
                 self._drawn += 1
                 return batch
             self._end_epoch()
-        raise DataError(
-            f"rank {self.world.rank}: batches: epoch {self._number} has no minibatch"
-        )
+        raise DataError("batches: an epoch of this rank has no minibatch")
 
     def _rest(self) -> Iterator[Any]:
         """Return what is left of this epoch. (An iterator may be false: its length.)"""
@@ -119,9 +117,9 @@ class OwnBatches(Batches):
     def _end_epoch(self) -> None:
         if isinstance(self.source, Own) and self.source.once:
             raise DataError(
-                f"rank {self.world.rank}: batches: the iterator ended after"
-                f" {self._drawn} minibatches, and cannot begin again: give an iterable,"
-                " or a function of the world that returns one"
+                f"batches: the iterator ended after {self._drawn} minibatches, and"
+                " cannot begin again: give an iterable, or a function of the world that"
+                " returns one"
             )
         self._iterator, self._per_epoch = None, self._drawn
         self._number, self._drawn = self._number + 1, 0

@@ -43,6 +43,7 @@ Section = str | Mapping[str, Any]
 # sections that must be the same on all ranks, but for these keys
 SAME = ("strategy", "schedule", "train", "checkpoint", "ema", "world", "faults")
 RANKS_OWN = ("train.device", "train.threads", "train.seed")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,10 @@ def look_at(
         MpilmError: one line that says what is wrong with it.
     """
     use_threads(threads)
+    if device not in DEVICES:
+        raise ConfigError(f"device: {device!r} is none of {DEVICES}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: no GPU is visible (torch.cuda finds none)")
     module, called = compiled(model)
     if not module.training:
         called.train()  # a loop does it; from_pretrained() hands over the other mode
@@ -308,7 +313,7 @@ def config_of(
     strategy: Section,
     schedule: Section,
     samples: int,
-    epochs: float,
+    epochs: Any,
     valid_every: int | None,
     checkpoint_every: int,
     keep: int,
@@ -334,6 +339,8 @@ def config_of(
     if given.scheduler is not None and schedule != "constant":
         raise ConfigError("fit: a scheduler and a schedule: give one of the two")
     if epochs:
+        if not isinstance(epochs, int | float):
+            raise ConfigError(f"epochs: of type {type(epochs).__name__}, not a number")
         if not given.per_epoch:
             raise ConfigError(
                 "epochs: how many samples these batches have is not known before: give"
@@ -370,8 +377,8 @@ def config_of(
             "log_every": log_every,
         },
         "checkpoint": {"every": checkpoint_every, "keep": keep},
-        "ema": dict(ema or {}),
-        "faults": dict(faults or {}),
+        "ema": table_of(ema, "ema"),
+        "faults": table_of(faults, "faults"),
         "world": {"gpu_messages": gpu_messages},
     }
     return resolve(document, origin="fit")
@@ -385,12 +392,21 @@ def section_of(given: Section, name: str) -> dict[str, Any]:
     """
     if isinstance(given, str):
         return {"name": given}
-    if not isinstance(given, Mapping):
-        raise ConfigError(
-            f"{name}: of type {type(given).__name__}: give a name, or a table with a"
-            " name"
-        )
-    return dict(given)
+    return table_of(given, name, "a name, or a table with a name")
+
+
+def table_of(
+    given: Any, name: str, wanted: str = "a table of that section"
+) -> dict[str, Any]:
+    """Return a section that is a table, or nothing.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise ConfigError(f"{name}: of type {kind}: give {wanted}")
+    return dict(given or {})
 
 
 @contextmanager

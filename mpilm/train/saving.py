@@ -159,7 +159,7 @@ class Saving:
         with self.world.all_or_none():
             if shared["fingerprint"] != self.task.fingerprint:
                 raise CheckpointError(
-                    f"{config.data.corpus}: its {self.task.meaning} is not the one that"
+                    f"{self.task.path}: its {self.task.meaning} is not the one that"
                     f" {newest.path} was trained with"
                 )
             before = read_saved(shared["config"], newest.path)

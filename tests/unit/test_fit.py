@@ -375,6 +375,15 @@ WRONG = {
     "accumulate": ({"accumulate": 0}, r"optim\.accumulate"),
     "valid is an iterator": ({"valid": iter([1])}, "valid: an iterator is used up"),
     "valid is a number": ({"valid": 3}, "valid: of type int"),
+    "valid is empty": ({"valid": []}, "valid: has no minibatch"),
+    "no minibatch": ({"batches": [], "samples": 9}, "rank 0: batches: an epoch of"),
+    "a loss with logits": (
+        {"criterion": lambda model, batch: (loss(model, batch)[0], model(batch[0]))},
+        r"a pair with a Tensor of shape \(5, 2\)",
+    ),
+    "a device": ({"device": "gpu"}, "device: 'gpu' is none of"),
+    "epochs as text": ({"epochs": "3"}, "epochs: of type str"),
+    "a moving average": ({"ema": 0.99}, "ema: of type float"),
     "no module": ({"model": lambda: 3}, "model: of type int"),
     "double": ({"model": lambda: nn.Linear(3, 2).double()}, r"model\.float\(\)"),
     "bfloat16": ({"model": lambda: nn.Linear(3, 2).bfloat16()}, r"model\.float\(\)"),
@@ -429,6 +438,12 @@ def test_ranks_that_were_given_different_things_are_refused(tmp_path, what):
     with pytest.raises(MpilmError, match=words):
         run_virtual(main, 2)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_model_does_not_go_on(tmp_path):
+    trained(tmp_path, epochs=1)
+    with pytest.raises(MpilmError, match="the model: its set of parameters is not"):
+        trained(tmp_path, resume=True, model=lambda: nn.Linear(3, 2))
 
 
 def test_the_command_line_says_whose_run_it_is(tmp_path):
