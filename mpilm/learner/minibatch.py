@@ -1,8 +1,9 @@
 """Minibatches of any form: how many samples they hold, and how they reach a device.
 
 A minibatch may be a tensor or an array; a tuple, list, named tuple, mapping or
-dataclass of them, nested; or an object of somebody's own, which has `.to(device)`
-where its tensors are to be moved.
+dataclass of them, nested; a PackedSequence, whose samples are its sequences (their
+lengths stay on the CPU, where torch wants them); or an object of somebody's own, which
+has `.to(device)` where its tensors are to be moved.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from mpilm.errors import DataError
 
@@ -38,6 +40,8 @@ def samples_of(batch: Any) -> int:
     if own is not None and not callable(own):
         return int(own)
     for tensor in arrays(batch):
+        if isinstance(tensor, PackedSequence):
+            return int(tensor.batch_sizes[0])
         if tensor.ndim:
             return len(tensor)
     raise DataError(
@@ -47,8 +51,8 @@ def samples_of(batch: Any) -> int:
 
 
 def arrays(batch: Any) -> Iterator[Any]:
-    """Yield the tensors and arrays of a minibatch, in order."""
-    if isinstance(batch, Tensor | np.ndarray):
+    """Yield the tensors and arrays of a minibatch, in order, and what is packed."""
+    if isinstance(batch, Tensor | np.ndarray | PackedSequence):
         yield batch
     elif isinstance(batch, Mapping):
         for part in batch.values():
@@ -56,10 +60,19 @@ def arrays(batch: Any) -> Iterator[Any]:
     elif isinstance(batch, tuple | list):
         for part in batch:
             yield from arrays(part)
-    elif hasattr(batch, "__dict__") and not isinstance(batch, type):
-        for part in vars(batch).values():
+    elif (own := fields_in(batch)) is not None:
+        for part in own:
             if isinstance(part, Tensor | np.ndarray | Mapping | tuple | list):
                 yield from arrays(part)
+
+
+def fields_in(batch: Any) -> list[Any] | None:
+    """Return what an object of somebody's own holds; None: it is no such object."""
+    if isinstance(batch, type):
+        return None
+    if dataclasses.is_dataclass(batch):  # it may have no __dict__
+        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    return list(vars(batch).values()) if hasattr(batch, "__dict__") else None
 
 
 def moved(batch: Any, move: Move, device: torch.device) -> Any:
@@ -71,6 +84,9 @@ def moved(batch: Any, move: Move, device: torch.device) -> Any:
         return move(batch)
     if isinstance(batch, np.ndarray):
         return batch if batch.dtype.kind in NOT_NUMBERS else move(batch)
+    if isinstance(batch, PackedSequence):
+        packed: Any = batch  # torch's annotation knows `to(dtype)` only
+        return packed.to(device)
     if isinstance(batch, tuple | list):
         parts = [moved(part, move, device) for part in batch]
         if hasattr(batch, "_make"):

@@ -17,6 +17,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from mpilm.data.batch import Batches
 from mpilm.data.counts import Counts
@@ -166,9 +167,8 @@ def checksum(batch: Any) -> int | None:
     """Return a checksum of what a minibatch holds; None: nothing to compare."""
     found = None
     for array in arrays(batch):
-        content = (
-            torch.as_tensor(array) if not isinstance(array, torch.Tensor) else array
-        )
+        content = array.data if isinstance(array, PackedSequence) else array
+        content = torch.as_tensor(content)
         try:
             content = content.detach().cpu().contiguous().view(-1).view(torch.uint8)
         except RuntimeError:

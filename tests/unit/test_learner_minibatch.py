@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 from mpilm.errors import DataError, ModelError
 from mpilm.learner.learner import Learner
-from mpilm.learner.minibatch import samples_of
+from mpilm.learner.minibatch import moved, samples_of
 from mpilm.learner.parts import Parts
 
 X = torch.arange(12.0).view(6, 2) / 10
@@ -27,6 +28,12 @@ class Pair(NamedTuple):
 
 @dataclass
 class Record:
+    x: object
+    y: object
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
     x: object
     y: object
 
@@ -59,6 +66,7 @@ KINDS = {
     "mapping": (UserDict(x=X, y=Y), lambda b: (b["x"], b["y"])),
     "named tuple": (Pair(X, Y), lambda b: (b.x, b.y)),
     "dataclass": (Record(X, Y), lambda b: (b.x, b.y)),
+    "with slots": (Slotted(X, Y), lambda b: (b.x, b.y)),
     "object": (Own(X, Y), lambda b: (b.x, b.y)),
     "tensor": (torch.cat([X, Y[:, None]], dim=1), lambda b: (b[:, :2], b[:, 2])),
     "nested": ({"inputs": (X,), "y": [Y, "text"]}, lambda b: (*b["inputs"], b["y"][0])),
@@ -183,3 +191,13 @@ def test_an_evaluation_of_a_loss_that_is_no_scalar_is_refused():
 def test_parameters_of_another_type_are_refused_with_what_would_do(dtype):
     with pytest.raises(ModelError, match=r"weight is torch.*model\.float\(\)"):
         Learner(nn.Linear(2, 1, dtype=dtype), None, torch.optim.SGD)
+
+
+def test_the_samples_of_packed_sequences_are_sequences_and_lengths_stay_on_the_cpu():
+    packed = pack_sequence([torch.ones(3, 2), torch.ones(5, 2)], enforce_sorted=False)
+    batch = {"packed": packed, "y": torch.zeros(2)}
+    assert samples_of(batch) == 2
+    elsewhere = torch.device("meta")
+    found = moved(batch, lambda tensor: tensor.to(elsewhere), elsewhere)
+    assert found["packed"].data.device == found["y"].device == elsewhere
+    assert found["packed"].batch_sizes.device == torch.device("cpu")
