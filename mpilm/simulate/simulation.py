@@ -237,7 +237,7 @@ def co_simulate(config: Config, out: Path, ranks: int) -> Outcome:
         efficiency=speed / ideal_samples_per_s(config, ranks),
         communication=sum(b / max(s, 1e-12) for _, s, b in took) / ranks,
         bytes_sent=summary["bytes_sent"],
-        loss=summary["train_loss"] or None,  # 0: the log has no row yet
+        loss=summary["train_loss"],
         perplexity=summary["valid_perplexity"],
     )
 

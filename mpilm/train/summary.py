@@ -183,8 +183,7 @@ def over_ranks(reports: list[RankSummary], rest: int) -> dict[str, Any]:
         "ranks": size,
         "samples": samples,
         "samples_per_s": samples / max(totals[0].train_seconds, 1e-9),
-        "train_loss": sum(t.loss_sum for t in totals)
-        / max(sum(t.loss_count for t in totals), 1),
+        "train_loss": train_loss(totals),
         "comm_seconds": blocked_s / size,
         "overlap": together.overlap,
         "idle": together.idle,
@@ -199,6 +198,12 @@ def over_ranks(reports: list[RankSummary], rest: int) -> dict[str, Any]:
         "spectral_gap": totals[0].spectral_gap,
         "per_rank": per_rank(reports),
     }
+
+
+def train_loss(totals: list[Totals]) -> float:
+    """Return the mean loss of the minibatches in the logs; NaN: there is none yet."""
+    count = sum(t.loss_count for t in totals)
+    return sum(t.loss_sum for t in totals) / count if count else math.nan
 
 
 def per_rank(reports: list[RankSummary]) -> dict[str, list[Any]]:

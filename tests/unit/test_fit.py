@@ -283,6 +283,13 @@ def test_the_report_shows_losses(tmp_path):
     assert "perplexity</th>" not in page
 
 
+def test_a_run_shorter_than_a_row_of_the_log_has_no_training_loss(tmp_path):
+    _, fitted = trained(tmp_path / "a", epochs=1)
+    assert fitted.summary["train_loss"] is None
+    assert report([tmp_path / "a"], out=tmp_path / "page.html") == 0
+    assert "training loss, nats" not in (tmp_path / "page.html").read_text()
+
+
 def test_without_valid_there_is_nothing_to_judge(tmp_path, capsys):
     _, fitted = trained(tmp_path, strategy="local")
     assert fitted.summary["valid_loss"] is None
