@@ -232,6 +232,46 @@ def test_the_length_of_an_epoch_is_known_from_a_sampler(tmp_path):
     assert fitted.summary["valid_loss"] == pytest.approx(whole, rel=1e-5)
 
 
+class Reading(nn.Module):
+    """An LSTM that reads on where it was, as docs/library.md shows it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.lstm, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+        self.hidden = None
+
+    def forward(self, x):
+        found, hidden = self.lstm(x, self.hidden)
+        self.hidden = tuple(part.detach() for part in hidden)
+        return self.out(found).transpose(1, 2)
+
+    def carried(self):
+        return self.hidden or ()
+
+    def load_carried(self, tensors):
+        self.hidden = tuple(tensors) or None
+
+
+def test_what_a_model_carries_on_goes_on_and_evaluation_begins_anew(tmp_path):
+    def stretch(world):
+        starts = range(20 * world.rank, 20 * world.rank + 20, 4)
+        return [(X[None, n : n + 4], Y[None, n : n + 4]) for n in starts]
+
+    settings = {
+        "model": Reading,
+        "criterion": lambda model, batch: nn.functional.cross_entropy(
+            model(batch[0]), batch[1]
+        ),
+        "valid": [(X[:6].view(2, 3, 3), Y[:6].view(2, 3))],  # of two rows, not one
+        "valid_every": 4,
+    }
+    whole, _ = trained(tmp_path / "a", stretch, samples=16, **settings)
+    trained(tmp_path / "b", stretch, samples=6, **settings)
+    parts, _ = trained(tmp_path / "b", stretch, samples=16, resume=True, **settings)
+    assert same(whole[0], parts[0])
+
+
 def test_a_run_that_has_ended_gives_its_model_again(tmp_path):
     first, _ = trained(tmp_path)
     again, fitted = trained(tmp_path, resume=True)
