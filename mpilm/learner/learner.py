@@ -23,7 +23,7 @@ from mpilm.learner.evaluation import Sums, carried_by, carry, evaluating, sum_up
 from mpilm.learner.finite_check import FiniteCheck
 from mpilm.learner.flat import Rows, Segment
 from mpilm.learner.malloc import keep_freed_memory
-from mpilm.learner.minibatch import moved
+from mpilm.learner.minibatch import endless, moved
 from mpilm.learner.objective import Objective
 from mpilm.learner.optimizer import THETA, LearnerOptimizer
 from mpilm.learner.parameters import FlatParameters, no_notice
@@ -56,7 +56,8 @@ class Learner:
     Args:
         model: any module with float32 parameters; it is moved to `device`.
         batches: `.next()` gives minibatches, see minibatch.py; several that make one
-            step come as `Parts`. None: only to evaluate. With `state()` and
+            step come as `Parts`. An iterable (a DataLoader) is gone through again and
+            again. None: only to evaluate. With `state()` and
             `load_state` its place is in the learner's state.
         optimizer: from a list of parameters to a torch optimiser.
         loss: from (model, minibatch) to the mean loss; `model.loss(minibatch)` if not
@@ -113,7 +114,7 @@ class Learner:
             torch.cuda.set_device(self.device)  # DLPack and cuDNN's dropout go by it
         require_ready(model)
         self.model = model.to(self.device)
-        self.batches = batches
+        self.batches = endless(batches)
         self.samples = self.used = 0
         self.spent = Spent()
         self._clock = clock

@@ -9,7 +9,7 @@ has `.to(device)` where its tensors are to be moved.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,43 @@ from mpilm.errors import DataError
 
 Move = Callable[[Any], Tensor]
 NOT_NUMBERS = "OSUMmV"  # kinds of numpy arrays that no tensor can hold
+
+
+class Repeated:
+    """The minibatches of an iterable, again and again; it does not know its place.
+
+    Raises:
+        DataError: it has ended, and gives no more.
+    """
+
+    def __init__(self, given: Iterable[Any]) -> None:
+        self.given = given
+        self._iterator: Iterator[Any] = iter(())
+
+    def next(self) -> Any:
+        """Return the next minibatch."""
+        for _ in range(2):
+            for batch in self._iterator:
+                return batch
+            self._iterator = iter(self.given)
+        kind = type(self.given).__name__
+        raise DataError(f"batches: a {kind} that has ended, and gives no more")
+
+
+def endless(batches: Any) -> Any:
+    """Return what has a method next: as it is, or of an iterable.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if batches is None or hasattr(batches, "next"):
+        return batches
+    if isinstance(batches, Iterable) and not isinstance(batches, Tensor | str | dict):
+        return Repeated(batches)
+    raise DataError(
+        f"batches: of type {type(batches).__name__}: give an object with next(), or an"
+        " iterable of minibatches"
+    )
 
 
 def samples_of(batch: Any) -> int:

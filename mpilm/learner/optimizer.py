@@ -62,6 +62,11 @@ class LearnerOptimizer:
         flat: bool | None,
     ) -> None:
         self.parameters = own
+        if not callable(make):
+            raise ModelError(
+                f"optimizer: of type {type(make).__name__}: give a function from"
+                " parameters to a torch optimiser, or the class of one"
+            )
         if not flat:
             self.torch = make(list(own.values()))
         if flat or (flat is None and is_elementwise(self.torch, own)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpilm.errors import ConfigError
 from mpilm.strategies.base import Learner, Pace, Strategy
 from mpilm.strategies.hierarchical import Hierarchical
 from mpilm.strategies.local import Local
@@ -45,7 +46,11 @@ def strategy(name: str, world: World, **settings: Any) -> Strategy:
     Communicates: collective (it duplicates the world's communicator), blocking.
 
     Raises:
-        ConfigError: no such strategy.
+        ConfigError: no such strategy, or no such setting of it.
     """
     found = find_strategy(name)
-    return found(world, found.Config(**settings))
+    try:
+        config = found.Config(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"strategy {name}: {error}") from error
+    return found(world, config)

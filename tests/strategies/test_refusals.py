@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from mpilm.errors import MpilmError
+from mpilm import run_virtual, strategy
+from mpilm.errors import ConfigError, MpilmError
 from mpilm.strategies.topology import TOPOLOGIES
 from mpilm.world.virtual import VirtualWorld
 from tests.strategies.fleets import fleet
@@ -116,6 +117,13 @@ def test_refused_in_one_line(run, case):
     with pytest.raises(MpilmError) as refused:
         run(size, name, **sections)
     assert_words(line_of(refused), words)
+
+
+@pytest.mark.parametrize("settings", [{"perid": 3}, {"period": 2, "delay": 2}])
+def test_in_a_loop_of_ones_own_too(settings):
+    with pytest.raises(ConfigError, match=r"strategy bmuf: .*(perid|period)") as found:
+        run_virtual(lambda world: strategy("bmuf", world, **settings), 1)
+    assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize("name", ["adpsgd", "async_sgd", "hierarchical"])

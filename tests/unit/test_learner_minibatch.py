@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader, TensorDataset
 
 from mpilm.errors import DataError, ModelError
 from mpilm.learner.learner import Learner
@@ -201,3 +202,18 @@ def test_the_samples_of_packed_sequences_are_sequences_and_lengths_stay_on_the_c
     found = moved(batch, lambda tensor: tensor.to(elsewhere), elsewhere)
     assert found["packed"].data.device == found["y"].device == elsewhere
     assert found["packed"].batch_sizes.device == torch.device("cpu")
+
+
+def test_an_iterable_is_gone_through_again_and_again():
+    rows = DataLoader(TensorDataset(X, Y), batch_size=4)
+    ours = learner(rows, lambda b: b)
+    for _ in range(4):
+        ours.gradient()
+    assert ours.samples == 12
+    ended = learner(iter([(X, Y)]), lambda b: b)
+    ended.gradient()
+    with pytest.raises(DataError, match="a list_iterator that has ended"):
+        ended.gradient()
+    for wrong in (3, X, {"x": X}):
+        with pytest.raises(DataError, match="give an object with next"):
+            learner(wrong, lambda b: b)

@@ -229,6 +229,7 @@ def test_parameters_that_the_optimiser_leaves_out_stay():
         (optim.LBFGS, "optimiser LBFGS computes gradients itself"),
         (optim.SparseAdam, "optimiser SparseAdam: the gradient here"),
         (lambda p: None, "returned no optimiser but NoneType"),
+        (optim.SGD([nn.Parameter(torch.ones(2))], lr=1), "optimizer: of type SGD: giv"),
         (
             lambda p: optim.SGD([*p, nn.Parameter(torch.ones(2))], lr=0.1),
             "1 of its parameters are not among",
