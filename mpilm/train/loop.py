@@ -26,6 +26,7 @@ from mpilm.train.consensus import measure_consensus
 from mpilm.train.evaluate import Quality, evaluate, holds_final, swapped
 from mpilm.train.folder import RunFolder
 from mpilm.train.joins import held_here
+from mpilm.train.notes import notes_after
 from mpilm.train.profile import StepProfile
 from mpilm.train.screen import Screen
 from mpilm.train.signals import STOP, SYNC, Agreement, StopRequest
@@ -217,6 +218,8 @@ class Trainer(Assembly):
                 self.folder.conclude(summary)
         for text in closing_lines(summary, virtual=self.world.is_virtual):
             self.screen.line(text)
+        for note in notes_after(self.strategy, self.totals.step):
+            self.screen.line(f"note: {note}")
 
     def sync(self, samples: int) -> None:
         """Write a checkpoint and validate, if it is time. Collective.

@@ -55,6 +55,8 @@ VOID: dict[str, list[tuple[tuple[str, ...], str, Callable[[Any], bool]]]] = {
         ),
     ],
 }
+# what they come to is the model after the last whole block
+BY_BLOCKS = ("bmuf", "gossip_bmuf", "eager_diloco")
 WHOLE_STEPS = {
     "async_sgd": "every push is a whole step, so the rate of one rank is kept",
     "local": "every rank trains alone, so the rate of one rank is kept",
@@ -153,3 +155,18 @@ def notes_on_void(inner: Any) -> Iterator[str]:
         given = [n for n in names if getattr(config, n) != default[n]]
         if given and is_so(config):
             yield f"{inner.name}: {', '.join(given)} is not used: {reason}"
+
+
+def notes_after(strategy: Strategy, steps: int) -> Iterator[str]:
+    """Yield what a person should be warned of when a run has ended.
+
+    Args:
+        steps: that this rank has taken.
+    """
+    inner: Any = getattr(strategy, "inner", None) or strategy  # of `hierarchical`
+    period = getattr(inner.config, "period", 0)
+    if strategy.world.size > 1 and inner.name in BY_BLOCKS and steps < period:
+        yield (
+            f"{steps} steps are less than one block of {inner.name}"
+            f" (strategy.period = {period}): its model is still that of the beginning"
+        )

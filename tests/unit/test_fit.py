@@ -275,6 +275,15 @@ def test_own_data_out_of_lockstep_is_noted(tmp_path, capsys, name):
     assert noted == (name == "adpsgd")
 
 
+@pytest.mark.parametrize("period", [5, 6])
+def test_a_run_shorter_than_a_block_is_noted(tmp_path, capsys, period):
+    strategy = {"name": "bmuf", "period": period}
+    models, _ = trained(tmp_path, strategy=strategy, epochs=1)
+    is_noted = "note: 5 steps are less than one block" in capsys.readouterr().out
+    is_as_before = torch.equal(vector(models[0]), vector(make_model()))
+    assert is_noted == is_as_before == (period == 6)
+
+
 def test_the_report_shows_losses(tmp_path):
     trained(tmp_path / "a", valid=loader(10), valid_every=20)
     assert report([tmp_path / "a"], out=tmp_path / "page.html") == 0
