@@ -15,7 +15,6 @@ from torch import nn
 from mpilm.config import Config
 from mpilm.errors import STOPPED_EARLY, CheckpointError, ConfigError, DataError
 from mpilm.learner.learner import Learner
-from mpilm.learner.minibatch import samples_of
 from mpilm.learner.threads import use_threads
 from mpilm.optim.build import clip_before_step
 from mpilm.own.schedule import PER, optimizer_maker, scheduler_of
@@ -24,6 +23,7 @@ from mpilm.own.sources import source_of
 from mpilm.own.task import (
     Given,
     compiled,
+    count_of,
     fingerprint_of,
     loss_of,
     require_splits,
@@ -231,7 +231,7 @@ def look_at(
     splits = {"valid": valid, "test": test}
     splits = {name: given for name, given in splits.items() if given is not None}
     require_splits(splits)
-    count = num_samples or samples_of
+    count = count_of(num_samples)
     source = source_of(batches, world, shard=shard, seed=seed, count=count)
     if autocast not in {"", "bfloat16"}:
         raise ConfigError(

@@ -152,6 +152,29 @@ def with_random(batches: Iterable[Any], *, seed: int) -> Iterator[Any]:
         yield batch
 
 
+def count_of(given: Callable[[Any], int] | None) -> Callable[[Any], int]:
+    """Return the function from a minibatch to its samples: a given one, `samples_of`.
+
+    A run goes by samples: of minibatches without any it would never end.
+    """
+    if given is None:
+        return samples_of
+
+    def count(batch: Any) -> int:
+        found: Any = given(batch)
+        try:
+            if int(found) == found > 0:
+                return int(found)
+        except (TypeError, ValueError):
+            pass
+        raise DataError(
+            f"num_samples: returned {found!r} for a minibatch: a whole number above 0"
+            " is wanted"
+        )
+
+    return count
+
+
 def compiled(model: Any) -> tuple[nn.Module, Any]:
     """Return the module to train, and the one to call: `torch.compile` wraps it.
 

@@ -397,6 +397,8 @@ WRONG = {
         {"criterion": lambda model, batch: (loss(model, batch)[0], model(batch[0]))},
         r"a pair with a Tensor of shape \(5, 2\)",
     ),
+    "no samples": ({"num_samples": lambda batch: 0}, "num_samples: returned 0 for"),
+    "no count": ({"num_samples": lambda batch: None}, "num_samples: returned None"),
     "a device": ({"device": "gpu"}, "device: 'gpu' is none of"),
     "epochs as text": ({"epochs": "3"}, "epochs: of type str"),
     "a moving average": ({"ema": 0.99}, "ema: of type float"),
