@@ -44,6 +44,7 @@ class OwnBatches(Batches):
         counts: how far all ranks are.
         accumulate: minibatches in a step.
         count: from a minibatch to its samples.
+        by_epochs: whether the run's length is in items of the data set.
         seed: of what is drawn while they are made; give each rank another.
 
     notes  what a person should be warned of; known after `start`
@@ -57,12 +58,14 @@ class OwnBatches(Batches):
         *,
         accumulate: int,
         count: Callable[[Any], int],
+        by_epochs: bool,
         seed: int,
     ) -> None:
         geometry = {**source.geometry, "accumulate": accumulate}
         super().__init__(counts, geometry)  # type: ignore[arg-type]
         self.source, self.world, self.count = source, world, count
         self.accumulate, self.num_dropped = accumulate, source.num_dropped
+        self.by_epochs = by_epochs
         self.notes: list[str] = []
         self._random = RandomState(seed, torch.device("cpu"))
         self._number = self._drawn = 0  # of epochs; minibatches of this one
@@ -82,12 +85,28 @@ class OwnBatches(Batches):
         first = self._draw_one()
         self._number = self._drawn = 0
         self._iterator = chain([first], self._rest())
+        if self.by_epochs and not isinstance(self.counts, Dealt):
+            self._require_items(self.count(first), self.source.first)
         if isinstance(self.counts, Paced | Dealt):
             self.counts.begin(self.accumulate * self.count(first))
         if self.world.size > 1 and not self.source.is_dealt:
             same = self.world.comm.allgather(checksum(first))
             if None not in same and len(set(same)) == 1:
                 self.notes.append(SAME_DATA)
+
+    def _require_items(self, samples: int, items: int) -> None:
+        """Raise where an epoch, of items, would not be one by what is counted here.
+
+        A data set may leave some out: half or twice as many are chosen, not tuned.
+
+        Raises:
+            DataError: one line with both numbers.
+        """
+        if items and not items <= 2 * samples <= 4 * items:
+            raise DataError(
+                f"epochs: a minibatch of {items} items of the data set counts as"
+                f" {samples} samples: give samples, or a num_samples that counts items"
+            )
 
     def draw(self) -> Any:
         self._random.put_in_place()

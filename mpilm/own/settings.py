@@ -7,6 +7,7 @@ from typing import Any
 
 from mpilm.config import OWN, Config, resolve
 from mpilm.errors import ConfigError
+from mpilm.learner.minibatch import samples_of
 from mpilm.own.task import Given
 from mpilm.world.base import World
 
@@ -57,8 +58,10 @@ def config_of(
                 " samples"
             )
         samples = round(epochs * given.per_epoch)
+    given.by_epochs = bool(epochs)
     if valid_every is None:
-        valid_every = given.per_epoch if "valid" in given.splits else 0
+        by_items = given.by_epochs or given.count is samples_of
+        valid_every = given.per_epoch if by_items and "valid" in given.splits else 0
     learner = given.learner
     name = type(given.scheduler).__name__ if given.scheduler is not None else ""
     document = {

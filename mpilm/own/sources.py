@@ -44,12 +44,14 @@ class MinibatchSource(ABC):
     geometry     what a place in the data depends on: name -> number
     per_epoch    samples of an epoch of all ranks; 0: not known
     num_dropped  samples that are left out of an epoch
+    first        items in the first minibatch, where per_epoch counts items; else 0
     is_dealt     no other rank has the same minibatches
     """
 
     geometry: Mapping[str, int] = MappingProxyType({})
     per_epoch = 0
     num_dropped = 0
+    first = 0
     is_dealt = False
 
     @abstractmethod
@@ -100,6 +102,7 @@ class Loader(MinibatchSource):
             items -= items % order.batch if order.drop_last else 0
         if not order.gives_lists:
             self.per_epoch = share[1] * items
+            self.first = min(order.batch or 1, items)
         if isinstance(self.sampler, DealtIndices):
             self.num_dropped = num_items - self.per_epoch
         self.loader = copied(loader, generator=self.generator, **order.by(draws))
@@ -166,7 +169,7 @@ class Own(MinibatchSource):
         if replicas and hasattr(self.sampler, "__len__"):
             order, own = order_of(given), len(self.sampler)
             own -= own % order.batch if order.batch and order.drop_last else 0
-            self.per_epoch = replicas * own
+            self.per_epoch, self.first = replicas * own, min(order.batch or 1, own)
         if isinstance(given, Sequence):
             if size == 1:
                 self.per_epoch = sum(count(batch) for batch in given)

@@ -43,6 +43,7 @@ class Given:
     scheduler  a torch scheduler of its optimiser, or None
     per_epoch  training samples of an epoch of all ranks; 0: not known
     hooks      in the optimiser, to be removed after training
+    by_epochs  whether the length was given in epochs: of items of the data set
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Given:
     scheduler: Any = None
     per_epoch: int = 0
     hooks: list[Any] = field(default_factory=list)
+    by_epochs: bool = False
 
 
 class OwnTask(Task):
@@ -83,7 +85,8 @@ class OwnTask(Task):
         sampler: Any = getattr(self.given.source, "sampler", None)
         accumulate = config.optim.settings.accumulate
         is_even = self.given.source.is_dealt and hasattr(sampler, "after")
-        if lockstep and self.given.count is samples_of and is_even:
+        by_items = self.given.by_epochs or self.given.count is samples_of
+        if lockstep and by_items and is_even:
             counts = Dealt(world.size, sampler.after, accumulate)
         elif world.size > 1 and lockstep:
             period = getattr(config.strategy.settings, "period", 1)
@@ -96,6 +99,7 @@ class OwnTask(Task):
             world,
             accumulate=accumulate,
             count=self.given.count,
+            by_epochs=self.given.by_epochs,
             seed=data_seed(config.train.seed, world.rank),
         )
         return self._batches

@@ -205,6 +205,22 @@ def test_a_loader_of_each_ranks_own_data_is_gone_through_whole(tmp_path, kind):
         trained(tmp_path / "c", own, epochs=1, shard=True)
 
 
+def hundreds(batch):
+    """As if each item were a sequence of 100 samples."""
+    return 100 * len(batch[0])
+
+
+def test_an_epoch_is_one_whatever_is_counted(tmp_path):
+    settings = {"epochs": 2, "num_samples": hundreds}
+    _, fitted = trained(tmp_path / "a", valid=loader(7), log_every=1, **settings)
+    assert fitted.summary["steps"] == 10  # as without num_samples
+    assert len(read_run(tmp_path / "a")[0].rows["loss"]) == 10
+    for strategy in ("adpsgd", "async_sgd"):
+        with pytest.raises(MpilmError, match=r"epochs: a minibatch of 5 items .* 500 "):
+            trained(tmp_path / strategy, strategy=strategy, **settings)
+    trained(tmp_path / "b", strategy="adpsgd", samples=4_000, num_samples=hundreds)
+
+
 def test_the_length_of_an_epoch_is_known_from_a_sampler(tmp_path):
     _, fitted = trained(
         tmp_path / "a",
