@@ -131,6 +131,10 @@ GOAL = {  # rows of --goal, each with the row whose rate it begins with
     "muloco, 171": ("muloco", Entry("bmuf", {**OUTER, **FEW}, optim="muon")),
     "diloco, 171": ("diloco", Entry("bmuf", {**OUTER, **FEW})),
     "model_averaging, 171": ("model_averaging", Entry("model_averaging", FEW)),
+    "model_averaging, 23": (  # seven times the bytes
+        "model_averaging",
+        Entry("model_averaging", {"period": 23}),
+    ),
 }
 GOAL_STEPS = 960
 CODED = {"period": 23, "eta": 0.9, "wire": "int4"}
