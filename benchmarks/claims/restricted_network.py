@@ -5,10 +5,11 @@
 Claim       Conventional BMUF suffers under restricted network conditions, gossip BMUF
             does not.
 Source      Huang et al., ICASSP 2020, arXiv 1909.09010 (abstract)
-Set-up      what bench_network.py has measured for real, over links of 10 and 100 Mbit/s
-            and 1 Gbit/s between the nodes of an emulated cluster: seconds until an LSTM
-            of characters has a perplexity of 10, and the share of a step that is
-            communication (results/network.json). Nothing is measured here
+Set-up      what benchmarks/bench_network.py measures for real, over links of 10 Mbit/s
+            and 1 Gbit/s between the 4, 8 and 16 nodes of an emulated cluster (root,
+            iproute2): seconds until an LSTM of characters has a perplexity of 10, 3
+            seeds, one rank a node on 2 cores (results/network.json; what is not there
+            is measured)
 Decision    of each strategy: seconds at the slowest network over those at the fastest,
             for every number of nodes that has both. Reproduced if gossip's is at most
             1.5 and BMUF's at least 1.5 times gossip's, at every number of nodes; not
@@ -19,33 +20,67 @@ Decision    of each strategy: seconds at the slowest network over those at the f
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from itertools import product
 from math import inf
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from claim import HERE, Finding, Study, judged, main, shown
+from claim import CACHE, HERE, ROOT, Finding, Study, judged, main, shown
+
+sys.path.insert(0, str(ROOT))
+from tools.emulated_cluster import why_not
 
 RESULT = HERE.parent / "results" / "network.json"
 WHY = {
     "not reproduced": (
-        "Both suffer, gossip more: it sends its momentum beside its model, two vectors"
-        " where an Allreduce sends 1.5, and at 10 Mbit/s bytes are what counts. It"
-        " needs fewer steps, and is the quicker one at 1 Gbit/s. Whether the paper's"
-        " network was short of bytes, or had latency among many ranks, cannot be told:"
-        " its abstract names none."
+        "Both suffer, gossip by more of its own time: it sends its momentum beside"
+        " its model, two vectors where an Allreduce sends 1.5 to 1.9, and at 10 Mbit/s"
+        " bytes are what counts. But it needs fewer steps, the more so the more nodes:"
+        " it is the quicker one at 1 Gbit/s, and with 16 nodes at 10 Mbit/s, too, in"
+        " all seeds. So what the claim is used for holds from some number of nodes on;"
+        " what it says does not. At 1 Gbit/s 2 cores are what 8 and 16 ranks are short"
+        " of."
     ),
 }
 RATES = {"10mbit": 10, "100mbit": 100, "1gbit": 1000}
+NODES, NETWORKS = (4, 8, 16), ("10mbit", "1gbit")
 STRATEGIES = ("bmuf", "gossip_bmuf")
 LEAST_SEEDS = 3
 
 
-def points() -> list[list[Any]]:
+def complete(study: Study) -> Path:
+    """Return the benchmark's file, with every run that can be measured here.
+
+    Raises:
+        TimeoutError: there is no more time.
+    """
+    again = study.out is not None and study.out.parent == CACHE
+    path = CACHE / RESULT.name if again else RESULT
+    found = Counter((name, nodes, network) for name, nodes, network, _ in points(path))
+    asked = product(STRATEGIES, NODES, NETWORKS)
+    is_there = all(found[key] >= LEAST_SEEDS for key in asked)
+    if study.smoke or study.ends == 0.0 or is_there or why_not():
+        return path
+    minutes = (study.ends - time.monotonic()) / 60
+    if minutes <= 0:
+        raise TimeoutError
+    command = [sys.executable, str(HERE.parent / "bench_network.py")]
+    command += ["--series", *STRATEGIES, "--nodes", *map(str, NODES)]
+    command += ["--networks", *NETWORKS, "--minutes", str(minutes), "--out", str(path)]
+    subprocess.run([*command, "--seeds", *map(str, study.seeds)], check=True)
+    return path
+
+
+def points(path: Path) -> list[list[Any]]:
     """Return [strategy, nodes, network, seconds or None: never] of every run."""
     found = []
-    if RESULT.exists():
-        for table in json.loads(RESULT.read_text())["tables"]:
+    if path.exists():
+        for table in json.loads(path.read_text())["tables"]:
             for row in table["rows"] if table["title"] == "Every point" else []:
                 if row["series"] in STRATEGIES:
                     key = ("series", "nodes", "network", "seconds")
@@ -60,7 +95,10 @@ def measure(study: Study) -> Finding:
         TimeoutError: there is no number of nodes with two networks.
     """
     found: dict[tuple[str, int, str], list[float]] = defaultdict(list)
-    for name, nodes, network, seconds in study.copied(points, RESULT.name):
+    path = complete(study)
+    for name, nodes, network, seconds in study.copied(
+        lambda: points(path), RESULT.name
+    ):
         found[name, nodes, network].append(seconds or inf)
     parts, pairs, seeds = [], [], [LEAST_SEEDS]
     for nodes in sorted({nodes for _, nodes, _ in found}):
