@@ -109,6 +109,10 @@ class Bmuf(BlockStrategy):
             self.saves += ("error",)
             self.lasting += ("error",)
 
+    @property
+    def copied(self) -> tuple[str, ...]:
+        return () if self.error is None else ("error",)
+
     def automatic_eta(self, size: int) -> float:
         return 1.0 - 1.0 / size
 

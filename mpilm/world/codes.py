@@ -39,19 +39,19 @@ def block_bytes(bits: int) -> int:
     return SCALE_BYTES + BLOCK * bits // 8
 
 
-def library_of(vector: Any) -> Any:
+def namespace_of(vector: Any) -> Any:
     """Return the library whose functions a vector takes: numpy or torch."""
     return sys.modules["torch"] if hasattr(vector, "new_tensor") else np
 
 
-def encoded(vector: Any, bits: int) -> Any:
+def quantised(vector: Any, bits: int) -> Any:
     """Return the blocks of a vector as bytes, uint8, numpy or torch as `vector` is.
 
     >>> x = np.array([7.0, -3.0, 0.6], np.float32)
-    >>> len(encoded(x, 4)), decoded(encoded(x, 4), 4)[:3]
+    >>> len(quantised(x, 4)), dequantised(quantised(x, 4), 4)[:3]
     (68, array([ 7., -3.,  1.], dtype=float32))
     """
-    xp, most = library_of(vector), LARGEST_CODE[bits]
+    xp, most = namespace_of(vector), LARGEST_CODE[bits]
     blocks = in_blocks(vector)
     scales = xp.amax(abs(blocks), 1) / most
     usable = xp.where(scales >= SMALLEST, scales, xp.inf)
@@ -65,9 +65,9 @@ def encoded(vector: Any, bits: int) -> Any:
     return xp.hstack((scales, whole)).reshape(-1)
 
 
-def decoded(message: Any, bits: int) -> Any:
-    """Return Q(x) of what `encoded` made, float32, filled up to whole blocks."""
-    xp = library_of(message)
+def dequantised(message: Any, bits: int) -> Any:
+    """Return Q(x) of what `quantised` made, float32, filled up to whole blocks."""
+    xp = namespace_of(message)
     blocks = message.reshape(-1, block_bytes(bits))
     scales = contiguous(blocks[:, :SCALE_BYTES]).view(xp.float32)
     codes = contiguous(blocks[:, SCALE_BYTES:])

@@ -50,7 +50,7 @@ from mpilm.world.base import (
     Request,
 )
 from mpilm.world.buffers import described
-from mpilm.world.codes import BLOCK, block_bytes, decoded, encoded
+from mpilm.world.codes import BLOCK, block_bytes, dequantised, quantised
 
 T = TypeVar("T")
 
@@ -105,7 +105,9 @@ def narrowed(vector: Any, wire: str) -> Any:
     """
     if wire in BITS:
         with np.errstate(over="ignore", invalid="ignore"):
-            return encoded(vector.detach() if is_tensor(vector) else vector, BITS[wire])
+            return quantised(
+                vector.detach() if is_tensor(vector) else vector, BITS[wire]
+            )
     if is_tensor(vector):
         torch = sys.modules["torch"]
         x, kind = vector.detach(), getattr(torch, wire)
@@ -136,7 +138,7 @@ def widened(message: Any, wire: str) -> Any:
     """Return what `narrowed` made of a vector: Q(x), float32; whole blocks of it."""
     if wire in BITS:
         with np.errstate(over="ignore", invalid="ignore"):
-            return decoded(message, BITS[wire])
+            return dequantised(message, BITS[wire])
     if is_tensor(message):
         torch = sys.modules["torch"]
         return message.view(getattr(torch, wire)).float()
