@@ -155,7 +155,7 @@ def train_virtually(
         except MpilmError as error:
             inf = math.inf
             return {"valid": inf, "test": inf, "sent": math.nan, "seconds": math.nan,
-                    "error": str(error)}  # fmt: skip
+                    "error": str(error).replace(f"{folder}/", "")}  # fmt: skip
         summary = json.loads((folder / "summary.json").read_text())
         measure = "perplexity" if "valid_perplexity" in summary else "loss"
         parameters = summary["parameters"]
