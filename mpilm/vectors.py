@@ -24,6 +24,11 @@ def is_vector(value: Any) -> bool:
     return hasattr(value, "dtype") and hasattr(value, "shape") and len(value.shape) > 0
 
 
+def is_tensor(vector: Any) -> bool:
+    """Return whether a vector is torch's; torch is not loaded for it."""
+    return hasattr(vector, "new_tensor")
+
+
 def chunked(*vectors: Any) -> Iterator[tuple[Any, ...]]:
     """Yield the same part of each vector, one part after the other.
 
@@ -85,8 +90,7 @@ def to_array(vector: Any) -> Any:
 
 def fill_(vector: Any, array: Any) -> None:
     """Set a numpy array or a tensor to the values of a numpy array."""
-    is_tensor = hasattr(vector, "new_tensor")
-    vector[:] = sys.modules["torch"].as_tensor(array) if is_tensor else array
+    vector[:] = sys.modules["torch"].as_tensor(array) if is_tensor(vector) else array
 
 
 def is_finite(vector: Any) -> bool:
@@ -104,14 +108,14 @@ def is_finite(vector: Any) -> bool:
 
 def zeros(num_elements: int, like: Any) -> Any:
     """Return a vector of zeros, of the kind and type of another and where that lies."""
-    if hasattr(like, "new_tensor"):
+    if is_tensor(like):
         return like.new_zeros(num_elements)
     return np.zeros(num_elements, like.dtype)
 
 
 def end_to_end(vectors: Sequence[Any]) -> Any:
     """Return one new vector with all of them, one after the other."""
-    if hasattr(vectors[0], "new_tensor"):
+    if is_tensor(vectors[0]):
         return sys.modules["torch"].cat([vector.detach() for vector in vectors])
     return np.concatenate(vectors)
 
@@ -123,14 +127,14 @@ def rows_at(table: Any, ids: Any) -> Any:
         table: (V, width), numpy or torch.
         ids: (n,) int64, numpy.
     """
-    if hasattr(table, "new_tensor"):  # several times as fast as table[ids]
+    if is_tensor(table):  # several times as fast as table[ids]
         return table.detach().index_select(0, as_ids(ids, table))
     return table[ids]
 
 
 def set_rows_(table: Any, ids: Any, values: Any) -> None:
     """Set what `rows_at` returns."""
-    if hasattr(table, "new_tensor"):
+    if is_tensor(table):
         table.detach().index_copy_(0, as_ids(ids, table), values)
     else:
         table[ids] = values
@@ -138,7 +142,7 @@ def set_rows_(table: Any, ids: Any, values: Any) -> None:
 
 def add_rows_(table: Any, ids: Any, values: Any) -> None:
     """Add to rows of a matrix, each once."""
-    if hasattr(table, "new_tensor"):
+    if is_tensor(table):
         table.detach().index_add_(0, as_ids(ids, table), values)
     else:
         table[ids] += values
@@ -146,7 +150,7 @@ def add_rows_(table: Any, ids: Any, values: Any) -> None:
 
 def as_ids(ids: Any, like: Any) -> Any:
     """Return numpy's int64 as it is, or as torch's where the tensor `like` lies."""
-    if not hasattr(like, "new_tensor"):
+    if not is_tensor(like):
         return ids
     return sys.modules["torch"].from_numpy(ids).to(like.device)
 

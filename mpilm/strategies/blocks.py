@@ -93,7 +93,9 @@ class BlockStrategy(Strategy):
 
     @property
     def must_part(self) -> bool:
-        """Whether (8) has more to do than theta <- g, even without `delay`."""
+        """Whether s and wbar lie apart even without `delay`: who sends something else
+        than theta must have theta when a death ends the sum.
+        """
         return False
 
     def start(self, learner: Learner) -> None:

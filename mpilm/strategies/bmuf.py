@@ -57,7 +57,7 @@ from mpilm.strategies.blocks import AUTOMATIC, BlockStrategy, check_blocks, due
 from mpilm.strategies.leave_out import left_out_of
 from mpilm.strategies.rows import ShardPart
 from mpilm.strategies.shared_rows import require_resting_rows
-from mpilm.vectors import copy_of, to_array
+from mpilm.vectors import to_array, zeros
 from mpilm.world.base import IN_PLACE, World
 
 
@@ -128,8 +128,7 @@ class Bmuf(BlockStrategy):
     def start(self, learner: Learner) -> None:
         super().start(learner)
         if self.must_part:
-            self.error = copy_of(learner.theta)
-            self.error[:] = 0.0
+            self.error = zeros(len(learner.theta), learner.theta)
 
     def ending(self) -> list[int]:
         config, count = self.config, len(self.components)

@@ -29,7 +29,15 @@ import numpy as np
 from mpilm.learner.flat import Layout, Rows
 from mpilm.strategies.base import ITEM_BYTES, Learner
 from mpilm.strategies.shared_rows import SharedRows
-from mpilm.vectors import add_rows_, as_ids, end_to_end, set_rows_, to_array, zeros
+from mpilm.vectors import (
+    add_rows_,
+    as_ids,
+    end_to_end,
+    is_tensor,
+    set_rows_,
+    to_array,
+    zeros,
+)
 from mpilm.world.base import IN_PLACE, MAX, SUM, Comm, Op
 
 Way = Literal["union", "gather", "dense"]
@@ -218,7 +226,7 @@ class RowSum:
     def reduce(self, vector: Any, op: Op = SUM) -> Any:
         """Sum a vector over the ranks, in its place; return what did not travel."""
         left = self.comm.Allreduce(IN_PLACE, vector, op)
-        if vector.dtype == np.float32 or hasattr(vector, "new_tensor"):
+        if vector.dtype == np.float32 or is_tensor(vector):
             moved = self.comm.allreduced_bytes(len(vector))
         else:
             moved = 2 * vector.nbytes * (self.comm.size - 1) // self.comm.size

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from mpilm.vectors import end_to_end, is_tensor, zeros
+
 BLOCK = 128
 LARGEST_CODE = {8: 127, 4: 7}
 SCALE_BYTES = 4
@@ -41,7 +43,7 @@ def block_bytes(bits: int) -> int:
 
 def namespace_of(vector: Any) -> Any:
     """Return the library whose functions a vector takes: numpy or torch."""
-    return sys.modules["torch"] if hasattr(vector, "new_tensor") else np
+    return sys.modules["torch"] if is_tensor(vector) else np
 
 
 def quantised(vector: Any, bits: int) -> Any:
@@ -52,14 +54,14 @@ def quantised(vector: Any, bits: int) -> Any:
     (68, array([ 7., -3.,  1.], dtype=float32))
     """
     xp, most = namespace_of(vector), LARGEST_CODE[bits]
-    blocks = in_blocks(vector)
+    blocks = in_blocks(vector.detach() if is_tensor(vector) else vector)
     scales = xp.amax(abs(blocks), 1) / most
     usable = xp.where(scales >= SMALLEST, scales, xp.inf)
     codes = xp.round(blocks / usable[:, None])
     finite = xp.isfinite(scales)
-    codes = xp.where(finite[:, None], codes, most) + (0 if bits == 8 else 8)
+    codes = xp.where(finite[:, None], codes, most)
     scales = xp.where(finite, scales, xp.nan).view(xp.uint8).reshape(-1, SCALE_BYTES)
-    whole = cast(codes, xp.int8).view(xp.uint8)
+    whole = cast(codes if bits == 8 else codes + 8, xp.int8).view(xp.uint8)
     if bits == 4:
         whole = whole[:, 0::2] | whole[:, 1::2] << 4
     return xp.hstack((scales, whole)).reshape(-1)
@@ -79,24 +81,16 @@ def dequantised(message: Any, bits: int) -> Any:
 
 def in_blocks(vector: Any) -> Any:
     """Return a vector as (blocks, BLOCK), filled up with zeros."""
-    rows = -(-len(vector) // BLOCK)
-    if rows * BLOCK == len(vector):
-        return vector.reshape(rows, BLOCK)
-    fill = rows * BLOCK - len(vector)
-    if hasattr(vector, "new_tensor"):
-        filled = sys.modules["torch"].nn.functional.pad(vector, (0, fill))
-    else:
-        filled = np.pad(vector, (0, fill))
-    return filled.reshape(rows, BLOCK)
+    if fill := -len(vector) % BLOCK:
+        vector = end_to_end([vector, zeros(fill, vector)])
+    return vector.reshape(-1, BLOCK)
 
 
 def cast(values: Any, kind: Any) -> Any:
     """Return values in another kind of number."""
-    return values.to(kind) if hasattr(values, "new_tensor") else values.astype(kind)
+    return values.to(kind) if is_tensor(values) else values.astype(kind)
 
 
 def contiguous(values: Any) -> Any:
     """Return values without gaps in memory."""
-    if hasattr(values, "new_tensor"):
-        return values.contiguous()
-    return np.ascontiguousarray(values)
+    return values.contiguous() if is_tensor(values) else np.ascontiguousarray(values)

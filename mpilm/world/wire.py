@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mpilm.errors import WorldError
-from mpilm.vectors import is_finite
+from mpilm.vectors import is_finite, is_tensor
 from mpilm.world.base import (
     ANY_SOURCE,
     ANY_TAG,
@@ -105,9 +105,7 @@ def narrowed(vector: Any, wire: str) -> Any:
     """
     if wire in BITS:
         with np.errstate(over="ignore", invalid="ignore"):
-            return quantised(
-                vector.detach() if is_tensor(vector) else vector, BITS[wire]
-            )
+            return quantised(vector, BITS[wire])
     if is_tensor(vector):
         torch = sys.modules["torch"]
         x, kind = vector.detach(), getattr(torch, wire)
@@ -150,11 +148,14 @@ def widened(message: Any, wire: str) -> Any:
 def remainder(vector: Any, value: Any) -> Any:
     """Return x - Q(x); 0 where x is not finite.
 
+    Args:
+        value: Q(x), or whole blocks of it.
+
     >>> remainder(np.float32([1.5, np.inf]), np.float32([1.0, np.inf]))
     array([0.5, 0. ], dtype=float32)
     """
     with np.errstate(invalid="ignore"):
-        left = vector - value[: len(vector)] if value.ndim else vector - value
+        left = vector - value[: len(vector)]
     if not is_finite(left):
         left[~(abs(left) < np.inf)] = 0.0
     return left.detach() if hasattr(left, "detach") else left
@@ -184,8 +185,7 @@ class WireComm(Comm):
         return self.inner
 
     def left_of(self, vector: Any) -> Any:
-        value = widened(narrowed(vector, self.wire), self.wire)
-        return remainder(vector, value)
+        return remainder(vector, widened(narrowed(vector, self.wire), self.wire))
 
     # point to point
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> Request:
@@ -384,11 +384,6 @@ def wired(comm: Comm, wire: str) -> Comm:
 def is_float32(buf: Any) -> bool:
     """Return whether a buffer is one that is encoded."""
     return described(buf)[1] == "float32"
-
-
-def is_tensor(vector: Any) -> bool:
-    """Return whether a vector is torch's."""
-    return hasattr(vector, "new_tensor")
 
 
 def room(num_bytes: int, like: Any) -> Any:
